@@ -1,0 +1,1 @@
+//! Workloads, baselines and benchmarks for pageferry.

@@ -1,0 +1,2 @@
+//! Live migration of Linux process trees.
+#![forbid(unsafe_code)]

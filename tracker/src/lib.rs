@@ -1,0 +1,1 @@
+//! Dirty-page tracking of a running process tree on Linux.
