@@ -1,2 +1,18 @@
-//! Live migration of Linux process trees.
-#![forbid(unsafe_code)]
+//! Live migration of Linux process trees: iterative pre-copy of dirty pages, one short freeze, and a
+//! two-phase commit, with CRIU only at the edges.
+//!
+//! [`send`] moves a running process tree to a [`Receiver`] (or [`receive`]) on the destination host.
+//! Both take a plan in which every knob is explicit, an [`Observer`] that is told what happens, and a
+//! [`Cancel`] token. Libraries never print: the `pageferry` command is one user of this one.
+
+pub mod cancel;
+pub mod error;
+pub mod observe;
+pub mod plan;
+pub mod report;
+
+pub use cancel::Cancel;
+pub use error::{FailureKind, MigrationError};
+pub use observe::{Event, Observer, Silent};
+pub use plan::{ReceivePlan, SendPlan};
+pub use report::MigrationReport;

@@ -1,0 +1,126 @@
+//! What a migration tells while it runs.
+
+use crate::report::RoundReport;
+use serde::Serialize;
+use std::net::SocketAddr;
+
+/// Told of every [`Event`]; called from the migration's own threads, so it must be quick.
+pub trait Observer: Sync {
+    /// Something happened.
+    fn event(&self, event: &Event);
+}
+
+/// An observer that ignores everything.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn event(&self, _event: &Event) {}
+}
+
+/// A step of a migration. Sizes are bytes, times microseconds, pages 4 KiB.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Event {
+    /// Source: the receiver has answered.
+    Connected {
+        /// Its address.
+        to: SocketAddr,
+        /// Its engine's version.
+        version: String,
+    },
+    /// Source: the tree is being tracked.
+    Attached {
+        /// Dirty tracker in use.
+        tracker: String,
+        /// Why it was chosen.
+        reason: String,
+        /// Processes of the tree.
+        processes: u32,
+    },
+    /// Source: a pre-copy round begins.
+    RoundStarted {
+        /// From 0.
+        round: u32,
+        /// Pages to look at.
+        dirty_pages: u64,
+    },
+    /// Source: some batches of a round were sent (about ten times a second).
+    Progress {
+        /// The round.
+        round: u32,
+        /// Pages of the round that are done.
+        done_pages: u64,
+        /// Pages of the round altogether.
+        total_pages: u64,
+        /// Bytes sent in this round.
+        sent_bytes: u64,
+    },
+    /// Source: the destination has a whole round.
+    RoundEnded(RoundReport),
+    /// Source: pre-copy is over; the tree is about to be frozen.
+    Freezing {
+        /// Why pre-copy stopped.
+        stop_reason: String,
+        /// What the policy expects, in microseconds.
+        predicted_downtime_us: u64,
+    },
+    /// Source: the handover reached a step; `name` is a part of the downtime that ended now.
+    Step {
+        /// Part of the downtime, as in the report.
+        name: String,
+        /// How long it took.
+        duration_us: u64,
+    },
+    /// Source: the point of no return was passed.
+    Committed,
+    /// Both: the program runs at the destination.
+    Resumed {
+        /// Its pid there, as the destination's engine sees it.
+        pid: i32,
+    },
+    /// Both: every page was put in place at the destination.
+    Filled {
+        /// Pages.
+        pages: u64,
+        /// Page faults that were served.
+        faults: u64,
+        /// Longest service of a fault.
+        max_fault_us: u64,
+    },
+    /// Source: the migration failed and the source runs on.
+    RolledBack {
+        /// Why.
+        reason: String,
+    },
+    /// Something that a person should know and that does not stop the migration.
+    Warning {
+        /// What.
+        text: String,
+    },
+    /// Destination: waiting for a sender.
+    Listening {
+        /// The address, with the port that was taken.
+        on: SocketAddr,
+    },
+    /// Destination: a sender began a migration.
+    Accepted {
+        /// Its address.
+        from: SocketAddr,
+        /// The program that comes.
+        program: String,
+    },
+    /// Destination: a whole round has arrived.
+    Received {
+        /// The round.
+        round: u32,
+        /// Pages in the store.
+        stored_pages: u64,
+    },
+    /// Destination: the migration ended without the program coming to life here; nothing is left of it.
+    Discarded {
+        /// Why.
+        reason: String,
+    },
+}

@@ -1,0 +1,142 @@
+//! What a migration is asked to do: every knob explicit, validated once.
+
+use pageferry_criu_glue::HideKind;
+use pageferry_tracker::TrackerKind;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The plan of the sending side.
+#[derive(Clone, Debug)]
+pub struct SendPlan {
+    /// Root of the process tree that is to move.
+    pub pid: i32,
+    /// Address of the receiver.
+    pub to: SocketAddr,
+    /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
+    pub downtime: Duration,
+    /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
+    pub max_rounds: u32,
+    /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
+    pub bandwidth: Option<u64>,
+    /// Dirty tracker to use; `None` lets the probe choose.
+    pub tracker: Option<TrackerKind>,
+    /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
+    pub hide: Option<HideKind>,
+    /// Compare the whole restored memory with the frozen source before the commit (inside the downtime).
+    pub verify: bool,
+    /// CRIU to use; `None` searches for one.
+    pub criu: Option<PathBuf>,
+    /// The tree belongs to a shell's session (it was started from a terminal that stays here).
+    pub shell_job: bool,
+    /// How long to wait for the first answer of the receiver.
+    pub connect_timeout: Duration,
+    /// How long the link, CRIU or the receiver may make no progress before the migration is given up.
+    pub stall_timeout: Duration,
+    /// After a link that was lost around the commit: how long to try to ask the receiver what became of it.
+    pub resolve_timeout: Duration,
+}
+
+impl SendPlan {
+    /// A plan with the defaults of the command line.
+    pub fn new(pid: i32, to: SocketAddr) -> Self {
+        Self {
+            pid,
+            to,
+            downtime: Duration::from_millis(100),
+            max_rounds: 30,
+            bandwidth: None,
+            tracker: None,
+            hide: None,
+            verify: false,
+            criu: None,
+            shell_job: false,
+            connect_timeout: Duration::from_secs(5),
+            stall_timeout: Duration::from_secs(30),
+            resolve_timeout: Duration::from_secs(20),
+        }
+    }
+
+    /// Checks what can be checked without touching anything.
+    ///
+    /// # Errors
+    /// The first knob that makes no sense, and what it may be.
+    pub fn validate(&self) -> Result<(), PlanError> {
+        if self.pid <= 0 {
+            return Err(PlanError::Pid(self.pid));
+        }
+        if self.max_rounds == 0 {
+            return Err(PlanError::NoRounds);
+        }
+        if self.bandwidth == Some(0) {
+            return Err(PlanError::NoBandwidth);
+        }
+        if self.to.port() == 0 {
+            return Err(PlanError::NoPort(self.to));
+        }
+        Ok(())
+    }
+}
+
+/// The plan of the receiving side.
+#[derive(Clone, Debug)]
+pub struct ReceivePlan {
+    /// Address to listen on (port 0 takes a free one).
+    pub listen: SocketAddr,
+    /// Whether an address other than loopback is wanted although nothing authenticates the sender.
+    pub insecure: bool,
+    /// Bytes of memory that the page store may take at most; `None` is what the machine has free.
+    pub memory_limit: Option<u64>,
+    /// CRIU to use; `None` searches for one.
+    pub criu: Option<PathBuf>,
+    /// How long the link or CRIU may make no progress before the migration is given up.
+    pub stall_timeout: Duration,
+    /// How long an ended session can still be asked about by a sender that lost its link.
+    pub remember: Duration,
+}
+
+impl ReceivePlan {
+    /// A plan with the defaults of the command line.
+    pub fn new(listen: SocketAddr) -> Self {
+        Self {
+            listen,
+            insecure: false,
+            memory_limit: None,
+            criu: None,
+            stall_timeout: Duration::from_secs(30),
+            remember: Duration::from_secs(600),
+        }
+    }
+
+    /// Checks what can be checked without touching anything.
+    ///
+    /// # Errors
+    /// [`PlanError::NotLoopback`] for an address that others can reach, unless `insecure` says that this is
+    /// meant.
+    pub fn validate(&self) -> Result<(), PlanError> {
+        if !self.insecure && !self.listen.ip().is_loopback() {
+            return Err(PlanError::NotLoopback(self.listen));
+        }
+        Ok(())
+    }
+}
+
+/// A plan that makes no sense.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// Not a process id.
+    #[error("{0} is not a process id")]
+    Pid(i32),
+    /// At least one round is needed to copy the memory.
+    #[error("the maximal number of rounds must be at least 1")]
+    NoRounds,
+    /// A bandwidth of zero never ends.
+    #[error("the bandwidth must be more than zero")]
+    NoBandwidth,
+    /// The receiver's port is missing.
+    #[error("the address {0} has no port")]
+    NoPort(SocketAddr),
+    /// The sender is not authenticated, so the outside is refused unless asked for.
+    #[error("listening on {0} would let anybody who can reach it start programs here as root")]
+    NotLoopback(SocketAddr),
+}

@@ -1,0 +1,183 @@
+//! The report of a migration: what was sent, how long the program stood still, and why it ended.
+//! The JSON schema is documented in docs/REPORT.md.
+
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Version of the JSON schema; grows when a field changes its meaning or goes away.
+pub const SCHEMA: u32 = 1;
+
+/// A whole migration as its source saw it. Times are microseconds, sizes bytes, pages 4 KiB.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// Version of the engine.
+    pub version: String,
+    /// Random identity of the session, hexadecimal.
+    pub session: String,
+    /// Root process at the source.
+    pub pid: i32,
+    /// Name of the program.
+    pub program: String,
+    /// Processes that moved.
+    pub processes: u32,
+    /// Address of the receiver.
+    pub to: String,
+    /// `pre-copy`.
+    pub strategy: String,
+    /// `soft-dirty` or `userfaultfd`.
+    pub tracker: String,
+    /// Why that tracker.
+    pub tracker_reason: String,
+    /// How CRIU was kept from the engine's pages: `synthetic-parent`, `shim` or `lazy-dump`.
+    pub hide: String,
+    /// Why that way.
+    pub hide_reason: String,
+    /// Version of CRIU at the source.
+    pub criu: String,
+    /// Kernel release of the source.
+    pub kernel: String,
+    /// What happened to established TCP connections: `none`, or `closed` (clients have to reconnect).
+    pub tcp: String,
+    /// Memory that the engine carried (pages that the destination holds when the tree is frozen).
+    pub memory_bytes: u64,
+    /// Every pre-copy round, and last the one in the freeze.
+    pub rounds: Vec<RoundReport>,
+    /// Bytes on the wire from first to last.
+    pub bytes_sent: u64,
+    /// Bytes of CRIU's images on the wire.
+    pub image_bytes: u64,
+    /// From the start of `send` until the program ran at the destination.
+    pub total_us: u64,
+    /// How long the program stood still.
+    pub downtime_us: Downtime,
+    /// What the policy expected the downtime to be when it ended pre-copy.
+    pub predicted_downtime_us: u64,
+    /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`.
+    pub stop_reason: String,
+    /// Whether the whole restored memory was compared with the frozen source before the commit.
+    pub verified: bool,
+    /// Pages that this comparison covered.
+    pub verified_pages: u64,
+    /// `completed`, `rolled-back`, `interrupted`, `refused` or `in-doubt`.
+    pub outcome: String,
+    /// Why it is not `completed`.
+    pub error: Option<String>,
+    /// Pid at the destination.
+    pub destination_pid: Option<i32>,
+    /// How the rest of the pages got in place after the program ran again.
+    pub fill: Option<FillReport>,
+    /// Largest resident size of the sending engine.
+    pub engine_peak_rss_bytes: u64,
+}
+
+/// One round.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// From 0; the last one ran while the tree was frozen.
+    pub round: u32,
+    /// Whether the tree was frozen.
+    pub frozen: bool,
+    /// Pages that had to be looked at: dirty, or never given to the destination.
+    pub dirty_pages: u64,
+    /// Pages whose bytes were sent.
+    pub sent_pages: u64,
+    /// Pages that were dirty but have the content that the destination already has.
+    pub unchanged_pages: u64,
+    /// Pages of zeros (sent as a bit).
+    pub zero_pages: u64,
+    /// Pages that went away (unmapped, or given back).
+    pub gone_pages: u64,
+    /// Of the sent pages, those that travelled compressed.
+    pub compressed_pages: u64,
+    /// Bytes on the wire, frames included.
+    pub sent_bytes: u64,
+    /// From the scan until the destination acknowledged.
+    pub duration_us: u64,
+    /// How long the tree stood still for the scan (soft-dirty), or 0.
+    pub pause_us: u64,
+    /// Pages that became dirty per second while the round before this one ran.
+    pub dirty_rate: f64,
+    /// Bytes a second that went over the link.
+    pub link_rate: f64,
+    /// Downtime that the policy expected after this round.
+    pub predicted_downtime_us: u64,
+}
+
+/// Downtime: from just before the source is told to stop until the source hears that the program runs at the
+/// destination, on the source's monotonic clock. `total` is the sum of the parts by construction: each part
+/// ends where the next begins.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Downtime {
+    /// Sum of the parts.
+    pub total: u64,
+    /// CRIU stops every task of the tree.
+    pub freeze: u64,
+    /// The last dirty pages are found.
+    pub collect: u64,
+    /// They are read and sent.
+    pub last_pages: u64,
+    /// The destination confirms that it holds exactly the memory of the frozen tree.
+    pub seal: u64,
+    /// CRIU writes everything that is not the engine's.
+    pub dump: u64,
+    /// The images go over the link.
+    pub images: u64,
+    /// The destination restores, and compares if asked to, until it is ready to run.
+    pub restore: u64,
+    /// Commit: the source is held for good, the destination lets the program run and says so.
+    pub commit: u64,
+    /// What the destination did inside `restore` and `commit`, on its own clock.
+    pub destination: Vec<DestinationPart>,
+}
+
+impl Downtime {
+    /// Name and length of every part, in order.
+    pub fn parts(&self) -> [(&'static str, u64); 8] {
+        [
+            ("freeze", self.freeze),
+            ("collect", self.collect),
+            ("last pages", self.last_pages),
+            ("seal", self.seal),
+            ("dump", self.dump),
+            ("images", self.images),
+            ("restore", self.restore),
+            ("commit", self.commit),
+        ]
+    }
+
+    /// Makes `total` what it is defined to be.
+    pub fn add_up(&mut self) {
+        self.total = self.parts().iter().map(|(_, us)| us).sum();
+    }
+
+    /// The whole as a duration.
+    pub fn total(&self) -> Duration {
+        Duration::from_micros(self.total)
+    }
+}
+
+/// A step of the destination.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DestinationPart {
+    /// What it was.
+    pub name: String,
+    /// How long it took.
+    pub us: u64,
+}
+
+/// What happened after the program ran again.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FillReport {
+    /// Pages that were put in place, before and after the resume.
+    pub pages: u64,
+    /// Of these, before it.
+    pub prefilled_pages: u64,
+    /// Page faults that were served.
+    pub faults: u64,
+    /// Longest time from reading a fault to its answer.
+    pub max_fault_us: u64,
+    /// From the resume until every page was there.
+    pub duration_us: u64,
+}
