@@ -1,0 +1,332 @@
+//! The destination's memory of the pages that were received: an index for each address space, over slots of
+//! memory that is made ready ahead of use.
+//!
+//! A batch is received straight into fresh slots ([`PageStore::begin_batch`] says where), checked against its
+//! digests, and only then replaces what was there ([`PageStore::finish_batch`]): a broken batch changes nothing.
+//! The digest over each space is kept up with every page, so that sealing, which happens while the program is
+//! frozen, does not read the memory again.
+
+mod budget;
+mod error;
+mod index;
+mod landing;
+mod prefault;
+mod slots;
+
+pub use error::{Bound, StoreError};
+pub(crate) use index::Mask;
+pub use landing::{Announced, Landing, Payload, Unpack};
+
+use super::sys::arena::SLOT_BYTES;
+use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
+use landing::Returned;
+use pageferry_wire_format::digest::SpaceDigest;
+use pageferry_wire_format::{PageDigest, PageNo, PageRun, SpaceId};
+use slots::Slots;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The pages received so far.
+#[derive(Debug)]
+pub struct PageStore {
+    slots: Slots,
+    spaces: BTreeMap<SpaceId, SpaceIndex>,
+    returned: Arc<Mutex<Returned>>,
+}
+
+/// The bytes of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageRef<'a> {
+    /// All are zero.
+    Zero,
+    /// These.
+    Bytes(&'a [u8; SLOT_BYTES]),
+    /// They are in the restored program already, and no longer here.
+    Delivered,
+}
+
+/// What a finished batch brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchOutcome {
+    /// Pages with bytes.
+    pub stored: u64,
+    /// Zero pages.
+    pub zero: u64,
+}
+
+/// What a space consists of once it is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealOutcome {
+    /// Pages that belong to the program, all of them here.
+    pub pages: u64,
+    /// How many of them have bytes that are not all zero.
+    pub stored: u64,
+    /// Pages that were here and do not belong to the program: they were dropped.
+    pub dropped: u64,
+    /// Digest over page numbers and page digests.
+    pub digest: SpaceDigest,
+}
+
+impl PageStore {
+    /// An empty store, which takes at most `limit_bytes` of memory for pages and their index, and never more than
+    /// the machine has available.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn new(limit_bytes: Option<u64>) -> Result<Self, StoreError> {
+        Ok(Self { slots: Slots::new(limit_bytes)?, spaces: BTreeMap::new(), returned: Arc::default() })
+    }
+
+    /// Announces that `bytes` of pages will come altogether, counted from the start: their memory is made ready
+    /// in the background from now on.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`] when that much cannot be had: better now than in the middle.
+    pub fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
+        self.slots.reserve(bytes)
+    }
+
+    /// Bytes of memory that pages take now; zero pages take none.
+    pub fn page_bytes(&self) -> u64 {
+        self.slots.used() * SLOT_BYTES as u64
+    }
+
+    /// Bytes that the index takes.
+    pub fn index_bytes(&self) -> u64 {
+        self.spaces.values().map(|space| space.tables.len() as u64 * TABLE_BYTES).sum()
+    }
+
+    /// The spaces of which something was received, and not removed since.
+    pub fn spaces(&self) -> impl Iterator<Item = SpaceId> + '_ {
+        self.spaces.keys().copied()
+    }
+
+    /// Makes room for a batch. The payload is to be received into [`Landing::slices`]; then the batch is to be
+    /// finished. Dropping it instead leaves everything as it was.
+    ///
+    /// `round` says how recent the pages are: pages of later rounds are put in place first.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`].
+    pub fn begin(
+        &mut self,
+        space: SpaceId,
+        round: u32,
+        announced: impl IntoIterator<Item = Announced>,
+        payload: Payload,
+    ) -> Result<Landing, StoreError> {
+        let mut buffers = {
+            let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+            for extent in returned.extents.drain(..) {
+                self.slots.give_back(extent);
+            }
+            std::mem::take(&mut returned.buffers)
+        };
+        let (mut pages, mut zeros) = (Vec::new(), Vec::new());
+        let mut grown = 0;
+        let (tables, mut last) = (self.spaces.get(&space).map(|index| &index.tables), None);
+        for entry in announced {
+            let run = match entry {
+                Announced::Zero(run) => {
+                    zeros.push(run);
+                    run
+                }
+                Announced::Bytes(page, digest) => {
+                    pages.push((page, digest));
+                    PageRun { start: page, len: 1 }
+                }
+            };
+            for (number, ..) in by_table(run.start.0, run.len) {
+                if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains_key(&number)) {
+                    grown += TABLE_BYTES;
+                }
+            }
+        }
+        let extents = self.slots.take(pages.len() as u32, self.index_bytes() + grown)?;
+        let unpack = match payload {
+            Payload::Raw => None,
+            Payload::Packed { len, unpack } => {
+                buffers.packed.resize(len, 0);
+                Some(unpack)
+            }
+        };
+        let returned = Arc::clone(&self.returned);
+        Ok(Landing { space, round, pages, zeros, extents, unpack, buffers, checked: false, returned })
+    }
+
+    /// Checks a received batch against its digests and lets its pages replace what was there.
+    ///
+    /// # Errors
+    /// [`StoreError::DigestMismatch`], [`StoreError::Unpack`]: then no page of the batch counts, and what was
+    /// there before is still there.
+    pub fn finish_batch(&mut self, mut landing: Landing) -> Result<BatchOutcome, StoreError> {
+        let space = landing.space;
+        if !Arc::ptr_eq(&self.returned, &landing.returned) {
+            return Err(StoreError::Foreign { space });
+        }
+        landing.check()?;
+        let mut places = Vec::with_capacity(landing.pages.len());
+        for extent in std::mem::take(&mut landing.extents) {
+            places.extend((extent.first()..extent.first() + extent.slots()).map(Place::Slot));
+            if self.slots.keep(extent).is_err() {
+                return Err(StoreError::Foreign { space });
+            }
+        }
+        let index = self.spaces.entry(space).or_default();
+        let slots = &mut self.slots;
+        let stored = landing.pages.iter().zip(places).map(|(&(page, digest), place)| (page, place, digest));
+        index.insert(landing.round, stored, |slot| slots.free(slot));
+        let zeros = landing.zeros.iter().flat_map(|run| run.start.0..run.start.0.saturating_add(run.len));
+        let zeros = zeros.map(|page| (PageNo(page), Place::Zero, PageDigest::ZERO_PAGE));
+        index.insert(landing.round, zeros, |slot| slots.free(slot));
+        let zero = landing.zeros.iter().map(|run| run.len).sum();
+        Ok(BatchOutcome { stored: landing.pages.len() as u64, zero })
+    }
+
+    /// Forgets pages that are gone from the program.
+    pub fn discard(&mut self, space: SpaceId, runs: &[PageRun]) {
+        let Some(index) = self.spaces.get_mut(&space) else { return };
+        for run in runs {
+            // A run may span the whole address space: only the tables that exist are visited.
+            let end = run.start.0.saturating_add(run.len);
+            let tables = split(run.start).0..end.div_ceil(TABLE_PAGES);
+            let numbers: Vec<u64> = index.tables.range(tables).map(|(&number, _)| number).collect();
+            for number in numbers {
+                let base = number * TABLE_PAGES;
+                let mut mask = Mask::default();
+                let from = run.start.0.saturating_sub(base).min(TABLE_PAGES) as usize;
+                mask.set_range(from, (end - base).min(TABLE_PAGES) as usize);
+                index.remove(number, &mask, |slot| self.slots.free(slot));
+            }
+        }
+    }
+
+    /// Forgets a whole space: its process has ended.
+    pub fn remove_space(&mut self, space: SpaceId) {
+        if let Some(index) = self.spaces.remove(&space) {
+            index.slots().for_each(|slot| self.slots.free(slot));
+        }
+    }
+
+    /// Settles what belongs to the program: exactly the pages of `owned`, whose runs are in order and apart.
+    /// Each of them has to be here. What is here beyond them is dropped.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], [`StoreError::Disorder`]: then nothing is dropped.
+    pub fn seal(&mut self, space: SpaceId, owned: &[PageRun]) -> Result<SealOutcome, StoreError> {
+        let index = self.spaces.entry(space).or_default();
+        let mut extra = Vec::new();
+        let mut tables = index.tables.iter();
+        // Compares one table's owned pages with what is held, and notes all tables before it as not owned.
+        let mut compare = |number: u64, owned: Mask| -> Result<(), StoreError> {
+            let missing = |page| StoreError::Missing { space, page: PageNo(page) };
+            for (&held, table) in tables.by_ref() {
+                if held < number {
+                    extra.push((held, table.held));
+                    continue;
+                }
+                if held > number {
+                    break;
+                }
+                if let Some(at) = owned.minus(&table.held).next(0) {
+                    return Err(missing(number * TABLE_PAGES + at as u64));
+                }
+                let surplus = table.held.minus(&owned);
+                if !surplus.is_empty() {
+                    extra.push((number, surplus));
+                }
+                return Ok(());
+            }
+            Err(missing(number * TABLE_PAGES + owned.next(0).unwrap_or(0) as u64))
+        };
+        let (mut at, mut mask, mut end) = (None, Mask::default(), 0);
+        for run in owned.iter().filter(|run| run.len > 0) {
+            if run.start.0 < end {
+                return Err(StoreError::Disorder { space, page: run.start });
+            }
+            end = run.start.0.saturating_add(run.len);
+            for (number, from, to) in by_table(run.start.0, run.len) {
+                if at != Some(number) {
+                    if let Some(done) = at.replace(number) {
+                        compare(done, std::mem::take(&mut mask))?;
+                    }
+                }
+                mask.set_range(from, to);
+            }
+        }
+        if let Some(done) = at {
+            compare(done, mask)?;
+        }
+        extra.extend(tables.map(|(&number, table)| (number, table.held)));
+        let dropped = extra.iter().map(|(_, mask)| mask.count()).sum();
+        for (number, mask) in extra {
+            index.remove(number, &mask, |slot| self.slots.free(slot));
+        }
+        Ok(SealOutcome { pages: index.pages(), stored: index.stored(), dropped, digest: index.digest() })
+    }
+
+    /// The bytes of a page. `None` when it is not held.
+    pub fn page(&self, space: SpaceId, page: PageNo) -> Option<PageRef<'_>> {
+        match self.spaces.get(&space)?.place(page)? {
+            Place::Zero => Some(PageRef::Zero),
+            Place::Delivered => Some(PageRef::Delivered),
+            Place::Slot(slot) => self.slots.bytes(slot, 1)?.first_chunk().map(PageRef::Bytes),
+        }
+    }
+
+    /// The digest of a page, also of one that was delivered. `None` when it is not held.
+    pub fn digest_of(&self, space: SpaceId, page: PageNo) -> Option<PageDigest> {
+        self.spaces.get(&space)?.digest_of(page)
+    }
+
+    /// The bytes of the longest run of pages from `page` on that lies in one piece of memory, at most `most`
+    /// pages. `None` when the page has no bytes here.
+    pub fn stretch(&self, space: SpaceId, page: PageNo, most: u64) -> Option<&[u8]> {
+        let index = self.spaces.get(&space)?;
+        let (mut number, mut at) = split(page);
+        let mut table = index.table(number)?;
+        let first = table.slot(at)?;
+        let mut pages = 1;
+        while u64::from(pages) < most {
+            at += 1;
+            if at as u64 == TABLE_PAGES {
+                (number, at) = (number + 1, 0);
+                let Some(next) = index.table(number) else { break };
+                table = next;
+            }
+            let slot = first + pages;
+            if table.slot(at) != Some(slot) || slot.is_multiple_of(super::sys::arena::REGION_SLOTS) {
+                break;
+            }
+            pages += 1;
+        }
+        self.slots.bytes(first, pages)
+    }
+
+    /// Pages of a space that have bytes here, by table (512 pages).
+    pub(crate) fn stored_pages(&self, space: SpaceId) -> impl Iterator<Item = (u64, Mask)> + '_ {
+        let tables = self.spaces.get(&space).into_iter().flat_map(|index| index.tables.iter());
+        tables.map(|(&number, table)| (number, table.stored)).filter(|(_, stored)| !stored.is_empty())
+    }
+
+    /// Those of a table whose bytes came last in `round` ([`PageStore::LAST_ROUND`] stands for all later ones).
+    pub(crate) fn stored_in_round(&self, space: SpaceId, table: u64, round: u32) -> Mask {
+        let table = self.spaces.get(&space).and_then(|index| index.table(table));
+        table.map(|table| table.stored_in_round(round)).unwrap_or_default()
+    }
+
+    /// The most recent round that is told apart from later ones.
+    pub(crate) const LAST_ROUND: u32 = index::LAST_ROUND;
+
+    /// Nothing more will be received: from now on memory is given back to the system as pages are delivered.
+    pub fn drain(&mut self) {
+        self.slots.drain();
+    }
+
+    /// The page is in the restored program: its bytes are not needed here any more; its digest stays.
+    pub fn deliver(&mut self, space: SpaceId, page: PageNo) {
+        if let Some(slot) = self.spaces.get_mut(&space).and_then(|index| index.deliver(page)) {
+            self.slots.free(slot);
+        }
+    }
+}

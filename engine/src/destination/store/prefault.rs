@@ -1,0 +1,225 @@
+//! Memory made ready ahead of use. Fresh memory costs more than the copying into it, so a thread populates it
+//! while the source is still scanning, or at least a little ahead of what arrives.
+
+use super::budget::Budget;
+use super::error::{Bound, StoreError};
+use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Region};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// How far ahead of use memory is made ready when nothing was announced.
+const AHEAD: u64 = 16 << 20;
+/// Bytes populated in one call: short enough to stop soon.
+const STEP: u64 = 2 * BLOCK_BYTES as u64;
+const _: () = assert!((REGION_BYTES as u64).is_multiple_of(STEP));
+/// Bytes allowed at a time: what is asked of `/proc/meminfo` once in a while, and not for each batch.
+const GRANT: u64 = 32 << 20;
+
+/// All positions are bytes from the start of the arena.
+#[derive(Debug, Default)]
+struct State {
+    /// Regions that are mapped, and that the arena has not taken yet.
+    ready: VecDeque<Region>,
+    /// Populates the regions from `populated` on, oldest first.
+    populators: VecDeque<Populator>,
+    mapped: u64,
+    /// Everything before was made ready, or has been used.
+    populated: u64,
+    /// Everything before has been handed out.
+    used: u64,
+    /// Everything before may be touched: there was memory for it when it was asked for.
+    granted: u64,
+    /// Bytes that were announced.
+    reserved: u64,
+    /// Bytes that the index takes: they count too.
+    index: u64,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    budget: Budget,
+    limit: Option<u64>,
+}
+
+/// The memory that slots are cut from, in the order of their numbers.
+#[derive(Debug)]
+pub(super) struct Prefault {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Prefault {
+    pub(super) fn new(limit: Option<u64>) -> Result<Self, StoreError> {
+        let shared =
+            Arc::new(Shared { state: Mutex::default(), wake: Condvar::new(), budget: Budget::new(), limit });
+        let worker = Arc::clone(&shared);
+        let thread =
+            std::thread::Builder::new().name("prefault".into()).spawn(move || worker.run()).map_err(
+                |cause| StoreError::Memory { doing: "starting the thread that prepares memory", cause },
+            )?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// `bytes` will be used altogether.
+    pub(super) fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
+        let mut state = self.shared.lock();
+        let wanted = bytes.saturating_sub(state.granted);
+        self.shared.check(&state, wanted)?;
+        state.reserved = state.reserved.max(bytes);
+        self.shared.wake.notify_one();
+        Ok(())
+    }
+
+    /// Everything before `used` is about to be handed out, and the index takes `index` bytes.
+    pub(super) fn advance(&self, used: u64, index: u64) -> Result<(), StoreError> {
+        let mut state = self.shared.lock();
+        state.index = index;
+        if used > state.granted {
+            // A whole step when it can be had, so that this is rare; what is needed when it is tight.
+            let wanted = (used - state.granted).max(GRANT);
+            let granted = match self.shared.check(&state, wanted) {
+                Ok(()) => wanted,
+                Err(_) => {
+                    let least = used - state.granted;
+                    self.shared.check(&state, least).map(|()| least)?
+                }
+            };
+            state.granted += granted;
+        } else {
+            self.shared.check_limit(used.saturating_add(index), 0)?;
+        }
+        state.used = state.used.max(used);
+        self.shared.wake.notify_one();
+        Ok(())
+    }
+
+    /// The next region, in order.
+    pub(super) fn region(&self) -> Result<Region, StoreError> {
+        let mut state = self.shared.lock();
+        if state.ready.is_empty() {
+            state.map()?;
+        }
+        state.ready.pop_front().ok_or_else(|| StoreError::Memory {
+            doing: "mapping memory for received pages",
+            cause: std::io::ErrorKind::OutOfMemory.into(),
+        })
+    }
+
+    /// Nothing more will be used: memory that is ready and unused is no longer wanted. Gives how far memory was
+    /// made ready.
+    pub(super) fn stop(&mut self) -> u64 {
+        self.shared.lock().stop = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to say: when it panicked, memory is merely not made ready.
+            let _ = thread.join();
+        }
+        let mut state = self.shared.lock();
+        state.ready.clear();
+        state.populators.clear();
+        state.populated
+    }
+}
+
+impl Drop for Prefault {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl State {
+    fn map(&mut self) -> Result<(), StoreError> {
+        let region = Region::map()
+            .map_err(|cause| StoreError::Memory { doing: "mapping memory for received pages", cause })?;
+        self.populators.push_back(region.populator());
+        self.ready.push_back(region);
+        self.mapped += REGION_BYTES as u64;
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is a plain assignment: there is nothing half done to find after a panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `more` bytes behind what is granted may be touched.
+    fn check(&self, state: &State, more: u64) -> Result<(), StoreError> {
+        self.check_limit(state.granted.saturating_add(state.index), more)?;
+        let (left, of) = self
+            .budget
+            .left()
+            .map_err(|cause| StoreError::Memory { doing: "asking how much memory is available", cause })?;
+        // What is granted and not touched yet still counts as available there.
+        let untouched = state.granted.saturating_sub(state.populated.max(state.used));
+        let left = left.saturating_sub(untouched);
+        if more > left { Err(StoreError::OutOfMemory { wanted: more, left, of }) } else { Ok(()) }
+    }
+
+    /// Whether `taken` bytes and `more` are within the limit.
+    fn check_limit(&self, taken: u64, more: u64) -> Result<(), StoreError> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let left = limit.saturating_sub(taken);
+        if taken > limit || more > left {
+            return Err(StoreError::OutOfMemory { wanted: more, left, of: Bound::Limit });
+        }
+        Ok(())
+    }
+
+    fn run(&self) {
+        let mut state = self.lock();
+        while !state.stop {
+            // What has been used was populated by its use.
+            let used = state.used / STEP * STEP;
+            state.skip_to(used);
+            let goal = state.reserved.max(state.used + AHEAD);
+            if !self.step(&mut state, goal) {
+                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let at = state.populated;
+            let offset = (at % REGION_BYTES as u64) as usize;
+            let Some(populator) = state.populators.front().cloned() else { continue };
+            drop(state);
+            let done = populator.populate(offset, STEP as usize);
+            state = self.lock();
+            let next = if done.is_ok() { at + STEP } else { state.mapped };
+            state.skip_to(next);
+        }
+    }
+
+    /// Whether one more step is wanted and allowed; maps and grants what it needs.
+    fn step(&self, state: &mut State, goal: u64) -> bool {
+        if state.populated >= goal {
+            return false;
+        }
+        if state.populated >= state.mapped && state.map().is_err() {
+            return false;
+        }
+        let end = state.populated + STEP;
+        if end > state.granted {
+            let least = end - state.granted;
+            let wanted = least.max(GRANT.min(goal.saturating_sub(state.granted)));
+            let Some(more) = [wanted, least].into_iter().find(|&more| self.check(state, more).is_ok()) else {
+                return false;
+            };
+            state.granted += more;
+        }
+        true
+    }
+}
+
+impl State {
+    fn skip_to(&mut self, position: u64) {
+        let before = self.populated / REGION_BYTES as u64;
+        self.populated = self.populated.max(position.min(self.mapped));
+        for _ in before..self.populated / REGION_BYTES as u64 {
+            self.populators.pop_front();
+        }
+    }
+}
