@@ -159,6 +159,8 @@ impl Table {
 pub(super) struct SpaceIndex {
     pub(super) tables: BTreeMap<u64, Box<Table>>,
     digest: SpaceDigest,
+    /// A bit for each round of which there may be pages.
+    rounds_seen: u64,
     pages: u64,
     stored: u64,
 }
@@ -174,6 +176,10 @@ pub(super) fn split(page: PageNo) -> (u64, usize) {
 impl SpaceIndex {
     pub(super) fn digest(&self) -> SpaceDigest {
         self.digest.clone()
+    }
+
+    pub(super) fn has_round(&self, round: u32) -> bool {
+        self.rounds_seen & (1 << round.min(LAST_ROUND)) != 0
     }
 
     /// Pages that are held.
@@ -209,6 +215,7 @@ impl SpaceIndex {
         mut freed: impl FnMut(u32),
     ) {
         let round = round.min(LAST_ROUND);
+        self.rounds_seen |= 1 << round;
         let mut pages = pages.peekable();
         while let Some(&(page, ..)) = pages.peek() {
             // Neighbours share a table: it is looked up once for all of them.

@@ -309,6 +309,11 @@ impl PageStore {
         tables.map(|(&number, table)| (number, table.stored)).filter(|(_, stored)| !stored.is_empty())
     }
 
+    /// Whether there may be pages whose bytes came last in `round`.
+    pub(crate) fn has_round(&self, space: SpaceId, round: u32) -> bool {
+        self.spaces.get(&space).is_some_and(|index| index.has_round(round))
+    }
+
     /// Those of a table whose bytes came last in `round` ([`PageStore::LAST_ROUND`] stands for all later ones).
     pub(crate) fn stored_in_round(&self, space: SpaceId, table: u64, round: u32) -> Mask {
         let table = self.spaces.get(&space).and_then(|index| index.table(table));
@@ -319,8 +324,10 @@ impl PageStore {
     pub(crate) const LAST_ROUND: u32 = index::LAST_ROUND;
 
     /// Nothing more will be received: from now on memory is given back to the system as pages are delivered.
-    pub fn drain(&mut self) {
-        self.slots.drain();
+    /// Memory that is unused already is given back here, `blocks` pieces of 2 MiB of it at most; says whether
+    /// there may be more, and so whether to call again.
+    pub fn drain(&mut self, blocks: usize) -> bool {
+        self.slots.drain(blocks)
     }
 
     /// The page is in the restored program: its bytes are not needed here any more; its digest stays.

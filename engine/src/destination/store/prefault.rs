@@ -109,9 +109,8 @@ impl Prefault {
         })
     }
 
-    /// Nothing more will be used: memory that is ready and unused is no longer wanted. Gives how far memory was
-    /// made ready.
-    pub(super) fn stop(&mut self) -> u64 {
+    /// Nothing more will be used: regions that were not taken go back to the system.
+    pub(super) fn stop(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake.notify_one();
         if let Some(thread) = self.thread.take() {
@@ -121,7 +120,6 @@ impl Prefault {
         let mut state = self.shared.lock();
         state.ready.clear();
         state.populators.clear();
-        state.populated
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::error::{Bound, StoreError};
 use super::prefault::Prefault;
-use crate::destination::sys::arena::{Arena, BLOCK_BYTES, BLOCK_SLOTS, Extent, REGION_SLOTS, SLOT_BYTES};
+use crate::destination::sys::arena::{Arena, BLOCK_SLOTS, Extent, REGION_SLOTS, SLOT_BYTES};
 
 /// Slots between two looks at the budget: 4 MiB.
 const STRIDE: u64 = 1024;
@@ -33,7 +33,8 @@ pub(super) struct Slots {
     /// Slots in use per block.
     in_use: Vec<u16>,
     /// Set when nothing more is to come: a block without slots in use goes back to the system.
-    draining: bool,
+    /// Blocks before this one were looked at.
+    draining: Option<usize>,
 }
 
 impl Slots {
@@ -47,7 +48,7 @@ impl Slots {
             allowed: 0,
             index_bytes: 0,
             in_use: Vec::new(),
-            draining: false,
+            draining: None,
         })
     }
 
@@ -111,19 +112,22 @@ impl Slots {
     }
 
     /// Nothing more is to come: from now on memory goes back to the system as soon as a block of it is unused.
-    pub(super) fn drain(&mut self) {
-        if self.draining {
-            return;
+    /// Looks for blocks that are unused already, until `most` of them went back; says whether there may be more.
+    pub(super) fn drain(&mut self, most: usize) -> bool {
+        if self.draining.is_none() {
+            self.prefault.stop();
         }
-        self.draining = true;
-        let populated = self.prefault.stop() / BLOCK_BYTES as u64;
-        let blocks =
-            (self.arena.slots() / u64::from(BLOCK_SLOTS)).min(populated.max(self.in_use.len() as u64));
-        for block in 0..blocks {
-            if self.in_use.get(block as usize).is_none_or(|&used| used == 0) {
-                self.arena.release(block as u32 * BLOCK_SLOTS, BLOCK_SLOTS);
+        let blocks = (self.arena.slots() / u64::from(BLOCK_SLOTS)) as usize;
+        let (mut at, mut released) = (self.draining.unwrap_or(0), 0);
+        while at < blocks && released < most {
+            if self.in_use.get(at).is_none_or(|&used| used == 0) {
+                self.arena.release(at as u32 * BLOCK_SLOTS, BLOCK_SLOTS);
+                released += 1;
             }
+            at += 1;
         }
+        self.draining = Some(at);
+        at < blocks
     }
 
     fn release(&mut self, range: Range) {
@@ -199,7 +203,7 @@ impl Slots {
                 self.in_use[block] += slots;
             } else {
                 self.in_use[block] -= slots;
-                if self.draining && self.in_use[block] == 0 {
+                if self.draining.is_some() && self.in_use[block] == 0 {
                     self.arena.release(block as u32 * BLOCK_SLOTS, BLOCK_SLOTS);
                 }
             }

@@ -1,0 +1,263 @@
+//! The page server: memory of a restored tree, from the store, through userfaultfd.
+//!
+//! 1. From the first moment ([`Server::add_task`]) every page fault is answered.
+//! 2. Once everything is mapped and nothing runs yet, [`Server::prefill`] puts the hottest pages in place.
+//! 3. Once the program runs, [`Server::start_background`] puts in the rest, faults first.
+//! 4. When a task misses nothing any more its descriptor is closed; [`Server::wait_filled`] says when all are.
+
+mod address_map;
+mod error;
+mod prefill;
+mod view;
+mod worker;
+
+pub use error::ServeError;
+pub use prefill::PrefillStats;
+
+use crate::destination::store::PageStore;
+use pageferry_tracker::uffd::Uffd;
+use pageferry_wire_format::SpaceId;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use worker::{Command, Worker};
+
+/// How long putting a page in place may fail before [`Server::wait_filled`] says so.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How much to put in place before the program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Budget {
+    /// As much as can be done in this time.
+    Time(Duration),
+    /// So many pages.
+    Pages(u64),
+    /// Everything.
+    All,
+}
+
+/// What it took to fill the memory of all tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FillStats {
+    /// Pages put in place altogether. Pages that a forked child got of its own count again.
+    pub pages: u64,
+    /// How many of them were put in place before the program ran.
+    pub prefilled_pages: u64,
+    /// Page faults answered.
+    pub faults: u64,
+    /// The longest time from reading a fault's message to waking the thread that waits.
+    pub max_fault: Duration,
+    /// Pages for which no memory waited any more after the program ran.
+    pub vanished: u64,
+    /// From the start of the background to its end.
+    pub duration: Duration,
+}
+
+/// What the server's thread tells.
+#[derive(Debug, Default)]
+struct State {
+    missing: u64,
+    failing: Option<(Instant, ServeError)>,
+    filled: Option<FillStats>,
+    aborted: bool,
+    died: bool,
+}
+
+#[derive(Debug, Default)]
+struct Status {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Status {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+}
+
+/// Serves the pages of one restored tree.
+///
+/// Dropping a server before the background was started aborts it. After that the program runs, and its missing
+/// pages exist nowhere else: dropping then waits until they are in place.
+#[derive(Debug)]
+pub struct Server {
+    store: Arc<Mutex<PageStore>>,
+    status: Arc<Status>,
+    commands: Sender<Command>,
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+    /// The program runs.
+    running: AtomicBool,
+}
+
+impl Server {
+    /// A server for the spaces of `store`, which are sealed: the pages of a space are what it holds when its task
+    /// is added.
+    ///
+    /// # Errors
+    /// When the process may have no more threads or descriptors.
+    pub fn new(store: PageStore) -> Result<Self, ServeError> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|cause| {
+            ServeError::setup("making an event descriptor for the page server", cause.into())
+        })?;
+        let (store, status, wake) =
+            (Arc::new(Mutex::new(store)), Arc::new(Status::default()), Arc::new(wake));
+        let (commands, receiver) = channel();
+        let mut worker = Worker::new(Arc::clone(&store), Arc::clone(&status), receiver, Arc::clone(&wake));
+        let watched = Arc::clone(&status);
+        let run = move || {
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
+            if ended.is_err() {
+                // The descriptors have to stay open: closed, missing pages would read as zero.
+                std::mem::forget(worker);
+                watched.set(|state| state.died = true);
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("page-server".into())
+            .spawn(run)
+            .map_err(|cause| ServeError::setup("starting the thread of the page server", cause))?;
+        Ok(Self { store, status, commands, wake, thread: Some(thread), running: AtomicBool::new(false) })
+    }
+
+    /// Serves the pages of `space` to the task whose userfaultfd this is, from now on.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be used, or the server has ended.
+    pub fn add_task(&self, space: SpaceId, uffd: Uffd) -> Result<(), ServeError> {
+        // A descriptor that blocks can neither be polled nor read to its end.
+        fcntl_getfl(uffd.as_fd())
+            .and_then(|flags| fcntl_setfl(uffd.as_fd(), flags | OFlags::NONBLOCK))
+            .map_err(|cause| ServeError::setup("making a userfaultfd non-blocking", cause.into()))?;
+        self.command(Command::Add { space, uffd })
+    }
+
+    /// Puts pages in place, those of the last rounds first, until the budget is used up. To be called when all
+    /// memory is mapped, and nothing runs.
+    ///
+    /// # Errors
+    /// The first page that could not be put in place, and why; the server goes on answering faults.
+    pub fn prefill(&self, budget: Budget) -> Result<PrefillStats, ServeError> {
+        let (reply, answer) = channel();
+        self.command(Command::Prefill { budget, reply })?;
+        answer.recv().unwrap_or_else(|_| Err(self.ended()))
+    }
+
+    /// Puts all pages in place, before anything runs: for comparing the whole memory.
+    ///
+    /// # Errors
+    /// As [`Server::prefill`].
+    pub fn prefill_all(&self) -> Result<PrefillStats, ServeError> {
+        self.prefill(Budget::All)
+    }
+
+    /// The program runs: puts the rest in place in the background. Failures are no longer the end of anything: a
+    /// page is tried again until it is in place.
+    ///
+    /// # Errors
+    /// When the server has ended.
+    pub fn start_background(&self) -> Result<(), ServeError> {
+        self.running.store(true, Ordering::SeqCst);
+        self.command(Command::Background)
+    }
+
+    /// Waits until every page is in place, at most for `timeout`; `None` when it is not done by then.
+    ///
+    /// # Errors
+    /// A page that could not be put in place for some seconds: the server goes on trying, and this can be
+    /// called again. [`ServeError::Aborted`] and [`ServeError::Died`] are for good.
+    pub fn wait_filled_for(&self, timeout: Duration) -> Result<Option<FillStats>, ServeError> {
+        let started = Instant::now();
+        let mut state = self.status.lock();
+        loop {
+            if let Some(stats) = state.filled {
+                return Ok(Some(stats));
+            }
+            if state.aborted || state.died {
+                drop(state);
+                return Err(self.ended());
+            }
+            if let Some((since, error)) = &state.failing {
+                // The failure may be older than this call: who calls again wants to wait again.
+                if since.elapsed() >= PATIENCE && started.elapsed() >= PATIENCE.min(timeout) {
+                    return Err(error.clone());
+                }
+            }
+            let left = timeout.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let pause = left.min(PATIENCE);
+            let waited = self.status.changed.wait_timeout(state, pause);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until every page is in place.
+    ///
+    /// # Errors
+    /// As [`Server::wait_filled_for`].
+    pub fn wait_filled(&self) -> Result<FillStats, ServeError> {
+        loop {
+            if let Some(stats) = self.wait_filled_for(Duration::from_secs(60))? {
+                return Ok(stats);
+            }
+        }
+    }
+
+    /// Pages that are still missing; counted while the background runs.
+    pub fn missing(&self) -> u64 {
+        self.status.lock().missing
+    }
+
+    /// Looks at the store, e.g. at the digests of pages. Faults wait meanwhile.
+    pub fn with_store<T>(&self, look: impl FnOnce(&PageStore) -> T) -> T {
+        look(&self.store.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Stops serving and closes all descriptors. For a tree that will be killed: were it to run, its missing
+    /// pages would read as zero.
+    pub fn abort(mut self) {
+        // When the thread has ended there is nothing to stop.
+        let _ = self.command(Command::Abort);
+        self.join();
+    }
+
+    fn command(&self, command: Command) -> Result<(), ServeError> {
+        self.commands.send(command).map_err(|_| self.ended())?;
+        // The counter cannot overflow, and a full one would wake the thread as well.
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        Ok(())
+    }
+
+    fn ended(&self) -> ServeError {
+        if self.status.lock().died { ServeError::Died } else { ServeError::Aborted }
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic was caught inside and is known by `died`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !self.running.load(Ordering::SeqCst) {
+            // When the thread has ended there is nothing to stop.
+            let _ = self.command(Command::Abort);
+        }
+        self.join();
+    }
+}

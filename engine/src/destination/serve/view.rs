@@ -1,0 +1,197 @@
+//! One restored task's memory: what of the store is still missing in it, and where it belongs.
+
+use super::address_map::{AddressMap, Piece};
+use crate::destination::store::{Mask, PageStore};
+use pageferry_tracker::uffd::Uffd;
+use pageferry_wire_format::SpaceId;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
+
+/// Pages of a table of the store.
+const TABLE_PAGES: u64 = 512;
+
+/// The store's pages that are not in a program yet. Zero pages are never among them: memory that nobody put
+/// anything into reads as zero.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pending {
+    tables: BTreeMap<u64, Mask>,
+    pages: u64,
+}
+
+impl Pending {
+    pub(super) fn of(store: &PageStore, space: SpaceId) -> Self {
+        let tables: BTreeMap<u64, Mask> = store.stored_pages(space).collect();
+        let pages = tables.values().map(Mask::count).sum();
+        Self { tables, pages }
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub(super) fn has(&self, page: u64) -> bool {
+        self.tables.get(&(page / TABLE_PAGES)).is_some_and(|mask| mask.has((page % TABLE_PAGES) as usize))
+    }
+
+    /// The first page in [from, end).
+    pub(super) fn next(&self, from: u64, end: u64) -> Option<u64> {
+        if from >= end {
+            return None;
+        }
+        let first = from / TABLE_PAGES;
+        let mut tables = self.tables.range(first..end.div_ceil(TABLE_PAGES));
+        tables
+            .find_map(|(&number, mask)| {
+                let at = if number == first { (from % TABLE_PAGES) as usize } else { 0 };
+                mask.next(at).map(|at| number * TABLE_PAGES + at as u64)
+            })
+            .filter(|&page| page < end)
+    }
+
+    /// How many pages from `page` on are all pending, at most `most`.
+    pub(super) fn run(&self, page: u64, most: u64) -> u64 {
+        (0..most).take_while(|ahead| self.has(page + ahead)).count() as u64
+    }
+
+    /// The tables from number `from` on.
+    pub(super) fn tables(&self, from: u64) -> impl Iterator<Item = (u64, &Mask)> {
+        self.tables.range(from..).map(|(&number, mask)| (number, mask))
+    }
+
+    pub(super) fn remove(&mut self, page: u64) -> bool {
+        let number = page / TABLE_PAGES;
+        let Some(mask) = self.tables.get_mut(&number) else { return false };
+        let at = (page % TABLE_PAGES) as usize;
+        if !mask.has(at) {
+            return false;
+        }
+        mask.clear(at);
+        self.pages -= 1;
+        if mask.is_empty() {
+            self.tables.remove(&number);
+        }
+        true
+    }
+
+    /// Removes all of [first, first + count); gives those that were pending.
+    pub(super) fn remove_range(&mut self, first: u64, count: u64) -> Vec<u64> {
+        let end = first.saturating_add(count);
+        let mut removed = Vec::new();
+        let mut from = first;
+        while let Some(page) = self.next(from, end) {
+            self.remove(page);
+            removed.push(page);
+            from = page + 1;
+        }
+        removed
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = u64> + '_ {
+        self.tables
+            .iter()
+            .flat_map(|(number, mask)| mask.iter().map(move |at| number * TABLE_PAGES + at as u64))
+    }
+}
+
+/// A page fault that nobody has answered yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fault {
+    /// The page in the program.
+    pub(super) page: u64,
+    /// When its message was read.
+    pub(super) read: Instant,
+}
+
+pub(super) struct View {
+    pub(super) uffd: Uffd,
+    pub(super) space: SpaceId,
+    pub(super) map: AddressMap,
+    pub(super) pending: Pending,
+    pub(super) faults: VecDeque<Fault>,
+    /// Its events could not be read: not to be tried again before this moment.
+    pub(super) unreadable: Option<Instant>,
+    /// Where the background is, as a page of the program.
+    pub(super) cursor: u64,
+    /// The last page of the program that was waited for: its neighbours are wanted next.
+    pub(super) near: Option<u64>,
+}
+
+impl View {
+    pub(super) fn new(uffd: Uffd, space: SpaceId, pending: Pending) -> Self {
+        let map = AddressMap::identity();
+        Self { uffd, space, map, pending, faults: VecDeque::new(), unreadable: None, cursor: 0, near: None }
+    }
+
+    /// The same memory in a forked child.
+    pub(super) fn forked(&self, uffd: Uffd) -> Self {
+        Self {
+            uffd,
+            space: self.space,
+            map: self.map.clone(),
+            pending: self.pending.clone(),
+            faults: VecDeque::new(),
+            unreadable: None,
+            cursor: self.cursor,
+            near: None,
+        }
+    }
+
+    /// The next pages for the background: `window` pages around the last fault first, then on from the cursor,
+    /// and around. `None` when nothing is missing.
+    pub(super) fn next(&mut self, window: u64) -> Option<Piece> {
+        if let Some(near) = self.near {
+            let start = near / window * window;
+            match self.next_between(start, start + window) {
+                Some(piece) => return Some(piece),
+                None => self.near = None,
+            }
+        }
+        if self.pending.pages() == 0 {
+            return None;
+        }
+        let found = self.next_between(self.cursor, u64::MAX).or_else(|| self.next_between(0, self.cursor));
+        if let Some(piece) = found {
+            self.cursor = piece.start;
+        }
+        found
+    }
+
+    fn next_between(&self, mut from: u64, end: u64) -> Option<Piece> {
+        while let Some(piece) = self.map.from(from).filter(|piece| piece.start < end) {
+            let len = piece.len.min(end - piece.start);
+            if let Some(origin) = self.pending.next(piece.origin, piece.origin + len) {
+                let into = origin - piece.origin;
+                return Some(Piece { start: piece.start + into, len: len - into, origin });
+            }
+            from = piece.start + piece.len;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pending(pages: &[u64]) -> Pending {
+        let mut pending = Pending::default();
+        for &page in pages {
+            pending.tables.entry(page / TABLE_PAGES).or_default().set((page % TABLE_PAGES) as usize);
+            pending.pages += 1;
+        }
+        pending
+    }
+
+    #[test]
+    fn what_is_pending_is_found_and_removed() {
+        let mut p = pending(&[3, 4, 5, 511, 512, 5000]);
+        assert_eq!(p.next(0, 3), None);
+        assert_eq!(p.next(0, 4), Some(3));
+        assert_eq!(p.next(6, 10_000), Some(511));
+        assert_eq!(p.next(513, 10_000), Some(5000));
+        assert_eq!((p.run(3, 10), p.run(511, 10), p.run(3, 2), p.run(6, 1)), (3, 2, 2, 0));
+        assert_eq!(p.remove_range(4, 600), [4, 5, 511, 512]);
+        assert!(!p.remove(4) && p.remove(3));
+        assert_eq!((p.pages(), p.all().collect::<Vec<_>>()), (1, vec![5000]));
+    }
+}

@@ -1,0 +1,459 @@
+//! The thread that answers page faults and puts pages in place.
+//!
+//! Whatever else it does, it does in small steps, and looks at the events between them: a program waits in the
+//! kernel for each of them to be read. Events come before faults, because a fault that was read together with a
+//! move of its memory would otherwise be answered from where the memory was before. (The kernel keeps the rest of
+//! that promise: it takes no page while an event is unread.)
+
+use super::error::ServeError;
+use super::prefill::{Prefill, PrefillStats};
+use super::view::{Fault, Pending, View};
+use super::{Budget, FillStats, Status};
+use crate::destination::store::PageStore;
+use pageferry_tracker::uffd::{Event, Uffd, UffdError};
+use pageferry_wire_format::{PageNo, SpaceId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+/// Pages that the background puts in at once, 256 KiB: longer calls are no quicker, and a fault would wait for them.
+const BACKGROUND_PAGES: u64 = 64;
+/// Blocks of unused memory that are given back in one step.
+const DRAIN_BLOCKS: usize = 4;
+/// After a failure: how long until the next try, doubling up to the second value.
+const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
+
+pub(super) enum Command {
+    Add { space: SpaceId, uffd: Uffd },
+    Prefill { budget: Budget, reply: Sender<Result<PrefillStats, ServeError>> },
+    Background,
+    Abort,
+}
+
+/// What became of an attempt to put pages in place.
+pub(super) enum Put {
+    /// So many pages are there now.
+    Done(u64),
+    /// Events have to be read first.
+    Events,
+    /// The task is gone.
+    Gone,
+    /// No region waits for this page.
+    NotRegistered,
+    /// The kernel would not, or the store could not.
+    Failed(ServeError),
+}
+
+struct Failure {
+    error: ServeError,
+    since: Instant,
+    pause: Duration,
+    next: Instant,
+}
+
+pub(super) struct Worker {
+    store: Arc<Mutex<PageStore>>,
+    status: Arc<Status>,
+    commands: Receiver<Command>,
+    wake: Arc<OwnedFd>,
+    views: Vec<View>,
+    prefill: Option<Prefill>,
+    /// Since when the background runs.
+    background: Option<Instant>,
+    draining: bool,
+    failure: Option<Failure>,
+    stats: FillStats,
+    events: Vec<Event>,
+}
+
+/// Whether the thread goes on.
+enum Next {
+    Again,
+    End,
+}
+
+impl Worker {
+    pub(super) fn new(
+        store: Arc<Mutex<PageStore>>,
+        status: Arc<Status>,
+        commands: Receiver<Command>,
+        wake: Arc<OwnedFd>,
+    ) -> Self {
+        Self {
+            store,
+            status,
+            commands,
+            wake,
+            views: Vec::new(),
+            prefill: None,
+            background: None,
+            draining: false,
+            failure: None,
+            stats: FillStats::default(),
+            events: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(&mut self) {
+        loop {
+            self.wait();
+            if matches!(self.obey(), Next::End) {
+                return;
+            }
+            self.read_events();
+            self.serve_faults();
+            self.step();
+            if self.finish() {
+                return;
+            }
+        }
+    }
+
+    /// Waits for something to happen, as long as there is nothing to do.
+    fn wait(&mut self) {
+        let busy = self.prefill.is_some()
+            || self.draining
+            || self
+                .views
+                .iter()
+                .any(|v| !v.faults.is_empty() || (self.background.is_some() && v.pending.pages() > 0));
+        let unreadable = self.views.iter().any(|view| view.unreadable.is_some());
+        let timeout = match &self.failure {
+            Some(failure) if busy || unreadable => {
+                Some(failure.next.saturating_duration_since(Instant::now()))
+            }
+            _ if busy || unreadable => Some(Duration::ZERO),
+            _ => None,
+        };
+        let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+        let wake = PollFd::new(&*self.wake, PollFlags::IN);
+        let tasks = self.views.iter().filter(|view| view.unreadable.is_none());
+        let tasks = tasks.map(|view| PollFd::from_borrowed_fd(view.uffd.as_fd(), PollFlags::IN));
+        let mut fds: Vec<PollFd<'_>> = std::iter::once(wake).chain(tasks).collect();
+        // An interrupted or failing poll changes nothing: every descriptor is looked at anyway.
+        let _ = poll(&mut fds, timeout.as_ref());
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&*self.wake, &mut count);
+    }
+
+    fn obey(&mut self) -> Next {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Add { space, uffd }) => {
+                    let pending = Pending::of(&self.lock(), space);
+                    self.views.push(View::new(uffd, space, pending));
+                }
+                Ok(Command::Prefill { budget, reply }) => {
+                    self.prefill = Some(Prefill::new(budget, reply, Instant::now()));
+                }
+                Ok(Command::Background) => {
+                    if self.background.is_none() {
+                        self.background = Some(Instant::now());
+                        self.draining = true;
+                    }
+                }
+                Ok(Command::Abort) => {
+                    self.views.clear();
+                    self.status.set(|state| state.aborted = true);
+                    return Next::End;
+                }
+                // A server that goes away says `Abort` first, or wants everything to be put in place.
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Next::Again,
+            }
+        }
+    }
+
+    /// Reads what the tasks tell, until there is nothing more. Moves and removals take effect at once, faults are
+    /// put in line.
+    fn read_events(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        let mut at = 0;
+        // Forks add views behind, which are looked at in the same pass.
+        while at < self.views.len() {
+            if self.views[at].unreadable.is_some_and(|until| Instant::now() < until) {
+                at += 1;
+                continue;
+            }
+            self.views[at].unreadable = None;
+            loop {
+                events.clear();
+                match self.views[at].uffd.read_events(&mut events) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(cause) => {
+                        // Without a free descriptor, say, a fork cannot be read; later perhaps it can.
+                        let space = self.views[at].space;
+                        self.fail(ServeError::Events { space, cause: Arc::new(cause) });
+                        self.views[at].unreadable = self.failure.as_ref().map(|failure| failure.next);
+                        break;
+                    }
+                }
+                let read = Instant::now();
+                for event in events.drain(..) {
+                    self.apply(at, event, read);
+                }
+            }
+            at += 1;
+        }
+        self.events = events;
+    }
+
+    fn apply(&mut self, at: usize, event: Event, read: Instant) {
+        let view = &mut self.views[at];
+        let gone = match event {
+            Event::PageFault { addr, .. } => {
+                view.faults.push_back(Fault { page: addr / PAGE, read });
+                return;
+            }
+            Event::Fork { uffd } => {
+                let child = view.forked(Uffd::from_fd(uffd));
+                self.views.push(child);
+                return;
+            }
+            Event::Remap { from, to, len } => view.map.shift(from / PAGE, to / PAGE, len.div_ceil(PAGE)),
+            Event::Remove { start, end } | Event::Unmap { start, end } => {
+                view.map.cut(start / PAGE, end.div_ceil(PAGE))
+            }
+        };
+        for (first, count) in gone {
+            let pages = self.views[at].pending.remove_range(first, count);
+            self.release(self.views[at].space, &pages);
+        }
+    }
+
+    /// Answers the faults in line, each with its one page: a program waits for it.
+    fn serve_faults(&mut self) {
+        if self.backing_off() {
+            return;
+        }
+        for at in 0..self.views.len() {
+            while let Some(&fault) = self.views[at].faults.front() {
+                match self.serve(at, fault.page) {
+                    Put::Done(_) | Put::NotRegistered => {}
+                    Put::Events => break,
+                    Put::Gone => {
+                        self.drop_view(at);
+                        // The views have moved: the rest has its turn in the next pass, which comes at once.
+                        return;
+                    }
+                    Put::Failed(error) => {
+                        self.fail(error);
+                        return;
+                    }
+                }
+                self.views[at].faults.pop_front();
+                self.views[at].near = Some(fault.page);
+                self.stats.faults += 1;
+                self.stats.max_fault = self.stats.max_fault.max(fault.read.elapsed());
+            }
+        }
+    }
+
+    fn serve(&mut self, at: usize, page: u64) -> Put {
+        let view = &self.views[at];
+        if let Some(piece) = view.map.at(page).filter(|piece| view.pending.has(piece.origin)) {
+            let put = self.put(at, piece.origin, page, 1);
+            return match put {
+                // Not registered any more: the program unmapped it meanwhile, and finds out itself when woken.
+                Put::NotRegistered => self.wake(at, page),
+                other => other,
+            };
+        }
+        match view.uffd.zeropage(page * PAGE, PAGE) {
+            Ok(_) => {
+                self.failure = None;
+                Put::Done(1)
+            }
+            Err(UffdError::Exists | UffdError::NotRegistered) => self.wake(at, page),
+            Err(UffdError::Again { .. }) => Put::Events,
+            Err(UffdError::Gone) => Put::Gone,
+            Err(cause) => {
+                let page = PageNo(page);
+                Put::Failed(ServeError::Copy { space: view.space, page, cause: Arc::new(cause) })
+            }
+        }
+    }
+
+    fn wake(&self, at: usize, page: u64) -> Put {
+        let view = &self.views[at];
+        match view.uffd.wake(page * PAGE, PAGE) {
+            Ok(_) => Put::Done(0),
+            Err(UffdError::Gone) => Put::Gone,
+            Err(cause) => {
+                let page = PageNo(page);
+                Put::Failed(ServeError::Copy { space: view.space, page, cause: Arc::new(cause) })
+            }
+        }
+    }
+
+    /// Puts up to `most` pages, from `origin` in the store on, at `page` in the program; as many as lie together
+    /// and are missing.
+    pub(super) fn put(&mut self, at: usize, origin: u64, page: u64, most: u64) -> Put {
+        let view = &self.views[at];
+        let space = view.space;
+        let mut most = view.pending.run(origin, most);
+        loop {
+            let store = self.lock();
+            let Some(bytes) = store.stretch(space, PageNo(origin), most) else {
+                return Put::Failed(ServeError::Lost { space, page: PageNo(origin) });
+            };
+            let pages = bytes.len() as u64 / PAGE;
+            let outcome = self.views[at].uffd.copy(page * PAGE, bytes, true);
+            drop(store);
+            let copied = match outcome {
+                Ok(copied) => copied as u64 / PAGE,
+                Err(UffdError::Again { copied }) if (copied as u64) < PAGE => return Put::Events,
+                Err(UffdError::Again { copied }) => copied as u64 / PAGE,
+                // Somebody put it there before; who waits for it may not know.
+                Err(UffdError::Exists) => match self.wake(at, page) {
+                    Put::Done(_) => 1,
+                    other => return other,
+                },
+                Err(UffdError::NotRegistered) if pages > 1 => {
+                    // A copy has to stay within one mapping, and the program may have split its own.
+                    most = pages / 2;
+                    continue;
+                }
+                Err(UffdError::NotRegistered) => return Put::NotRegistered,
+                Err(UffdError::Gone) => return Put::Gone,
+                Err(cause) => {
+                    let page = PageNo(origin);
+                    return Put::Failed(ServeError::Copy { space, page, cause: Arc::new(cause) });
+                }
+            };
+            self.placed(at, origin, copied);
+            return Put::Done(copied);
+        }
+    }
+
+    fn placed(&mut self, at: usize, origin: u64, count: u64) {
+        let pages = self.views[at].pending.remove_range(origin, count);
+        self.stats.pages += pages.len() as u64;
+        self.release(self.views[at].space, &pages);
+        self.failure = None;
+    }
+
+    /// Lets the store forget the bytes of pages that no view of the space misses any more.
+    fn release(&self, space: SpaceId, pages: &[u64]) {
+        let mut store = self.lock();
+        for &page in pages {
+            if !self.views.iter().any(|view| view.space == space && view.pending.has(page)) {
+                store.deliver(space, PageNo(page));
+            }
+        }
+    }
+
+    /// One piece of work beside the faults.
+    fn step(&mut self) {
+        if self.backing_off() {
+            return;
+        }
+        if let Some(prefill) = self.prefill.take() {
+            self.prefill = prefill.step(self);
+        } else if self.background.is_some() {
+            if self.draining {
+                let more = self.lock().drain(DRAIN_BLOCKS);
+                self.draining = more;
+            }
+            for at in 0..self.views.len() {
+                if !self.fill(at) {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The next background pages of one view. Whether the views are still the same ones.
+    fn fill(&mut self, at: usize) -> bool {
+        let Some(piece) = self.views[at].next(BACKGROUND_PAGES) else {
+            if self.views[at].pending.pages() > 0 {
+                let lost = self.views[at].pending.next(0, u64::MAX).unwrap_or(0);
+                self.fail(ServeError::Lost { space: self.views[at].space, page: PageNo(lost) });
+            }
+            return true;
+        };
+        match self.put(at, piece.origin, piece.start, piece.len.min(BACKGROUND_PAGES)) {
+            Put::Done(_) | Put::Events => true,
+            Put::NotRegistered => {
+                // No unread event (that would be `Events`), and nothing there waits for pages: a child that was
+                // forked without this memory (MADV_DONTFORK), or memory that a call without an event took away.
+                self.views[at].pending.remove(piece.origin);
+                self.release(self.views[at].space, &[piece.origin]);
+                self.stats.vanished += 1;
+                tracing::warn!(space = self.views[at].space.0, page = piece.start, "a page's memory is gone");
+                true
+            }
+            Put::Gone => {
+                self.drop_view(at);
+                false
+            }
+            Put::Failed(error) => {
+                self.fail(error);
+                true
+            }
+        }
+    }
+
+    /// The task is gone, and its memory with it.
+    fn drop_view(&mut self, at: usize) {
+        let view = self.views.remove(at);
+        tracing::debug!(space = view.space.0, missing = view.pending.pages(), "a task is gone");
+        let pages: Vec<u64> = view.pending.all().collect();
+        self.release(view.space, &pages);
+        if self.background.is_none() {
+            // Nothing runs yet: it cannot have ended by itself.
+            self.fail(ServeError::TaskGone { space: view.space });
+        }
+    }
+
+    /// Notes a failure: everything is tried again after a pause.
+    pub(super) fn fail(&mut self, error: ServeError) {
+        let now = Instant::now();
+        let (since, pause) = match &self.failure {
+            Some(before) => (before.since, (before.pause * 2).min(RETRY.1)),
+            None => (now, RETRY.0),
+        };
+        tracing::warn!(%error, "serving pages");
+        self.status.set(|state| state.failing = Some((since, error.clone())));
+        if let Some(prefill) = self.prefill.take() {
+            prefill.fail(error.clone());
+        }
+        self.failure = Some(Failure { error, since, pause, next: now + pause });
+    }
+
+    fn backing_off(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| Instant::now() < failure.next)
+    }
+
+    pub(super) fn views(&self) -> &[View] {
+        &self.views
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, PageStore> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of the views that have everything. Whether all are done.
+    fn finish(&mut self) -> bool {
+        let Some(started) = self.background else { return false };
+        // Closing lets every waiting thread go on, with zeros where nothing is: right where nothing is missing.
+        self.views.retain(|view| view.pending.pages() > 0);
+        let missing = self.views.iter().map(|view| view.pending.pages()).sum();
+        let failing = self.failure.as_ref().map(|failure| (failure.since, failure.error.clone()));
+        let done = self.views.is_empty() && !self.draining;
+        let stats = FillStats { duration: started.elapsed(), ..self.stats };
+        self.status.set(|state| {
+            state.missing = missing;
+            state.failing = failing;
+            state.filled = done.then_some(stats);
+        });
+        done
+    }
+
+    pub(super) fn prefilled(&mut self, pages: u64) {
+        self.stats.prefilled_pages += pages;
+    }
+}
