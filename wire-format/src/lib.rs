@@ -1,2 +1,31 @@
-//! The frames that pageferry sends: bytes <-> meaning, without I/O, clock or unsafe code.
+//! The frames that two pageferry engines exchange: bytes to meaning, and back.
+//!
+//! No I/O, no clock, no `unsafe`, and no panic on what a peer sends: every length is checked against
+//! [`limits`] before anything is allocated, and the same rules hold before sending and after receiving.
+//! docs/PROTOCOL.md has the byte tables and the order of a session.
 #![forbid(unsafe_code)]
+
+mod batch;
+mod coding;
+pub mod control;
+pub mod digest;
+mod error;
+mod frame;
+mod image;
+pub mod limits;
+mod lists;
+mod page;
+pub mod version;
+
+pub use batch::{Coding, PageBatch};
+pub use coding::{CodingChooser, ZstdDecoder, ZstdEncoder};
+pub use control::{
+    AbortCode, ControlMessage, HandoverState, Hello, Part, RegionInfo, RestoreChoices, SpaceInfo, Welcome,
+};
+pub use digest::SpaceDigest;
+pub use error::{DecodeError, EncodeError};
+pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, SequenceCheck};
+pub use image::ImageChunk;
+pub use limits::PAGE_SIZE;
+pub use lists::{DigestBatch, OwnedBatch};
+pub use page::{PageDigest, PageNo, PageRun, SpaceId};

@@ -1,0 +1,406 @@
+//! The cold messages, written with bincode (little-endian, fixed-width integers) under a limit.
+
+use crate::digest::SpaceDigest;
+use crate::error::{DecodeError, EncodeError};
+use crate::frame::{self, FrameKind, limit};
+use crate::limits::{
+    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_NAME_BYTES, MAX_REGIONS, MAX_RUNS_PER_FRAME, MAX_SPACES,
+    MAX_TIMINGS,
+};
+use crate::page::{PageRun, SpaceId, check_runs};
+use crate::version::Versions;
+use bincode::{Decode, Encode};
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard()
+        .with_fixed_int_encoding()
+        .with_little_endian()
+        .with_limit::<MAX_CONTROL_BYTES>()
+}
+
+/// The source opens a session.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    /// What it speaks.
+    pub versions: Versions,
+    /// Random identity of the session.
+    pub session: u128,
+    /// Version of its engine.
+    pub engine: String,
+    /// Name of the program that wants to move.
+    pub program: String,
+    /// Whether all memory is to be compared before the commit.
+    pub verify: bool,
+}
+
+/// The destination takes the session.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Welcome {
+    /// The version that will be spoken.
+    pub version: u16,
+    /// Version of its engine.
+    pub engine: String,
+    /// Bytes that its store can take.
+    pub memory: u64,
+}
+
+/// A space that will come.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct SpaceInfo {
+    /// Its number.
+    pub space: SpaceId,
+    /// Pid in the innermost pid namespace.
+    pub vpid: i32,
+    /// Name of the program.
+    pub name: String,
+    /// Pages that it has now.
+    pub pages: u64,
+}
+
+/// A mapping of a space.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct RegionInfo {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// Whether its content is the program's (and not the kernel's or a device's): it has to be there after the
+    /// restore.
+    pub comparable: bool,
+}
+
+/// What the restore has to know and CRIU's images do not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct RestoreChoices {
+    /// The tree belongs to a shell's session.
+    pub shell_job: bool,
+    /// Established TCP connections are closed.
+    pub tcp_close: bool,
+    /// File locks are restored.
+    pub file_locks: bool,
+    /// Unix sockets may have a peer outside of the tree.
+    pub ext_unix_sk: bool,
+}
+
+/// A step of the destination in its part of the downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Part {
+    /// CRIU builds the tree up to the point where its memory can be filled.
+    Restore,
+    /// Hot pages are put in.
+    Prefill,
+    /// All memory is compared.
+    Verify,
+    /// CRIU goes on until the tree stands at its last instruction before the program.
+    Resume,
+    /// The tree is let go.
+    Run,
+}
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Part::Restore => "restore",
+            Part::Prefill => "prefill",
+            Part::Verify => "verify",
+            Part::Resume => "resume",
+            Part::Run => "run",
+        })
+    }
+}
+
+/// Why one side gives up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AbortCode {
+    /// Another migration is being received.
+    Busy,
+    /// No common version.
+    VersionMismatch,
+    /// The pages do not fit.
+    OutOfMemory,
+    /// A frame that is not valid, or came at the wrong time.
+    BadFrame,
+    /// Bytes that do not match their digest.
+    DigestMismatch,
+    /// The two sides do not agree on the memory.
+    SealMismatch,
+    /// CRIU could not restore.
+    RestoreFailed,
+    /// The restored memory is not that of the frozen source.
+    VerifyFailed,
+    /// Somebody asked to stop.
+    Cancelled,
+    /// The source failed.
+    SourceFailed,
+    /// Anything else.
+    Internal,
+    /// A code of a later version.
+    Unknown(u16),
+}
+
+impl AbortCode {
+    const KNOWN: [(AbortCode, u16, &'static str); 11] = [
+        (AbortCode::Busy, 1, "busy"),
+        (AbortCode::VersionMismatch, 2, "version mismatch"),
+        (AbortCode::OutOfMemory, 3, "out of memory"),
+        (AbortCode::BadFrame, 4, "bad frame"),
+        (AbortCode::DigestMismatch, 5, "digest mismatch"),
+        (AbortCode::SealMismatch, 6, "seal mismatch"),
+        (AbortCode::RestoreFailed, 7, "restore failed"),
+        (AbortCode::VerifyFailed, 8, "verify failed"),
+        (AbortCode::Cancelled, 9, "cancelled"),
+        (AbortCode::SourceFailed, 10, "source failed"),
+        (AbortCode::Internal, 11, "internal"),
+    ];
+
+    /// The number on the wire.
+    pub fn number(self) -> u16 {
+        match self {
+            AbortCode::Unknown(number) => number,
+            known => Self::KNOWN.iter().find(|(code, ..)| *code == known).map_or(0, |(_, number, _)| *number),
+        }
+    }
+
+    /// The code of a number.
+    pub fn from_number(number: u16) -> Self {
+        Self::KNOWN.iter().find(|(_, n, _)| *n == number).map_or(Self::Unknown(number), |(code, ..)| *code)
+    }
+}
+
+impl std::fmt::Display for AbortCode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match Self::KNOWN.iter().find(|(code, ..)| code == self) {
+            Some((_, _, name)) => f.write_str(name),
+            None => write!(f, "code {}", self.number()),
+        }
+    }
+}
+
+impl Encode for AbortCode {
+    fn encode<E: bincode::enc::Encoder>(&self, encoder: &mut E) -> Result<(), bincode::error::EncodeError> {
+        self.number().encode(encoder)
+    }
+}
+
+impl<Context> Decode<Context> for AbortCode {
+    fn decode<D: bincode::de::Decoder<Context = Context>>(
+        decoder: &mut D,
+    ) -> Result<Self, bincode::error::DecodeError> {
+        Ok(Self::from_number(u16::decode(decoder)?))
+    }
+}
+
+bincode::impl_borrow_decode!(AbortCode);
+
+/// What became of a session, as its destination says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum HandoverState {
+    /// It never heard of it, or has forgotten.
+    Unknown,
+    /// The memory is on its way.
+    Receiving,
+    /// The commit is being carried out: ask again.
+    ReadyToRun,
+    /// The program runs there.
+    Resumed {
+        /// Its pid.
+        pid: i32,
+    },
+    /// There is no copy, and there will be none.
+    Discarded,
+}
+
+/// A control message.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum ControlMessage {
+    /// Source: opens a session.
+    Hello(Hello),
+    /// Destination: takes it.
+    Welcome(Welcome),
+    /// Source: spaces that will come.
+    Spaces {
+        /// The round in which they were found.
+        round: u32,
+        /// The spaces.
+        spaces: Vec<SpaceInfo>,
+    },
+    /// Source: a space has ended.
+    SpaceGone {
+        /// Which.
+        space: SpaceId,
+    },
+    /// Source: pages that are no longer there.
+    Discard {
+        /// Of which space.
+        space: SpaceId,
+        /// Which.
+        runs: Vec<PageRun>,
+    },
+    /// Source: a round is over.
+    RoundEnd {
+        /// Which.
+        round: u32,
+        /// Pages in its batches.
+        pages: u64,
+        /// Bytes of its batches.
+        bytes: u64,
+    },
+    /// Destination: every page of the round is stored.
+    RoundAck {
+        /// Which.
+        round: u32,
+    },
+    /// Source: the space in its last state; its owned pages were sent before.
+    SpaceSeal {
+        /// Which.
+        space: SpaceId,
+        /// Pid in the innermost pid namespace.
+        vpid: i32,
+        /// Number of owned pages.
+        pages: u64,
+        /// Digest over them.
+        digest: SpaceDigest,
+        /// Its mappings.
+        regions: Vec<RegionInfo>,
+    },
+    /// Source: all spaces are sealed.
+    SealEnd {
+        /// How many.
+        spaces: u32,
+    },
+    /// Destination: it holds exactly these pages.
+    Sealed {
+        /// Of all spaces.
+        pages: u64,
+    },
+    /// Source: the images are complete.
+    ImagesEnd {
+        /// Number of files.
+        files: u32,
+        /// Their bytes.
+        bytes: u64,
+        /// How to restore.
+        options: RestoreChoices,
+    },
+    /// Destination: the program could run here.
+    Ready {
+        /// Steps and their microseconds.
+        timings: Vec<(Part, u64)>,
+        /// Pages that were compared.
+        verified_pages: u64,
+    },
+    /// Source: the program is yours. The point of no return.
+    Commit,
+    /// Destination: it runs.
+    Resumed {
+        /// As which process.
+        pid: i32,
+        /// Steps and their microseconds.
+        timings: Vec<(Part, u64)>,
+    },
+    /// Destination: every page is in place.
+    Filled {
+        /// How many were put in.
+        pages: u64,
+        /// Of these, before the program ran.
+        prefilled_pages: u64,
+        /// Page faults that were served.
+        faults: u64,
+        /// The longest service, in microseconds.
+        max_fault_us: u64,
+        /// From the resume on, in microseconds.
+        duration_us: u64,
+    },
+    /// Either: gives up.
+    Abort {
+        /// Why.
+        code: AbortCode,
+        /// In words, at most [`MAX_DETAIL_BYTES`].
+        detail: String,
+    },
+    /// Source, on a new connection: what became of this session?
+    Query {
+        /// Which.
+        session: u128,
+    },
+    /// Destination: this.
+    State(HandoverState),
+    /// Either: I am alive.
+    Ping {
+        /// Any number.
+        n: u64,
+    },
+}
+
+impl ControlMessage {
+    /// An abort whose text is cut to its limit.
+    pub fn abort(code: AbortCode, detail: &str) -> Self {
+        let mut end = detail.len().min(MAX_DETAIL_BYTES);
+        while !detail.is_char_boundary(end) {
+            end -= 1;
+        }
+        Self::Abort { code, detail: detail[..end].to_owned() }
+    }
+
+    /// Appends the frame to `out`.
+    ///
+    /// # Errors
+    /// A message that breaks a limit: a bug of the caller.
+    pub fn encode(&self, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        self.validate()?;
+        frame::encode(FrameKind::Control, 0, sequence, out, |out| {
+            let bytes =
+                bincode::encode_to_vec(self, config()).map_err(|e| EncodeError::Control(e.to_string()))?;
+            out.extend_from_slice(&bytes);
+            Ok(())
+        })
+    }
+
+    /// Reads a head.
+    ///
+    /// # Errors
+    /// Bytes that are no message, that are more than one, or that break a limit.
+    pub fn decode(head: &[u8]) -> Result<Self, DecodeError> {
+        limit("a control message", head.len(), MAX_CONTROL_BYTES)?;
+        let (message, used): (Self, usize) =
+            bincode::decode_from_slice(head, config()).map_err(|e| DecodeError::Control(e.to_string()))?;
+        if used != head.len() {
+            return Err(DecodeError::Trailing(head.len() - used));
+        }
+        message.validate()?;
+        Ok(message)
+    }
+
+    /// The same rules before sending and after receiving.
+    fn validate(&self) -> Result<(), DecodeError> {
+        match self {
+            Self::Hello(hello) => {
+                limit("a version's name", hello.engine.len(), MAX_NAME_BYTES)?;
+                limit("a program's name", hello.program.len(), MAX_NAME_BYTES)
+            }
+            Self::Welcome(welcome) => limit("a version's name", welcome.engine.len(), MAX_NAME_BYTES),
+            Self::Spaces { spaces, .. } => {
+                limit("a list of spaces", spaces.len(), MAX_SPACES)?;
+                spaces
+                    .iter()
+                    .try_for_each(|space| limit("a program's name", space.name.len(), MAX_NAME_BYTES))
+            }
+            Self::Discard { runs, .. } => {
+                limit("a message's runs", runs.len(), MAX_RUNS_PER_FRAME)?;
+                check_runs(runs).map(|_| ())
+            }
+            Self::SpaceSeal { regions, .. } => {
+                limit("a space's regions", regions.len(), MAX_REGIONS)?;
+                match regions.iter().all(|region| region.start < region.end) {
+                    true => Ok(()),
+                    false => Err(DecodeError::Invalid("a region that ends before it begins")),
+                }
+            }
+            Self::Ready { timings, .. } | Self::Resumed { timings, .. } => {
+                limit("a list of timings", timings.len(), MAX_TIMINGS)
+            }
+            Self::Abort { detail, .. } => limit("an abort's text", detail.len(), MAX_DETAIL_BYTES),
+            _ => Ok(()),
+        }
+    }
+}

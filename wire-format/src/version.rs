@@ -1,0 +1,57 @@
+//! Versions of the protocol, newest first.
+//!
+//! | version | what changed, and why |
+//! |---|---|
+//! | 1 | The first: page batches (raw, zstd), images, owned pages, digests, control messages. |
+//!
+//! Every frame carries the version it was written in; the header is readable without knowing it. `Hello` tells
+//! the range that the source speaks, `Welcome` the version that the destination chose.
+
+/// The version that is spoken.
+pub const CURRENT: u16 = 1;
+
+/// The oldest version that is still understood.
+pub const OLDEST: u16 = 1;
+
+/// A range of versions, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub struct Versions {
+    /// The oldest.
+    pub oldest: u16,
+    /// The newest.
+    pub newest: u16,
+}
+
+impl std::fmt::Display for Versions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.oldest == self.newest {
+            write!(f, "{}", self.newest)
+        } else {
+            write!(f, "{} to {}", self.oldest, self.newest)
+        }
+    }
+}
+
+/// What this implementation speaks.
+pub fn supported() -> Versions {
+    Versions { oldest: OLDEST, newest: CURRENT }
+}
+
+/// The newest version that both sides speak.
+pub fn negotiate(theirs: &Versions) -> Option<u16> {
+    let newest = theirs.newest.min(CURRENT);
+    (newest >= theirs.oldest.max(OLDEST)).then_some(newest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_is_taken() {
+        assert_eq!(negotiate(&supported()), Some(CURRENT));
+        assert_eq!(negotiate(&Versions { oldest: 1, newest: 900 }), Some(CURRENT));
+        assert_eq!(negotiate(&Versions { oldest: CURRENT + 1, newest: 900 }), None);
+        assert_eq!(negotiate(&Versions { oldest: 5, newest: 2 }), None);
+    }
+}
