@@ -1,6 +1,6 @@
 //! How the store fails.
 
-use pageferry_wire_format::{PageNo, SpaceId};
+use pageferry_wire_format::{DecodeError, PageNo, SpaceId};
 use std::io;
 
 /// A failure of the page store. Whatever failed, the pages that were there before are still there.
@@ -42,7 +42,7 @@ pub enum StoreError {
         pages: usize,
         /// What the decoder said.
         #[source]
-        cause: Box<dyn std::error::Error + Send + Sync>,
+        cause: DecodeError,
     },
     /// A page that belongs to the program never arrived.
     #[error("sealing space {}: page {page:#x} was never received", space.0, page = page.0)]

@@ -225,7 +225,7 @@ impl SpaceIndex {
             while let Some((page, place, digest)) = pages.next_if(|(page, ..)| split(*page).0 == number) {
                 let at = split(page).1;
                 if table.held.has(at) {
-                    self.digest.remove(page, table.digests[at]);
+                    self.digest.remove(page, &table.digests[at]);
                     if let Some(slot) = table.slot(at) {
                         freed(slot);
                         self.stored -= 1;
@@ -233,7 +233,7 @@ impl SpaceIndex {
                 } else {
                     self.pages += 1;
                 }
-                self.digest.insert(page, digest);
+                self.digest.insert(page, &digest);
                 table.held.set(at);
                 if matches!(place, Place::Slot(_)) {
                     table.stored.set(at);
@@ -252,7 +252,7 @@ impl SpaceIndex {
     pub(super) fn remove(&mut self, number: u64, pages: &Mask, mut freed: impl FnMut(u32)) {
         let Some(table) = self.tables.get_mut(&number) else { return };
         for at in table.held.and(pages).iter() {
-            self.digest.remove(PageNo(number * TABLE_PAGES + at as u64), table.digests[at]);
+            self.digest.remove(PageNo(number * TABLE_PAGES + at as u64), &table.digests[at]);
             self.pages -= 1;
             if let Some(slot) = table.slot(at) {
                 freed(slot);

@@ -2,37 +2,9 @@
 
 use super::error::StoreError;
 use crate::destination::sys::arena::{Extent, SLOT_BYTES};
-use pageferry_wire_format::{PageDigest, PageNo, PageRun, SpaceId, digest};
-use std::error::Error;
+use pageferry_wire_format::{Coding, PageDigest, PageNo, SpaceId, ZstdDecoder, digest};
 use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// What a batch says of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Announced {
-    /// All bytes of these pages are zero; nothing is sent for them.
-    Zero(PageRun),
-    /// The page's bytes follow, in the order of the announcements, and have this digest.
-    Bytes(PageNo, PageDigest),
-}
-
-/// Unpacks a payload (first argument) into exactly the bytes of a batch's pages (second argument). Anything but
-/// exactly that many bytes is an error.
-pub type Unpack = fn(&[u8], &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>>;
-
-/// How the bytes of a batch are sent.
-#[derive(Clone, Copy, Debug)]
-pub enum Payload {
-    /// As they are.
-    Raw,
-    /// All pages of the batch together in so many bytes, which `unpack` makes pages of.
-    Packed {
-        /// Length of the payload.
-        len: usize,
-        /// How it is unpacked.
-        unpack: Unpack,
-    },
-}
 
 /// What dropped landings leave behind: slots to use again, and buffers.
 #[derive(Debug, Default)]
@@ -45,7 +17,8 @@ pub(super) struct Returned {
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     pub(super) packed: Vec<u8>,
-    pub(super) plain: Vec<u8>,
+    plain: Vec<u8>,
+    decoder: Option<ZstdDecoder>,
 }
 
 /// A batch whose bytes are being received. Its slots are new ones: a batch that breaks, or is dropped, leaves the
@@ -56,10 +29,9 @@ pub struct Landing {
     pub(super) space: SpaceId,
     pub(super) round: u32,
     pub(super) pages: Vec<(PageNo, PageDigest)>,
-    pub(super) zeros: Vec<PageRun>,
+    pub(super) zeros: Vec<PageNo>,
     pub(super) extents: Vec<Extent>,
-    /// How `buffers.packed` is unpacked; `None` when the bytes come as they are.
-    pub(super) unpack: Option<Unpack>,
+    pub(super) coding: Coding,
     pub(super) buffers: Buffers,
     pub(super) checked: bool,
     pub(super) returned: Arc<Mutex<Returned>>,
@@ -70,17 +42,19 @@ impl Landing {
     /// most as many slices as pages with bytes.
     pub fn slices(&mut self) -> Vec<IoSliceMut<'_>> {
         self.checked = false;
-        match self.unpack {
-            Some(_) => vec![IoSliceMut::new(&mut self.buffers.packed)],
-            None => self.extents.iter_mut().map(|extent| IoSliceMut::new(extent.bytes_mut())).collect(),
+        match self.coding {
+            Coding::Zstd => vec![IoSliceMut::new(&mut self.buffers.packed)],
+            Coding::Raw => {
+                self.extents.iter_mut().map(|extent| IoSliceMut::new(extent.bytes_mut())).collect()
+            }
         }
     }
 
     /// Bytes of payload that are to be received.
     pub fn payload_len(&self) -> usize {
-        match self.unpack {
-            Some(_) => self.buffers.packed.len(),
-            None => self.pages.len() * SLOT_BYTES,
+        match self.coding {
+            Coding::Zstd => self.buffers.packed.len(),
+            Coding::Raw => self.pages.len() * SLOT_BYTES,
         }
     }
 
@@ -106,14 +80,21 @@ impl Landing {
 
     /// Makes pages of a packed payload, in their slots.
     fn unpack(&mut self) -> Result<(), StoreError> {
-        let Some(unpack) = self.unpack else { return Ok(()) };
+        if self.coding == Coding::Raw {
+            return Ok(());
+        }
         let (space, pages) = (self.space, self.pages.len());
         let failed = |cause| StoreError::Unpack { space, pages, cause };
+        let Buffers { packed, plain, decoder } = &mut self.buffers;
+        let decoder = match decoder {
+            Some(decoder) => decoder,
+            None => decoder.insert(ZstdDecoder::new().map_err(failed)?),
+        };
         if let [extent] = &mut self.extents[..] {
-            return unpack(&self.buffers.packed, extent.bytes_mut()).map_err(failed);
+            return decoder.decode(packed, extent.bytes_mut()).map_err(failed);
         }
-        self.buffers.plain.resize(pages * SLOT_BYTES, 0);
-        unpack(&self.buffers.packed, &mut self.buffers.plain).map_err(failed)?;
+        plain.resize(pages * SLOT_BYTES, 0);
+        decoder.decode(packed, plain).map_err(failed)?;
         let mut rest = &self.buffers.plain[..];
         for extent in &mut self.extents {
             let slots = extent.bytes_mut();

@@ -15,13 +15,13 @@ mod slots;
 
 pub use error::{Bound, StoreError};
 pub(crate) use index::Mask;
-pub use landing::{Announced, Landing, Payload, Unpack};
+pub use landing::Landing;
 
 use super::sys::arena::SLOT_BYTES;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
-use pageferry_wire_format::digest::SpaceDigest;
-use pageferry_wire_format::{PageDigest, PageNo, PageRun, SpaceId};
+use pageferry_wire_format::digest::{self, SpaceDigest};
+use pageferry_wire_format::{Coding, PageBatch, PageDigest, PageNo, PageRun, SpaceId};
 use slots::Slots;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -101,20 +101,14 @@ impl PageStore {
         self.spaces.keys().copied()
     }
 
-    /// Makes room for a batch. The payload is to be received into [`Landing::slices`]; then the batch is to be
-    /// finished. Dropping it instead leaves everything as it was.
+    /// Makes room for a batch with a payload of `payload_len` bytes, which are to be received into
+    /// [`Landing::slices`]; then the batch is to be finished. Dropping it instead leaves everything as it was.
     ///
-    /// `round` says how recent the pages are: pages of later rounds are put in place first.
+    /// The round of the batch says how recent its pages are: those of later rounds are put in place first.
     ///
     /// # Errors
     /// [`StoreError::OutOfMemory`].
-    pub fn begin(
-        &mut self,
-        space: SpaceId,
-        round: u32,
-        announced: impl IntoIterator<Item = Announced>,
-        payload: Payload,
-    ) -> Result<Landing, StoreError> {
+    pub fn begin_batch(&mut self, batch: &PageBatch, payload_len: usize) -> Result<Landing, StoreError> {
         let mut buffers = {
             let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
             for extent in returned.extents.drain(..) {
@@ -122,36 +116,27 @@ impl PageStore {
             }
             std::mem::take(&mut returned.buffers)
         };
-        let (mut pages, mut zeros) = (Vec::new(), Vec::new());
-        let mut grown = 0;
-        let (tables, mut last) = (self.spaces.get(&space).map(|index| &index.tables), None);
-        for entry in announced {
-            let run = match entry {
-                Announced::Zero(run) => {
-                    zeros.push(run);
-                    run
-                }
-                Announced::Bytes(page, digest) => {
-                    pages.push((page, digest));
-                    PageRun { start: page, len: 1 }
-                }
-            };
-            for (number, ..) in by_table(run.start.0, run.len) {
-                if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains_key(&number)) {
-                    grown += TABLE_BYTES;
-                }
+        let (space, round, coding) = (batch.space(), batch.round(), batch.coding());
+        let tables = self.spaces.get(&space).map(|index| &index.tables);
+        let (mut pages, mut zeros) = (Vec::with_capacity(batch.nonzero()), Vec::new());
+        let (mut grown, mut last) = (0, None);
+        for (page, zero, &digest) in batch.pages() {
+            if zero {
+                zeros.push(page);
+            } else {
+                pages.push((page, digest));
+            }
+            let number = split(page).0;
+            if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains_key(&number)) {
+                grown += TABLE_BYTES;
             }
         }
         let extents = self.slots.take(pages.len() as u32, self.index_bytes() + grown)?;
-        let unpack = match payload {
-            Payload::Raw => None,
-            Payload::Packed { len, unpack } => {
-                buffers.packed.resize(len, 0);
-                Some(unpack)
-            }
-        };
+        if coding == Coding::Zstd {
+            buffers.packed.resize(payload_len, 0);
+        }
         let returned = Arc::clone(&self.returned);
-        Ok(Landing { space, round, pages, zeros, extents, unpack, buffers, checked: false, returned })
+        Ok(Landing { space, round, pages, zeros, extents, coding, buffers, checked: false, returned })
     }
 
     /// Checks a received batch against its digests and lets its pages replace what was there.
@@ -176,11 +161,9 @@ impl PageStore {
         let slots = &mut self.slots;
         let stored = landing.pages.iter().zip(places).map(|(&(page, digest), place)| (page, place, digest));
         index.insert(landing.round, stored, |slot| slots.free(slot));
-        let zeros = landing.zeros.iter().flat_map(|run| run.start.0..run.start.0.saturating_add(run.len));
-        let zeros = zeros.map(|page| (PageNo(page), Place::Zero, PageDigest::ZERO_PAGE));
+        let zeros = landing.zeros.iter().map(|&page| (page, Place::Zero, digest::ZERO_PAGE));
         index.insert(landing.round, zeros, |slot| slots.free(slot));
-        let zero = landing.zeros.iter().map(|run| run.len).sum();
-        Ok(BatchOutcome { stored: landing.pages.len() as u64, zero })
+        Ok(BatchOutcome { stored: landing.pages.len() as u64, zero: landing.zeros.len() as u64 })
     }
 
     /// Forgets pages that are gone from the program.
@@ -337,3 +320,6 @@ impl PageStore {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
