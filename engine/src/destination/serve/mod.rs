@@ -261,3 +261,6 @@ impl Drop for Server {
         self.join();
     }
 }
+
+#[cfg(test)]
+mod tests;
