@@ -4,5 +4,7 @@
 //! the migrated program): every workload can prove at any time that no byte of its memory is wrong.
 //! `pageferry-bench` moves them between two hosts and measures.
 
+pub mod bench;
+pub mod redis;
 pub mod sys;
 pub mod workload;

@@ -62,6 +62,12 @@ enum Workload {
         #[arg(long, default_value_t = 0)]
         reads: u32,
     },
+    /// Writes numbered keys to redis, and remembers what was acknowledged
+    RedisLoad(crate::redis::load::Options),
+    /// Fills redis with values that can be computed again
+    RedisFill(crate::redis::fill::Options),
+    /// Looks whether everything that was filled or acknowledged is there
+    RedisVerify(crate::redis::verify::Options),
 }
 
 /// What all workloads have in common.
@@ -128,6 +134,9 @@ impl Command {
             Workload::Mixed(common) => mixed::run(&common),
             Workload::Churn(common) => churn::run(&common),
             Workload::Writer { common, reads } => writer::run(&common, reads),
+            Workload::RedisLoad(options) => crate::redis::load::run(&options),
+            Workload::RedisFill(options) => crate::redis::fill::run(&options),
+            Workload::RedisVerify(options) => crate::redis::verify::run(&options),
         }
     }
 }

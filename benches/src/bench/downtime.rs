@@ -1,0 +1,161 @@
+//! How long a program stands still, by the size of its memory, beside plain CRIU.
+
+use super::baseline::{self, find_criu};
+use super::hosts::{Host, Hosts};
+use super::stats::Runs;
+use super::subject::Subject;
+use super::table::Table;
+use super::{Common, child, ensure_memory, machine};
+use crate::workload::pace::Rate;
+use crate::workload::state::realtime_us;
+use anyhow::Context;
+use bytesize::ByteSize;
+use clap::Args;
+use serde::Serialize;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Goal: downtime at every size, in milliseconds.
+const GOAL_MS: f64 = 100.0;
+/// Goal: downtime of the largest memory over that of the smallest.
+const GOAL_GROWTH: f64 = 2.5;
+
+/// Options of this measurement.
+#[derive(Clone, Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Memory of the program
+    #[arg(long, value_delimiter = ',', default_value = "64MiB,512MiB,2GiB,4GiB")]
+    sizes: Vec<ByteSize>,
+    /// Bytes a second that it dirties
+    #[arg(long, default_value = "10MB")]
+    write_rate: String,
+    /// Leave plain CRIU out
+    #[arg(long)]
+    no_criu: bool,
+    /// Further options for `pageferry migrate`
+    #[arg(last = true)]
+    migrate: Vec<String>,
+}
+
+/// One size.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    memory_bytes: u64,
+    write_rate: u64,
+    /// As the engine reports it.
+    downtime_ms: Runs,
+    /// Longest pause between two iterations of the program around the migration, on CLOCK_REALTIME.
+    program_gap_ms: Runs,
+    /// The same with plain CRIU: it stands still for as long as the program does.
+    criu_downtime_ms: Option<Runs>,
+    /// Over the first size's.
+    growth: f64,
+    /// At most 100 ms, and at most 2.5 times the first size's.
+    pass: bool,
+}
+
+/// Measures and prints the table; fails if a goal was missed.
+///
+/// # Errors
+/// What kept it from measuring.
+pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let Options { common, sizes, .. } = options;
+    common.medians_need_runs()?;
+    let rate: Rate = options.write_rate.parse().map_err(anyhow::Error::msg)?;
+    let Rate::Bytes(write_rate) = rate else { anyhow::bail!("--write-rate must be a number of bytes") };
+    ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
+    let ferry = common.ferry()?;
+    let criu = if options.no_criu { None } else { Some(find_criu(common.criu.as_deref())?) };
+    let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
+    let extra: Vec<&str> = options.migrate.iter().map(String::as_str).collect();
+    let mut rows: Vec<Row> = Vec::new();
+    for &size in sizes {
+        let (mut engine, mut gaps, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        for run in 1..=common.runs {
+            let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
+            let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
+            let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
+            engine.push(migration.report.downtime_us.total as f64 / 1e3);
+            gaps.push(end(&hosts, &subject, since)?);
+            let mut note = format!(
+                "{size}, run {run} of {}: {:.1} ms (the program saw {:.1} ms)",
+                common.runs,
+                engine[run - 1],
+                gaps[run - 1]
+            );
+            if let Some(criu) = &criu {
+                let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
+                baseline::migrate(&hosts, criu, subject.pid)?;
+                plain.push(end(&hosts, &subject, since)?);
+                note.push_str(&format!("; plain CRIU {:.1} ms", plain[run - 1]));
+            }
+            eprintln!("{note}");
+        }
+        let downtime_ms = Runs::new(engine);
+        let growth =
+            downtime_ms.median / rows.first().map_or(downtime_ms.median, |row| row.downtime_ms.median);
+        let pass = downtime_ms.median <= GOAL_MS && growth <= GOAL_GROWTH;
+        let row = Row {
+            memory_bytes: size.as_u64(),
+            write_rate,
+            downtime_ms,
+            program_gap_ms: Runs::new(gaps),
+            criu_downtime_ms: criu.as_ref().map(|_| Runs::new(plain)),
+            growth,
+            pass,
+        };
+        if common.json {
+            println!("{}", serde_json::to_string(&row)?);
+        }
+        rows.push(row);
+    }
+    if !common.json {
+        print!("{}", render(&rows, common));
+    }
+    Ok(if rows.iter().all(|row| row.pass) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Starts a writer; returns it and the moment from which on gaps count.
+fn start(hosts: &Hosts, scratch: &Path, size: ByteSize, rate: &str) -> anyhow::Result<(Subject, u64)> {
+    let arguments = ["writer", "--memory", &size.as_u64().to_string(), "--rate", rate].map(str::to_owned);
+    let subject = Subject::start(hosts, scratch, "writer", &arguments)?;
+    child::sleep(Duration::from_secs(1))?;
+    Ok((subject, realtime_us()))
+}
+
+/// Waits until the moved program runs, takes its longest gap (milliseconds), lets it check its memory, ends it.
+fn end(hosts: &Hosts, subject: &Subject, since: u64) -> anyhow::Result<f64> {
+    subject.wait_alive_after(realtime_us())?;
+    let (gap_us, _) = subject.longest_gap_since(since)?;
+    subject.check()?;
+    hosts.kill(Host::Destination, subject.pid)?;
+    Ok(gap_us as f64 / 1e3)
+}
+
+fn render(rows: &[Row], common: &Common) -> String {
+    let mut table =
+        Table::new(&["memory", "downtime ms", "program saw ms", "plain CRIU ms", "growth", "goal"]);
+    for row in rows {
+        table.row(vec![
+            ByteSize(row.memory_bytes).to_string(),
+            row.downtime_ms.display(1),
+            row.program_gap_ms.display(1),
+            row.criu_downtime_ms.as_ref().map_or("-".to_owned(), |runs| runs.display(0)),
+            format!("{:.2}x", row.growth),
+            if row.pass { "met" } else { "missed" }.to_owned(),
+        ]);
+    }
+    let rate = rows.first().map_or(0, |row| row.write_rate);
+    format!(
+        "{}\n{} of pages dirtied a second; link: {}; median (smallest..largest) of {} runs; goal: at most {GOAL_MS} ms, \
+         and at most {GOAL_GROWTH} times the first row\n\n{}",
+        machine::describe(),
+        ByteSize(rate).display().si(),
+        common.link.as_deref().unwrap_or("not shaped"),
+        common.runs,
+        table.render()
+    )
+}

@@ -1,0 +1,175 @@
+//! A migration by the `pageferry` command, and what its report says.
+
+use super::child::{Running, TimedLine, wait_for};
+use super::hosts::{Host, Hosts};
+use super::machine;
+use anyhow::{Context, bail};
+use serde::Deserialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+/// Longest time that a migration takes here.
+const LIMIT: Duration = Duration::from_secs(600);
+/// Port of the receiver.
+const PORT: u16 = 7077;
+
+/// The part of a report that is measured by.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Report {
+    /// How the migration ended.
+    pub outcome: String,
+    /// Why pre-copy ended.
+    pub stop_reason: String,
+    /// Dirty tracker.
+    pub tracker: String,
+    /// How CRIU was kept from the memory.
+    pub hide: String,
+    /// Rounds.
+    pub rounds: Vec<Round>,
+    /// Bytes on the wire.
+    pub bytes_sent: u64,
+    /// Whole time.
+    pub total_us: u64,
+    /// Downtime.
+    pub downtime_us: Downtime,
+}
+
+/// Downtime in the report.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Downtime {
+    /// All of it.
+    pub total: u64,
+}
+
+/// A round in the report.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Round {
+    /// Pages whose bytes were sent.
+    pub sent_pages: u64,
+    /// Bytes on the wire.
+    pub sent_bytes: u64,
+    /// From the scan until the acknowledgement.
+    pub duration_us: u64,
+}
+
+/// A migration that succeeded.
+#[derive(Clone, Debug)]
+pub struct Migration {
+    /// Its report.
+    pub report: Report,
+    /// Events that the source printed.
+    pub events: Vec<TimedLine>,
+    /// Largest resident size of the source's engine as the kernel counted it (VmHWM), sampled from outside.
+    pub engine_peak_bytes: u64,
+}
+
+impl Migration {
+    /// When an event was first printed (microseconds since 1970).
+    pub fn event_us(&self, name: &str) -> Option<u64> {
+        self.events.iter().find_map(|line| {
+            let event: serde_json::Value = serde_json::from_str(&line.text).ok()?;
+            (event.get("event")?.as_str()? == name).then_some(line.at_us)
+        })
+    }
+}
+
+/// The `pageferry` command.
+#[derive(Clone, Debug)]
+pub struct Ferry {
+    program: PathBuf,
+}
+
+impl Ferry {
+    /// The command at this path.
+    pub fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+
+    /// Moves a process from the source to the destination.
+    ///
+    /// # Errors
+    /// What failed, with the last words of both sides.
+    pub fn migrate(
+        &self,
+        hosts: &Hosts,
+        scratch: &Path,
+        pid: i32,
+        options: &[&str],
+    ) -> anyhow::Result<Migration> {
+        let program = self.program.to_string_lossy().into_owned();
+        let listen = format!("{}:{PORT}", Host::Destination.address());
+        let receive = ["receive", "--listen", &listen, "--insecure", "--once"];
+        let mut receiver = Running::start(
+            "pageferry receive",
+            &mut hosts.exec(Host::Destination, [program.as_str()].iter().chain(&receive)),
+        )?;
+        receiver.wait_line("listening", Duration::from_secs(30))?;
+        let report = scratch.join("report.json");
+        let _ = fs::remove_file(&report);
+        let report_text = report.to_string_lossy().into_owned();
+        let pid = pid.to_string();
+        let mut migrate = vec![
+            program.as_str(),
+            "migrate",
+            "--pid",
+            &pid,
+            "--to",
+            &listen,
+            "--report",
+            &report_text,
+            "--json",
+        ];
+        migrate.extend(options);
+        let mut sender = Running::start("pageferry migrate", &mut hosts.exec(Host::Source, &migrate))?;
+        let (ended, peak) = (AtomicBool::new(false), AtomicU64::new(0));
+        let finished = thread::scope(|scope| {
+            scope.spawn(|| watch_memory(&program, &report_text, &ended, &peak));
+            let finished = sender.finish(LIMIT);
+            ended.store(true, Ordering::SeqCst);
+            finished
+        });
+        finished.with_context(|| format!("the receiver's last words:\n{}", receiver.last_words()))?;
+        wait_for("the end of pageferry receive", LIMIT, || receiver.ended())?;
+        let text = fs::read_to_string(&report)
+            .with_context(|| format!("reading the report {}", report.display()))?;
+        let report: Report = serde_json::from_str(&text).context("understanding the report")?;
+        if report.outcome != "completed" {
+            bail!("the report says {:?}", report.outcome);
+        }
+        let engine_peak_bytes = peak.load(Ordering::SeqCst);
+        Ok(Migration { report, events: sender.lines(), engine_peak_bytes })
+    }
+}
+
+/// Samples VmHWM of the sender until it has ended. Known by its command line, because its pid in the host's
+/// namespace says nothing here.
+fn watch_memory(program: &str, report: &str, ended: &AtomicBool, peak: &AtomicU64) {
+    let mut pid = None;
+    while !ended.load(Ordering::SeqCst) {
+        pid = pid.or_else(|| find(program, report));
+        if let Some(pid) = pid
+            && let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status"))
+            && let Some(kib) = machine::kib(&status, "VmHWM")
+        {
+            peak.fetch_max(kib * 1024, Ordering::SeqCst);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn find(program: &str, argument: &str) -> Option<u32> {
+    fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let command = fs::read(entry.path().join("cmdline")).ok()?;
+        let mut words = command.split(|&byte| byte == 0);
+        let matches =
+            words.next() == Some(program.as_bytes()) && words.any(|word| word == argument.as_bytes());
+        matches.then_some(pid)
+    })
+}

@@ -1,0 +1,134 @@
+//! Measurements of live migrations between two hosts on this machine.
+
+use anyhow::Context;
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+pub mod baseline;
+pub mod child;
+pub mod downtime;
+pub mod ferry;
+pub mod goodput;
+pub mod hosts;
+pub mod machine;
+pub mod slowdown;
+pub mod stats;
+pub mod subject;
+pub mod table;
+
+/// Moves programs between two hosts on this machine and measures.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry-bench", version)]
+pub struct Command {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// How long a program stands still, by the size of its memory, beside plain CRIU
+    Downtime(downtime::Options),
+    /// How fast memory is copied before the freeze, and what the engine needs for it
+    Goodput(goodput::Options),
+    /// What a program feels while its memory is copied
+    Slowdown(slowdown::Options),
+    /// Plain CRIU, source side: dump, send the images, wait for the restore
+    CriuSource(baseline::source::Options),
+    /// Plain CRIU, destination side: receive images, restore
+    CriuDestination(baseline::destination::Options),
+}
+
+/// What all measurements have in common.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Runs of everything; the table shows medians
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+    /// One JSON object a row instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// Shape the link (as `tc` says it: 1gbit); without it, it is as fast as the machine goes
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<String>,
+    /// The pageferry to measure (otherwise the one built beside this program)
+    #[arg(long, value_name = "FILE")]
+    pub pageferry: Option<PathBuf>,
+    /// The tool that makes the two hosts
+    #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/two-hosts"))]
+    pub two_hosts: PathBuf,
+    /// CRIU for the comparison (otherwise the one that pageferry would find)
+    #[arg(long, value_name = "FILE", env = "PAGEFERRY_CRIU")]
+    pub criu: Option<PathBuf>,
+}
+
+impl Common {
+    /// The pageferry to measure.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub fn ferry(&self) -> anyhow::Result<ferry::Ferry> {
+        let program = match &self.pageferry {
+            Some(path) => path.clone(),
+            None => beside_this("pageferry").context(
+                "no `pageferry` beside this program: build it (cargo build --release -p pageferry), or name one \
+                 with --pageferry",
+            )?,
+        };
+        let program = program.canonicalize().with_context(|| format!("looking for {}", program.display()))?;
+        Ok(ferry::Ferry::new(program))
+    }
+
+    fn medians_need_runs(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.runs > 0, "--runs must be at least 1");
+        Ok(())
+    }
+}
+
+impl Command {
+    /// Runs a measurement. The exit status is a failure if a goal was missed.
+    ///
+    /// # Errors
+    /// What kept it from measuring.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        child::watch_signals()?;
+        match self.bench {
+            Bench::Downtime(options) => downtime::run(&options),
+            Bench::Goodput(options) => goodput::run(&options),
+            Bench::Slowdown(options) => slowdown::run(&options),
+            Bench::CriuSource(options) => baseline::source::run(&options),
+            Bench::CriuDestination(options) => baseline::destination::run(&options),
+        }
+    }
+}
+
+/// A program that was built into the same directory.
+///
+/// # Errors
+/// That it is not there.
+pub fn beside_this(name: &str) -> anyhow::Result<PathBuf> {
+    let this = std::env::current_exe().context("asking for the path of this program")?;
+    let path = this.parent().unwrap_or(Path::new("/")).join(name);
+    anyhow::ensure!(path.is_file(), "{} does not exist", path.display());
+    Ok(path)
+}
+
+/// Refuses sizes whose measurement would not fit: the program, what the destination holds, and the restored
+/// program are in memory side by side.
+fn ensure_memory(largest: ByteSize) -> anyhow::Result<()> {
+    let needed = largest.as_u64().saturating_mul(16) / 5;
+    let available = machine::available_memory()?;
+    anyhow::ensure!(
+        available >= needed,
+        "moving {largest} needs about {} of memory, and {} is available: choose other --sizes",
+        ByteSize(needed),
+        ByteSize(available)
+    );
+    Ok(())
+}
+
+/// The `pageferry-workload` beside this program.
+fn workload() -> anyhow::Result<PathBuf> {
+    beside_this("pageferry-workload").context("pageferry-workload is built together with this program")
+}

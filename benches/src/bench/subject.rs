@@ -1,0 +1,115 @@
+//! The program that is moved, seen from outside.
+
+use super::child::{still_wanted, wait_for};
+use super::hosts::{Host, Hosts};
+use crate::workload::state::{Line, beside, read_lines};
+use anyhow::{Context, bail};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A workload that runs in the source host.
+#[derive(Debug)]
+pub struct Subject {
+    /// Its pid, the same in both hosts.
+    pub pid: i32,
+    state: PathBuf,
+}
+
+impl Subject {
+    /// Starts a workload and waits until its memory is filled.
+    ///
+    /// # Errors
+    /// What kept it from starting.
+    pub fn start(hosts: &Hosts, scratch: &Path, name: &str, arguments: &[String]) -> anyhow::Result<Self> {
+        let program = super::workload()?;
+        let state = scratch.join(name);
+        let log = scratch.join(format!("{name}.log"));
+        let mut command = vec![program.into_os_string()];
+        command.extend(arguments.iter().map(Into::into));
+        command.extend(["--state".into(), state.clone().into_os_string()]);
+        let pid = hosts.start(Host::Source, &log, command)?;
+        let subject = Self { pid, state };
+        wait_for(&format!("the first sign of life of {name}"), Duration::from_secs(180), || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            if !text.trim().is_empty() {
+                bail!("{name}: {}", text.trim());
+            }
+            Ok(subject.lines().is_ok_and(|lines| !lines.is_empty()).then_some(()))
+        })?;
+        Ok(subject)
+    }
+
+    /// Its state file so far.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn lines(&self) -> anyhow::Result<Vec<Line>> {
+        read_lines(&self.state).with_context(|| format!("reading {}", self.state.display()))
+    }
+
+    /// Longest time that it stood still since then, and when that ended (microseconds).
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn longest_gap_since(&self, since_us: u64) -> anyhow::Result<(u64, u64)> {
+        let lines = self.lines()?;
+        let gaps = lines.iter().filter(|line| line.gap_end_us > since_us);
+        Ok(gaps.map(|line| (line.gap_us, line.gap_end_us)).max().unwrap_or((0, 0)))
+    }
+
+    /// Waits until it wrote a line after that moment: it runs.
+    ///
+    /// # Errors
+    /// That it did not.
+    pub fn wait_alive_after(&self, moment_us: u64) -> anyhow::Result<()> {
+        wait_for("a sign of life of the moved program", Duration::from_secs(60), || {
+            Ok(self.lines()?.last().is_some_and(|line| line.at_us > moment_us).then_some(()))
+        })
+    }
+
+    /// Lets it compare its whole memory with what it must be.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> anyhow::Result<String> {
+        still_wanted()?;
+        let verdict = beside(&self.state, "verdict");
+        if verdict.exists() {
+            std::fs::remove_file(&verdict)?;
+        }
+        std::fs::write(beside(&self.state, "check"), "")?;
+        let text =
+            wait_for("a verdict", Duration::from_secs(180), || match std::fs::read_to_string(&verdict) {
+                Ok(text) => Ok(Some(text)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error).with_context(|| format!("reading {}", verdict.display())),
+            })?;
+        match text.strip_prefix("ok ") {
+            Some(details) => Ok(details.trim().to_owned()),
+            None => bail!("the moved program lost memory: {}", text.trim()),
+        }
+    }
+}
+
+/// Operations a second between two moments, from the lines in between; `None` when there are not two.
+pub fn throughput(lines: &[Line], from_us: u64, to_us: u64) -> Option<f64> {
+    let mut inside = lines.iter().filter(|line| (from_us..=to_us).contains(&line.at_us));
+    let first = inside.next()?;
+    let last = inside.next_back()?;
+    let seconds = (last.at_us - first.at_us) as f64 / 1e6;
+    (seconds > 0.0).then(|| (last.progress - first.progress) as f64 / seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn throughput_counts_only_what_is_inside() {
+        let line = |at_us, progress| Line { at_us, progress, gap_us: 0, gap_end_us: 0 };
+        let lines = [line(0, 0), line(1_000_000, 50), line(2_000_000, 150), line(3_000_000, 1000)];
+        assert_eq!(throughput(&lines, 1_000_000, 2_500_000), Some(100.0));
+        assert_eq!(throughput(&lines, 1_500_000, 2_500_000), None);
+        assert_eq!(throughput(&lines, 5_000_000, 6_000_000), None);
+    }
+}
