@@ -1,0 +1,419 @@
+//! Tracks a whole tree: every address space with a source of its own, through forks, execs and exits.
+
+use crate::freeze::{FreezeError, Frozen};
+use crate::inject::InjectError;
+use crate::page_set::PageSet;
+use crate::probe::{Kernel, TrackerKind};
+use crate::region::{self, Region, RegionError};
+use crate::source::soft_dirty::SoftDirty;
+use crate::source::uffd_wp::UffdWp;
+use crate::source::{DirtySource, lazy_spans, populated};
+use crate::sys::ptrace::same_memory;
+use crate::target::Target;
+use crate::tree::{TreeError, discover};
+
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// An address space, for as long as it is tracked; never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpaceKey(pub u32);
+
+/// What the tree does while it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TreeState {
+    /// It runs.
+    Running,
+    /// Somebody else has stopped all of it, and keeps it so.
+    Frozen,
+}
+
+/// Names what a collect returned, to acknowledge it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+/// What a collect found.
+#[derive(Debug)]
+pub struct Collected {
+    /// To acknowledge it with.
+    pub ticket: Ticket,
+    /// Every address space of the tree, the root's first.
+    pub spaces: Vec<SpaceScan>,
+    /// Spaces that were returned before and are gone.
+    pub exited: Vec<SpaceKey>,
+    /// How long the tree was stopped for it.
+    pub pause: Duration,
+}
+
+/// One address space.
+#[derive(Debug)]
+pub struct SpaceScan {
+    /// Its name.
+    pub key: SpaceKey,
+    /// Its process.
+    pub target: Target,
+    /// Whether it is returned for the first time.
+    pub is_new: bool,
+    /// Its mappings.
+    pub regions: Vec<Region>,
+    /// Pages of the mappings that can be lazy ([`Region::can_be_lazy`]) that are in memory or in swap, without the
+    /// kernel's shared page of zeros.
+    pub populated: PageSet,
+    /// Of these, the pages that may have been written since the last acknowledged collect. Everything, the first
+    /// time.
+    pub dirty: PageSet,
+    /// Whether it is watched. A process that is found only when the tree is frozen is not, and all of it is dirty.
+    pub tracked: bool,
+}
+
+/// Why a tree cannot be tracked.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The tree could not be listed.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// A process could not be prepared.
+    #[error("could not prepare process {pid}")]
+    Inject {
+        /// Which.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: InjectError,
+    },
+    /// The kernel refused.
+    #[error("could not watch process {pid}")]
+    Io {
+        /// Which.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a collect failed. Nothing is lost: what it had found comes back with the next.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// The tree could not be listed.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// A process that is new could not be tracked.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The tree could not be stopped.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// Mappings could not be read.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// A scan failed.
+    #[error("could not scan process {pid}")]
+    Scan {
+        /// Which.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a tracker could not be taken away cleanly.
+#[derive(Debug, thiserror::Error)]
+#[error("could not let go of the tracked tree")]
+pub struct DetachError(#[source] io::Error);
+
+#[derive(Debug)]
+struct Space {
+    key: SpaceKey,
+    target: Target,
+    source: Box<dyn DirtySource>,
+    /// Collected, but not acknowledged.
+    pending: PageSet,
+    returned: bool,
+}
+
+/// Watches what a process tree writes. Dropping it leaves the tree as it was found.
+#[derive(Debug)]
+pub struct Tracker {
+    root: Target,
+    kind: TrackerKind,
+    scan_soft_dirty: bool,
+    spaces: Vec<Space>,
+    next_key: u32,
+    next_ticket: u64,
+    exited: Vec<SpaceKey>,
+}
+
+/// How often a process may be replaced (`exec`) while one collect tries to look at it.
+const TRIES: u32 = 20;
+
+impl Tracker {
+    /// Begins to watch every process of the tree of `root`. From here on every write is seen.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing is watched then.
+    pub fn attach(root: Target, kind: TrackerKind) -> Result<Self, AttachError> {
+        let scan_soft_dirty = kind == TrackerKind::SoftDirty && Kernel::probe().scan_soft_dirty.works;
+        let mut tracker = Self {
+            root,
+            kind,
+            scan_soft_dirty,
+            spaces: Vec::new(),
+            next_key: 0,
+            next_ticket: 0,
+            exited: Vec::new(),
+        };
+        let members = discover(&tracker.root)?;
+        tracker.adopt(&members)?;
+        Ok(tracker)
+    }
+
+    /// Which source is used.
+    pub fn kind(&self) -> TrackerKind {
+        self.kind
+    }
+
+    /// What was written since the last acknowledged collect, in every process of the tree; processes that were
+    /// forked since are taken in.
+    ///
+    /// Bytes are to be read after this returns: a write that lands while they are read shows in the next collect.
+    ///
+    /// # Errors
+    /// [`CollectError`].
+    pub fn collect(&mut self, state: TreeState) -> Result<Collected, CollectError> {
+        let start = Instant::now();
+        // Soft-dirty reads and clears in two steps: nothing may run in between.
+        let frozen = match (self.kind, state) {
+            (TrackerKind::SoftDirty, TreeState::Running) => Some(Frozen::new(&self.root)?),
+            _ => None,
+        };
+        let members = match &frozen {
+            Some(frozen) => frozen.members.clone(),
+            None => discover(&self.root)?,
+        };
+        self.forget_the_dead(&members);
+        let mut strangers = Vec::new();
+        match state {
+            TreeState::Running => self.adopt(&members)?,
+            TreeState::Frozen => strangers = self.strangers(&members),
+        }
+        let mut spaces = Vec::with_capacity(members.len());
+        let mut at = 0;
+        while at < self.spaces.len() {
+            // A space that is gone was removed: who is next stands in its place.
+            if let Some(scan) = self.scan_space(at, state)? {
+                spaces.push(scan);
+                at += 1;
+            }
+        }
+        for stranger in strangers {
+            spaces.push(self.scan_stranger(&stranger)?);
+        }
+        // A process that replaced itself is in the tree, and has a new space at the end of the list.
+        spaces.sort_by_key(|space| !space.target.is(&self.root));
+        drop(frozen);
+        let pause = match (self.kind, state) {
+            (TrackerKind::SoftDirty, TreeState::Running) => start.elapsed(),
+            _ => Duration::ZERO,
+        };
+        self.next_ticket += 1;
+        let exited = std::mem::take(&mut self.exited);
+        Ok(Collected { ticket: Ticket(self.next_ticket), spaces, exited, pause })
+    }
+
+    /// The other side has everything that the collect of `ticket` returned. Only the latest can be acknowledged:
+    /// an older one has no effect, and its pages come again.
+    pub fn acknowledge(&mut self, ticket: Ticket) {
+        if ticket.0 == self.next_ticket {
+            for space in &mut self.spaces {
+                space.pending = PageSet::default();
+            }
+        }
+    }
+
+    /// After the last collect of a frozen tree: marks every page of every process as not written, so that who
+    /// looks next (CRIU) sees only what was written after this.
+    ///
+    /// # Errors
+    /// When the bits of a process cannot be cleared.
+    pub fn clear_frozen(&mut self) -> Result<(), CollectError> {
+        for space in &mut self.spaces {
+            let pid = space.target.pid();
+            space.source.clear().map_err(|source| CollectError::Scan { pid, source })?;
+        }
+        Ok(())
+    }
+
+    /// Stops watching, and leaves the tree as it was.
+    ///
+    /// # Errors
+    /// None so far: everything that was done to the tree hangs on descriptors that are closed here.
+    pub fn detach(self) -> Result<(), DetachError> {
+        drop(self.spaces);
+        Ok(())
+    }
+
+    /// Takes in the processes that are new.
+    fn adopt(&mut self, members: &[Target]) -> Result<(), AttachError> {
+        for stranger in self.strangers(members) {
+            if let Err(error) = self.adopt_one(&stranger) {
+                // One that has ended meanwhile is no failure.
+                if stranger.is_alive() {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt_one(&mut self, target: &Target) -> Result<(), AttachError> {
+        let pid = target.pid();
+        let failed = |source| AttachError::Io { pid, source };
+        let mut source: Box<dyn DirtySource> = match self.kind {
+            TrackerKind::UffdWp => {
+                Box::new(UffdWp::attach(target).map_err(|source| AttachError::Inject { pid, source })?)
+            }
+            TrackerKind::SoftDirty => {
+                Box::new(SoftDirty::attach(target, self.scan_soft_dirty).map_err(failed)?)
+            }
+        };
+        let regions = region::read(target).map_err(|e| failed(io::Error::other(e)))?;
+        source.watch(&regions).map_err(failed)?;
+        let key = SpaceKey(self.next_key);
+        self.next_key += 1;
+        let pending = PageSet::default();
+        self.spaces.push(Space { key, target: target.clone(), source, pending, returned: false });
+        Ok(())
+    }
+
+    /// Members that are not watched. A process that shares its memory with one that is (`vfork`) is not counted:
+    /// its pages are the other's.
+    fn strangers(&self, members: &[Target]) -> Vec<Target> {
+        let known = |member: &Target| self.spaces.iter().any(|space| space.target.is(member));
+        let shares = |member: &Target| {
+            self.spaces.iter().any(|space| same_memory(space.target.pid(), member.pid()).unwrap_or(false))
+        };
+        members.iter().filter(|member| !known(member) && !shares(member)).cloned().collect()
+    }
+
+    fn forget_the_dead(&mut self, members: &[Target]) {
+        let exited = &mut self.exited;
+        self.spaces.retain(|space| {
+            let lives = members.iter().any(|member| member.is(&space.target));
+            if !lives && space.returned {
+                exited.push(space.key);
+            }
+            lives
+        });
+    }
+
+    /// Scans the space at `at`; `None` when it is gone, and removed.
+    fn scan_space(&mut self, at: usize, state: TreeState) -> Result<Option<SpaceScan>, CollectError> {
+        for _ in 0..TRIES {
+            let space = &mut self.spaces[at];
+            let pid = space.target.pid();
+            let looked = look(space, state);
+            match looked {
+                Ok((regions, answer)) => {
+                    let first = !space.returned;
+                    space.returned = true;
+                    let dirty = if first {
+                        answer.populated.clone()
+                    } else {
+                        space.pending.union(&answer.dirty).intersect(&answer.populated)
+                    };
+                    space.pending = dirty.clone();
+                    return Ok(Some(SpaceScan {
+                        key: space.key,
+                        target: space.target.clone(),
+                        is_new: first,
+                        regions,
+                        populated: answer.populated,
+                        dirty,
+                        tracked: true,
+                    }));
+                }
+                // Its memory is gone: it has ended, or has become another program.
+                Err(LookError::Scan(error)) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    let space = self.spaces.remove(at);
+                    if space.returned {
+                        self.exited.push(space.key);
+                    }
+                    if space.target.is_alive() && state == TreeState::Running {
+                        match self.adopt_one(&space.target) {
+                            Ok(()) => {
+                                let new = self.spaces.pop().expect("adopted just now");
+                                self.spaces.insert(at, new);
+                                continue;
+                            }
+                            Err(error) if space.target.is_alive() => return Err(error.into()),
+                            Err(_) => {}
+                        }
+                    }
+                    return Ok(None);
+                }
+                Err(LookError::Scan(source)) => return Err(CollectError::Scan { pid, source }),
+                Err(LookError::Region(error)) => {
+                    if !space.target.is_alive() {
+                        let space = self.spaces.remove(at);
+                        if space.returned {
+                            self.exited.push(space.key);
+                        }
+                        return Ok(None);
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        let pid = self.spaces[at].target.pid();
+        let source = io::Error::other("it replaces itself faster than it can be looked at");
+        Err(CollectError::Scan { pid, source })
+    }
+
+    /// A process that was found only when the tree was frozen.
+    fn scan_stranger(&mut self, target: &Target) -> Result<SpaceScan, CollectError> {
+        let pid = target.pid();
+        let failed = |source| CollectError::Scan { pid, source };
+        let regions = region::read(target)?;
+        let spans = lazy_spans(&regions);
+        let populated = match self.kind {
+            TrackerKind::SoftDirty => {
+                let mut source = SoftDirty::attach(target, self.scan_soft_dirty).map_err(failed)?;
+                source.collect(&regions, true).map_err(failed)?.populated
+            }
+            TrackerKind::UffdWp => {
+                let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed)?;
+                populated(&pagemap, &spans).map_err(failed)?
+            }
+        };
+        let key = SpaceKey(self.next_key);
+        self.next_key += 1;
+        Ok(SpaceScan {
+            key,
+            target: target.clone(),
+            is_new: true,
+            regions,
+            dirty: populated.clone(),
+            populated,
+            tracked: false,
+        })
+    }
+}
+
+enum LookError {
+    Region(RegionError),
+    Scan(io::Error),
+}
+
+/// One look at a space. In a running one the mappings may change between the steps: what is missed is found by the
+/// next look.
+fn look(space: &mut Space, state: TreeState) -> Result<(Vec<Region>, crate::source::Answer), LookError> {
+    let regions = region::read(&space.target).map_err(LookError::Region)?;
+    if state == TreeState::Running {
+        space.source.watch(&regions).map_err(LookError::Scan)?;
+    }
+    let answer = space.source.collect(&regions, state == TreeState::Frozen).map_err(LookError::Scan)?;
+    Ok((regions, answer))
+}

@@ -1,0 +1,146 @@
+//! Reads the bytes of a process' pages.
+
+use crate::page_set::Run;
+use crate::target::Target;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt;
+
+const PAGE: usize = 4096;
+
+/// Why pages could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The process has ended.
+    #[error("process {0} has ended")]
+    Gone(i32),
+    /// The buffer is not as long as the pages.
+    #[error("{pages} pages do not fit a buffer of {bytes} bytes")]
+    Buffer {
+        /// Pages that were asked for.
+        pages: u64,
+        /// Bytes of the buffer.
+        bytes: usize,
+    },
+    /// The kernel refused.
+    #[error("could not read page {page:#x} of process {pid}")]
+    Io {
+        /// Whose.
+        pid: i32,
+        /// The page that failed.
+        page: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Reads pages of one process. Never skips silently: what cannot be read by the quick way (pages that the process
+/// itself may not read) is read by the slow one, and what is not there any more is named.
+#[derive(Debug)]
+pub struct PageReader {
+    target: Target,
+    memory: File,
+    remote: Vec<RemoteIoVec>,
+}
+
+impl PageReader {
+    /// A reader of the memory that `target` has now: after an `exec` it is of no use any more.
+    ///
+    /// # Errors
+    /// When the process has ended, or may not be read.
+    pub fn new(target: &Target) -> Result<Self, ReadError> {
+        let pid = target.pid();
+        let memory = File::open(format!("/proc/{pid}/mem")).map_err(|source| ReadError::Io {
+            pid,
+            page: 0,
+            source,
+        })?;
+        if !target.is_alive() {
+            return Err(ReadError::Gone(pid));
+        }
+        Ok(Self { target: target.clone(), memory, remote: Vec::new() })
+    }
+
+    /// Reads the pages of `runs`, one after the other, into `buffer`, which has to be exactly as long. Returns the
+    /// pages that are not mapped any more; their part of the buffer is zero.
+    ///
+    /// # Errors
+    /// [`ReadError`]; the buffer's content means nothing then.
+    pub fn read(&mut self, runs: &[Run], buffer: &mut [u8]) -> Result<Vec<u64>, ReadError> {
+        let pid = self.target.pid();
+        let pages: u64 = runs.iter().map(|run| run.len).sum();
+        if pages as usize * PAGE != buffer.len() {
+            return Err(ReadError::Buffer { pages, bytes: buffer.len() });
+        }
+        let mut missing = Vec::new();
+        let mut done = 0usize;
+        while done < buffer.len() {
+            self.remote.clear();
+            let mut skip = done as u64 / PAGE as u64;
+            for run in runs {
+                if skip >= run.len {
+                    skip -= run.len;
+                    continue;
+                }
+                let base = (run.start + skip) as usize * PAGE;
+                self.remote.push(RemoteIoVec { base, len: (run.len - skip) as usize * PAGE });
+                skip = 0;
+            }
+            // The kernel takes 1024 pieces at a call, and then stops short, which is handled like a hole.
+            let pieces = self.remote.len().min(1024);
+            let mut local = [IoSliceMut::new(&mut buffer[done..])];
+            match process_vm_readv(Pid::from_raw(pid), &mut local, &self.remote[..pieces]) {
+                Ok(got) if got >= PAGE => {
+                    done += got - got % PAGE;
+                    continue;
+                }
+                Ok(_) | Err(nix::Error::EFAULT) => {}
+                Err(nix::Error::ESRCH) => return Err(ReadError::Gone(pid)),
+                Err(errno) => {
+                    let page = page_at(runs, done);
+                    return Err(ReadError::Io { pid, page, source: errno.into() });
+                }
+            }
+            // The first page of the rest is the one that failed.
+            let page = page_at(runs, done);
+            if !self.read_one(page, &mut buffer[done..done + PAGE])? {
+                missing.push(page);
+            }
+            done += PAGE;
+        }
+        if !self.target.is_alive() {
+            return Err(ReadError::Gone(pid));
+        }
+        Ok(missing)
+    }
+
+    /// Reads a page through `/proc/PID/mem`, which does not ask for the page's protection; false if there is none.
+    fn read_one(&self, page: u64, buffer: &mut [u8]) -> Result<bool, ReadError> {
+        let pid = self.target.pid();
+        match self.memory.read_exact_at(buffer, page * PAGE as u64) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                buffer.fill(0);
+                Ok(false)
+            }
+            // No bytes at all: the address space itself is gone.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ReadError::Gone(pid)),
+            Err(source) => Err(ReadError::Io { pid, page, source }),
+        }
+    }
+}
+
+/// The page that stands at byte `offset` of the buffer.
+fn page_at(runs: &[Run], offset: usize) -> u64 {
+    let mut skip = (offset / PAGE) as u64;
+    for run in runs {
+        if skip < run.len {
+            return run.start + skip;
+        }
+        skip -= run.len;
+    }
+    0
+}

@@ -1,0 +1,95 @@
+//! What a dirty bit means, and where it comes from.
+//!
+//! Every source answers one question about one address space: which pages may differ from what they were when the
+//! question was last asked? "May" is the important word. A source can name too many pages (a soft-dirty huge page
+//! stands for 512 small ones; two mappings that the kernel merges show as dirty altogether), and those cost a
+//! comparison of digests. It must never name too few.
+//!
+//! Asking changes the answer: bits are cleared as they are read. So whatever was collected and then not delivered
+//! (a link that broke, a round that was given up) has to come back with the next answer. [`crate::Tracker`]
+//! keeps it until it is acknowledged; the sources need not know.
+//!
+//! And there are pages that no source knows anything of: those of mappings that cannot be tracked, and those that
+//! the kernel forgot to mark (soft-dirty is lost when certain mappings merge). The first are named dirty at every
+//! question. Against the second stands a rule of whoever sends: a page that the other side was never given is
+//! sent, whatever its bit says.
+
+pub(crate) mod soft_dirty;
+pub(crate) mod uffd_wp;
+
+use crate::page_set::PageSet;
+use crate::region::Region;
+use crate::sys::pagemap::{self, PFNZERO, PRESENT, Query, SWAPPED};
+use std::fs::File;
+use std::io;
+
+/// What a source has to say about a space.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    /// Pages of lazy regions that are in memory or in swap.
+    pub(crate) populated: PageSet,
+    /// Of these, the ones that may have been written.
+    pub(crate) dirty: PageSet,
+}
+
+/// A source of dirty pages for one address space.
+pub(crate) trait DirtySource: std::fmt::Debug + Send {
+    /// Begins to watch mappings that are new. Returns whether all of them can be watched.
+    fn watch(&mut self, regions: &[Region]) -> io::Result<()>;
+
+    /// What was written since the last call. `frozen`: nothing runs, and nothing will before this source is
+    /// either asked again or dropped; the bits may be left as they are.
+    fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer>;
+
+    /// Forgets what was written so far, without looking.
+    fn clear(&mut self) -> io::Result<()>;
+}
+
+/// Merges the lazy regions that lie next to each other: fewer, longer scans.
+pub(crate) fn lazy_spans(regions: &[Region]) -> Vec<(u64, u64)> {
+    let mut spans: Vec<(u64, u64)> = Vec::new();
+    for region in regions.iter().filter(|region| region.can_be_lazy()) {
+        match spans.last_mut() {
+            Some(last) if last.1 == region.start => last.1 = region.end,
+            _ => spans.push((region.start, region.end)),
+        }
+    }
+    spans
+}
+
+/// Runs `query` over the spans, and returns the pages that match. One walk from the first to the last span: the
+/// kernel skips what is not mapped quicker than we could ask again.
+pub(crate) fn matching(pagemap_file: &File, spans: &[(u64, u64)], query: Query) -> io::Result<PageSet> {
+    let mut pages = PageSet::default();
+    let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Ok(pages) };
+    let mut at = 0;
+    pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
+        let mut start = found.start;
+        while start < found.end && at < spans.len() {
+            let (from, to) = spans[at];
+            if to <= start {
+                at += 1;
+                continue;
+            }
+            if from >= found.end {
+                break;
+            }
+            let (low, high) = (start.max(from), found.end.min(to));
+            pages.insert(low / 4096, (high - low) / 4096);
+            start = high;
+        }
+    })?;
+    Ok(pages)
+}
+
+/// Pages that exist: in memory or in swap, but not the kernel's shared page of zeros.
+pub(crate) fn populated(pagemap_file: &File, spans: &[(u64, u64)]) -> io::Result<PageSet> {
+    let query = Query {
+        mask: PFNZERO,
+        inverted: PFNZERO,
+        any_of: PRESENT | SWAPPED,
+        returned: PRESENT | SWAPPED,
+        ..Query::default()
+    };
+    matching(pagemap_file, spans, query)
+}

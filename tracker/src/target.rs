@@ -1,0 +1,250 @@
+//! A process that cannot be mistaken for another: a pid is not an identity, a pidfd and a start time are.
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// A live process.
+#[derive(Clone, Debug)]
+pub struct Target {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    pid: i32,
+    start_time: u64,
+    name: String,
+    pidfd: OwnedFd,
+}
+
+/// Why a process cannot be a target.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is none.
+    #[error("there is no process {0}")]
+    NoSuchProcess(i32),
+    /// It lives in the kernel.
+    #[error("process {pid} ({name}) is a kernel thread")]
+    KernelThread {
+        /// Its pid.
+        pid: i32,
+        /// Its name.
+        name: String,
+    },
+    /// It has ended, and only its entry in the table is left.
+    #[error("process {pid} ({name}) has ended and waits for its parent (a zombie)")]
+    Zombie {
+        /// Its pid.
+        pid: i32,
+        /// Its name.
+        name: String,
+    },
+    /// We cannot stop ourselves, nor those who wait for us.
+    #[error("process {0} is this program itself, or one that it descends from")]
+    Ourselves(i32),
+    /// The number is a thread's.
+    #[error("{pid} is a thread of process {process}")]
+    Thread {
+        /// The number.
+        pid: i32,
+        /// The process it belongs to.
+        process: i32,
+    },
+    /// The kernel refused.
+    #[error("could not open process {pid}")]
+    Io {
+        /// Its pid.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The fields of `/proc/PID/stat` that make an identity.
+struct Stat {
+    name: String,
+    state: char,
+    parent: i32,
+    flags: u64,
+    start_time: u64,
+}
+
+/// `PF_KTHREAD` of include/linux/sched.h.
+const KERNEL_THREAD: u64 = 0x0020_0000;
+
+fn stat(pid: i32) -> io::Result<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_stat(&text).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat cannot be read: {text:?}")))
+}
+
+/// The name stands in parentheses and may contain any character, parentheses too.
+fn parse_stat(text: &str) -> Option<Stat> {
+    let (open, close) = (text.find('(')?, text.rfind(')')?);
+    let fields: Vec<&str> = text.get(close + 1..)?.split_whitespace().collect();
+    Some(Stat {
+        name: text.get(open + 1..close)?.to_owned(),
+        state: fields.first()?.chars().next()?,
+        parent: fields.get(1)?.parse().ok()?,
+        flags: fields.get(6)?.parse().ok()?,
+        start_time: fields.get(19)?.parse().ok()?,
+    })
+}
+
+impl Target {
+    /// Opens the process `pid`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(pid: i32) -> Result<Self, OpenError> {
+        let mut ancestor = std::process::id() as i32;
+        while ancestor > 0 {
+            if ancestor == pid {
+                return Err(OpenError::Ourselves(pid));
+            }
+            ancestor = stat(ancestor).map_or(0, |stat| stat.parent);
+        }
+        Self::open_any(pid)
+    }
+
+    /// Opens a process that may be one of our own descendants or ancestors.
+    pub(crate) fn open_any(pid: i32) -> Result<Self, OpenError> {
+        let failed = |source: io::Error| match source.raw_os_error() {
+            Some(libc::ESRCH | libc::ENOENT) => OpenError::NoSuchProcess(pid),
+            _ => OpenError::Io { pid, source },
+        };
+        let raw = (pid > 0).then(|| rustix::process::Pid::from_raw(pid)).flatten();
+        let raw = raw.ok_or(OpenError::NoSuchProcess(pid))?;
+        let before = stat(pid).map_err(failed)?;
+        let pidfd = match rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            // EINVAL, from 6.15 on ENOENT: the number is that of a thread.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {
+                let status = fs::read_to_string(format!("/proc/{pid}/status")).map_err(failed)?;
+                let process = status
+                    .lines()
+                    .find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
+                    .unwrap_or(0);
+                return Err(if process == pid {
+                    OpenError::NoSuchProcess(pid)
+                } else {
+                    OpenError::Thread { pid, process }
+                });
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        };
+        // The pidfd is of who has the pid now; the same start time says that it is who had it then.
+        let stat = stat(pid).map_err(failed)?;
+        if stat.start_time != before.start_time {
+            return Err(OpenError::NoSuchProcess(pid));
+        }
+        if stat.flags & KERNEL_THREAD != 0 {
+            return Err(OpenError::KernelThread { pid, name: stat.name });
+        }
+        if matches!(stat.state, 'Z' | 'X') {
+            return Err(OpenError::Zombie { pid, name: stat.name });
+        }
+        let inner = Inner { pid, start_time: stat.start_time, name: stat.name, pidfd };
+        let target = Self { inner: Arc::new(inner) };
+        if target.is_alive() { Ok(target) } else { Err(OpenError::NoSuchProcess(pid)) }
+    }
+
+    /// Its pid in our pid namespace.
+    pub fn pid(&self) -> i32 {
+        self.inner.pid
+    }
+
+    /// When it was started, in clock ticks since boot.
+    pub fn start_time(&self) -> u64 {
+        self.inner.start_time
+    }
+
+    /// Its name when it was opened.
+    pub fn name(&self) -> String {
+        self.inner.name.clone()
+    }
+
+    /// Whether it has not ended.
+    pub fn is_alive(&self) -> bool {
+        let mut fds = [PollFd::new(&self.inner.pidfd, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+    }
+
+    /// The descriptor that refers to it.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.inner.pidfd.as_fd()
+    }
+
+    /// Whether two targets are the same process.
+    pub fn is(&self, other: &Target) -> bool {
+        self.pid() == other.pid() && self.start_time() == other.start_time()
+    }
+
+    /// A field of `/proc/PID/status`.
+    pub(crate) fn status(&self, field: &str) -> io::Result<Option<String>> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        Ok(status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .map(|value| value.trim().to_owned()))
+    }
+
+    /// Its threads that have not ended.
+    pub(crate) fn threads(&self) -> io::Result<Vec<i32>> {
+        let mut threads = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let name = entry?.file_name();
+            let Some(tid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let text = fs::read_to_string(format!("/proc/{}/task/{tid}/stat", self.pid()));
+            if let Ok(Some(stat)) = text.map(|text| parse_stat(&text))
+                && !matches!(stat.state, 'Z' | 'X')
+            {
+                threads.push(tid);
+            }
+        }
+        threads.sort_unstable();
+        Ok(threads)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_may_contain_anything() {
+        let stat = parse_stat(
+            "42 (a) R (b) c) S 1 42 42 0 -1 4194560 9 0 0 0 0 0 0 0 20 0 1 0 777 1 1 18446744073709551615",
+        )
+        .unwrap();
+        assert_eq!(
+            (stat.name.as_str(), stat.state, stat.parent, stat.start_time),
+            ("a) R (b) c", 'S', 1, 777)
+        );
+        assert!(parse_stat("42 (x").is_none());
+    }
+
+    #[test]
+    fn who_cannot_be_a_target() {
+        assert!(matches!(Target::open(std::process::id() as i32), Err(OpenError::Ourselves(_))));
+        assert!(matches!(Target::open(i32::MAX), Err(OpenError::NoSuchProcess(_))));
+        assert!(matches!(Target::open(-1), Err(OpenError::NoSuchProcess(_))));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(matches!(Target::open(child.id() as i32), Err(OpenError::Zombie { .. })));
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_target_knows_that_it_has_ended() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let target = Target::open(child.id() as i32).unwrap();
+        assert!(target.is_alive());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!target.is_alive());
+    }
+}

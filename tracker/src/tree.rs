@@ -1,0 +1,96 @@
+//! A process and everybody who descends from it.
+
+use crate::target::{OpenError, Target};
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+
+/// Why the tree could not be listed.
+#[derive(Debug, thiserror::Error)]
+pub enum TreeError {
+    /// The root has ended.
+    #[error("process {0} has ended")]
+    RootEnded(i32),
+    /// The kernel refused.
+    #[error("could not read the children of process {pid}")]
+    Io {
+        /// Whose.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A member cannot be a target.
+    #[error("a member of the tree cannot be migrated")]
+    Member(#[from] OpenError),
+    /// It never stood still for long enough to be listed.
+    #[error("the tree of process {0} changes too fast to be listed")]
+    Unstable(i32),
+}
+
+/// How often the tree may differ between two looks.
+const LOOKS: u32 = 1000;
+
+/// All live processes of the tree, root first, parents before children. Looks until two looks agree, so that a
+/// process that is forked meanwhile is not missed.
+///
+/// # Errors
+/// [`TreeError`]. Zombies are left out.
+pub fn discover(root: &Target) -> Result<Vec<Target>, TreeError> {
+    let mut before: Option<Vec<i32>> = None;
+    for _ in 0..LOOKS {
+        let found = look(root)?;
+        let pids: Vec<i32> = found.iter().map(Target::pid).collect();
+        if before.as_ref() == Some(&pids) {
+            return Ok(found);
+        }
+        before = Some(pids);
+    }
+    Err(TreeError::Unstable(root.pid()))
+}
+
+fn look(root: &Target) -> Result<Vec<Target>, TreeError> {
+    if !root.is_alive() {
+        return Err(TreeError::RootEnded(root.pid()));
+    }
+    let mut found = vec![root.clone()];
+    let mut known = BTreeSet::from([root.pid()]);
+    let mut at = 0;
+    while at < found.len() {
+        let pid = found[at].pid();
+        at += 1;
+        for child in children(pid).map_err(|source| TreeError::Io { pid, source })? {
+            if !known.insert(child) {
+                continue;
+            }
+            match Target::open_any(child) {
+                Ok(child) => found.push(child),
+                // It has ended since; its own children went elsewhere.
+                Err(OpenError::NoSuchProcess(_) | OpenError::Zombie { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    if root.is_alive() { Ok(found) } else { Err(TreeError::RootEnded(root.pid())) }
+}
+
+/// The children of every thread of a process.
+fn children(pid: i32) -> io::Result<Vec<i32>> {
+    let gone = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+    };
+    let mut children = Vec::new();
+    let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if gone(&error) => return Ok(children),
+        tasks => tasks?,
+    };
+    for task in tasks {
+        let text = match task.and_then(|task| fs::read_to_string(task.path().join("children"))) {
+            Err(error) if gone(&error) => continue,
+            text => text?,
+        };
+        children.extend(text.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+    }
+    children.sort_unstable();
+    Ok(children)
+}
