@@ -147,6 +147,9 @@ impl Worker {
                     self.views.push(View::new(uffd, space, pending));
                 }
                 Ok(Command::Prefill { budget, reply }) => {
+                    // A short prefill is part of the downtime: giving memory back can wait. A long one must not
+                    // need the memory twice.
+                    self.draining |= !matches!(budget, Budget::Time(_));
                     self.prefill = Some(Prefill::new(budget, reply, Instant::now()));
                 }
                 Ok(Command::Background) => {
@@ -179,8 +182,13 @@ impl Worker {
             }
             self.views[at].unreadable = None;
             loop {
-                events.clear();
-                match self.views[at].uffd.read_events(&mut events) {
+                let outcome = self.views[at].uffd.read_events(&mut events);
+                let read = Instant::now();
+                // Also what was read before a failure: it is not told twice.
+                for event in events.drain(..) {
+                    self.apply(at, event, read);
+                }
+                match outcome {
                     Ok(0) => break,
                     Ok(_) => {}
                     Err(cause) => {
@@ -190,10 +198,6 @@ impl Worker {
                         self.views[at].unreadable = self.failure.as_ref().map(|failure| failure.next);
                         break;
                     }
-                }
-                let read = Instant::now();
-                for event in events.drain(..) {
-                    self.apply(at, event, read);
                 }
             }
             at += 1;
@@ -351,13 +355,13 @@ impl Worker {
         if self.backing_off() {
             return;
         }
+        if self.draining {
+            let more = self.lock().drain(DRAIN_BLOCKS);
+            self.draining = more;
+        }
         if let Some(prefill) = self.prefill.take() {
             self.prefill = prefill.step(self);
         } else if self.background.is_some() {
-            if self.draining {
-                let more = self.lock().drain(DRAIN_BLOCKS);
-                self.draining = more;
-            }
             for at in 0..self.views.len() {
                 if !self.fill(at) {
                     return;

@@ -1,8 +1,8 @@
 //! What is held of one address space: which pages, where their bytes are, their digests, and how recent they are.
 
+use super::tables::Tables;
 use pageferry_wire_format::digest::SpaceDigest;
 use pageferry_wire_format::{PageDigest, PageNo};
-use std::collections::BTreeMap;
 
 /// Pages of a table: 2 MiB of address space.
 pub(super) const TABLE_PAGES: u64 = 512;
@@ -121,15 +121,15 @@ pub(super) struct Table {
 }
 
 impl Table {
-    fn new() -> Box<Self> {
-        Box::new(Self {
+    pub(super) fn new() -> Self {
+        Self {
             held: Mask::default(),
             stored: Mask::default(),
             rounds_seen: 0,
             rounds: [0; TABLE_PAGES as usize],
             places: [ZERO; TABLE_PAGES as usize],
             digests: [PageDigest([0; 16]); TABLE_PAGES as usize],
-        })
+        }
     }
 
     pub(super) fn place(&self, at: usize) -> Option<Place> {
@@ -157,7 +157,7 @@ impl Table {
 /// What is held of one address space.
 #[derive(Debug, Default)]
 pub(super) struct SpaceIndex {
-    pub(super) tables: BTreeMap<u64, Box<Table>>,
+    pub(super) tables: Tables,
     digest: SpaceDigest,
     /// A bit for each round of which there may be pages.
     rounds_seen: u64,
@@ -193,17 +193,17 @@ impl SpaceIndex {
     }
 
     pub(super) fn table(&self, number: u64) -> Option<&Table> {
-        self.tables.get(&number).map(|table| &**table)
+        self.tables.get(number)
     }
 
     pub(super) fn place(&self, page: PageNo) -> Option<Place> {
         let (number, at) = split(page);
-        self.tables.get(&number)?.place(at)
+        self.tables.get(number)?.place(at)
     }
 
     pub(super) fn digest_of(&self, page: PageNo) -> Option<PageDigest> {
         let (number, at) = split(page);
-        let table = self.tables.get(&number)?;
+        let table = self.tables.get(number)?;
         table.held.has(at).then(|| table.digests[at])
     }
 
@@ -220,7 +220,7 @@ impl SpaceIndex {
         while let Some(&(page, ..)) = pages.peek() {
             // Neighbours share a table: it is looked up once for all of them.
             let number = split(page).0;
-            let table = self.tables.entry(number).or_insert_with(Table::new);
+            let table = self.tables.get_or_new(number);
             table.rounds_seen |= 1 << round;
             while let Some((page, place, digest)) = pages.next_if(|(page, ..)| split(*page).0 == number) {
                 let at = split(page).1;
@@ -250,7 +250,7 @@ impl SpaceIndex {
 
     /// Forgets pages of one table. `freed` is told their slots.
     pub(super) fn remove(&mut self, number: u64, pages: &Mask, mut freed: impl FnMut(u32)) {
-        let Some(table) = self.tables.get_mut(&number) else { return };
+        let Some(table) = self.tables.get_mut(number) else { return };
         for at in table.held.and(pages).iter() {
             self.digest.remove(PageNo(number * TABLE_PAGES + at as u64), &table.digests[at]);
             self.pages -= 1;
@@ -262,14 +262,14 @@ impl SpaceIndex {
         table.held = table.held.minus(pages);
         table.stored = table.stored.minus(pages);
         if table.held.is_empty() {
-            self.tables.remove(&number);
+            self.tables.remove(number);
         }
     }
 
     /// The page is where it belongs: its bytes are no longer needed here. Gives the slot that held them.
     pub(super) fn deliver(&mut self, page: PageNo) -> Option<u32> {
         let (number, at) = split(page);
-        let table = self.tables.get_mut(&number)?;
+        let table = self.tables.get_mut(number)?;
         let slot = table.slot(at)?;
         table.stored.clear(at);
         table.places[at] = DELIVERED;
@@ -279,7 +279,7 @@ impl SpaceIndex {
 
     /// Slots of all stored pages.
     pub(super) fn slots(&self) -> impl Iterator<Item = u32> + '_ {
-        self.tables.values().flat_map(|table| table.stored.iter().map(|at| table.places[at]))
+        self.tables.iter().flat_map(|(_, table)| table.stored.iter().map(|at| table.places[at]))
     }
 }
 

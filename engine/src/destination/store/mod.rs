@@ -12,6 +12,7 @@ mod index;
 mod landing;
 mod prefault;
 mod slots;
+mod tables;
 
 pub use error::{Bound, StoreError};
 pub(crate) use index::Mask;
@@ -127,7 +128,7 @@ impl PageStore {
                 pages.push((page, digest));
             }
             let number = split(page).0;
-            if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains_key(&number)) {
+            if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains(number)) {
                 grown += TABLE_BYTES;
             }
         }
@@ -173,8 +174,7 @@ impl PageStore {
             // A run may span the whole address space: only the tables that exist are visited.
             let end = run.start.0.saturating_add(run.len);
             let tables = split(run.start).0..end.div_ceil(TABLE_PAGES);
-            let numbers: Vec<u64> = index.tables.range(tables).map(|(&number, _)| number).collect();
-            for number in numbers {
+            for number in index.tables.numbers(tables) {
                 let base = number * TABLE_PAGES;
                 let mut mask = Mask::default();
                 let from = run.start.0.saturating_sub(base).min(TABLE_PAGES) as usize;
@@ -203,7 +203,7 @@ impl PageStore {
         // Compares one table's owned pages with what is held, and notes all tables before it as not owned.
         let mut compare = |number: u64, owned: Mask| -> Result<(), StoreError> {
             let missing = |page| StoreError::Missing { space, page: PageNo(page) };
-            for (&held, table) in tables.by_ref() {
+            for (held, table) in tables.by_ref() {
                 if held < number {
                     extra.push((held, table.held));
                     continue;
@@ -240,7 +240,7 @@ impl PageStore {
         if let Some(done) = at {
             compare(done, mask)?;
         }
-        extra.extend(tables.map(|(&number, table)| (number, table.held)));
+        extra.extend(tables.map(|(number, table)| (number, table.held)));
         let dropped = extra.iter().map(|(_, mask)| mask.count()).sum();
         for (number, mask) in extra {
             index.remove(number, &mask, |slot| self.slots.free(slot));
@@ -289,7 +289,7 @@ impl PageStore {
     /// Pages of a space that have bytes here, by table (512 pages).
     pub(crate) fn stored_pages(&self, space: SpaceId) -> impl Iterator<Item = (u64, Mask)> + '_ {
         let tables = self.spaces.get(&space).into_iter().flat_map(|index| index.tables.iter());
-        tables.map(|(&number, table)| (number, table.stored)).filter(|(_, stored)| !stored.is_empty())
+        tables.map(|(number, table)| (number, table.stored)).filter(|(_, stored)| !stored.is_empty())
     }
 
     /// Whether there may be pages whose bytes came last in `round`.

@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 
 /// How far ahead of use memory is made ready when nothing was announced.
 const AHEAD: u64 = 16 << 20;
-/// Bytes populated in one call: short enough to stop soon.
-const STEP: u64 = 2 * BLOCK_BYTES as u64;
+/// Bytes populated in one call: others that map memory wait for it to end.
+const STEP: u64 = BLOCK_BYTES as u64;
 const _: () = assert!((REGION_BYTES as u64).is_multiple_of(STEP));
 /// Bytes allowed at a time: what is asked of `/proc/meminfo` once in a while, and not for each batch.
 const GRANT: u64 = 32 << 20;
