@@ -1,5 +1,6 @@
 //! How a migration fails: what failed, where both copies of the program are now, and what to do.
 
+use crate::report::MigrationReport;
 use std::error::Error;
 use std::fmt;
 
@@ -60,6 +61,8 @@ pub struct MigrationError {
     pub help: Option<String>,
     /// What failed.
     pub cause: Box<dyn Error + Send + Sync>,
+    /// What was measured until then.
+    pub report: Option<Box<MigrationReport>>,
 }
 
 impl MigrationError {
@@ -72,6 +75,7 @@ impl MigrationError {
             destination_state: CopyState::None,
             help: None,
             cause: cause.into(),
+            report: None,
         }
     }
 

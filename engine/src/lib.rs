@@ -6,13 +6,23 @@
 //! [`Cancel`] token. Libraries never print: the `pageferry` command is one user of this one.
 
 pub mod cancel;
+pub mod destination;
 pub mod error;
 pub mod observe;
 pub mod plan;
 pub mod report;
+pub mod source;
+
+mod fault;
+mod layout;
+pub mod link;
+pub mod policy;
+mod verify;
 
 pub use cancel::Cancel;
+pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use observe::{Event, Observer, Silent};
 pub use plan::{ReceivePlan, SendPlan};
 pub use report::MigrationReport;
+pub use source::send;

@@ -175,7 +175,7 @@ pub(super) fn split(page: PageNo) -> (u64, usize) {
 
 impl SpaceIndex {
     pub(super) fn digest(&self) -> SpaceDigest {
-        self.digest.clone()
+        self.digest
     }
 
     pub(super) fn has_round(&self, round: u32) -> bool {

@@ -56,7 +56,7 @@ pub struct BatchOutcome {
 }
 
 /// What a space consists of once it is complete.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SealOutcome {
     /// Pages that belong to the program, all of them here.
     pub pages: u64,
@@ -229,10 +229,10 @@ impl PageStore {
             }
             end = run.start.0.saturating_add(run.len);
             for (number, from, to) in by_table(run.start.0, run.len) {
-                if at != Some(number) {
-                    if let Some(done) = at.replace(number) {
-                        compare(done, std::mem::take(&mut mask))?;
-                    }
+                if at != Some(number)
+                    && let Some(done) = at.replace(number)
+                {
+                    compare(done, std::mem::take(&mut mask))?;
                 }
                 mask.set_range(from, to);
             }

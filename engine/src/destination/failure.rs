@@ -1,0 +1,133 @@
+//! Everything that can go wrong at the destination, and the code by which the source hears of it.
+
+use super::serve::ServeError;
+use super::sessions::{BeginError, GivenUp};
+use super::store::StoreError;
+use crate::link::{ChannelError, LinkError};
+use pageferry_criu_glue as criu;
+use pageferry_tracker as tracker;
+use pageferry_wire_format::{AbortCode, SpaceId};
+
+/// A failure of a session at the receiving side.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReceiveError {
+    #[error(transparent)]
+    Begin(#[from] BeginError),
+    #[error("the sender speaks protocol versions {theirs}, and this receiver {ours}")]
+    Version { theirs: String, ours: String },
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("could not keep the pages")]
+    Store(#[from] StoreError),
+    #[error("the memory of space {} is not what the source sealed", .space.0)]
+    Seal {
+        space: SpaceId,
+        #[source]
+        source: Option<StoreError>,
+    },
+    #[error("{sealed} spaces were sealed and {announced} announced")]
+    SealCount { sealed: usize, announced: u32 },
+    #[error("{have} image files arrived and {announced} were announced, or their sizes differ")]
+    ImageCount { have: usize, announced: u32 },
+    #[error("space {} is not known, or was sealed already", .0.0)]
+    UnknownSpace(SpaceId),
+    #[error("the sender sent {0}")]
+    Order(&'static str),
+    #[error("the sender sent {0} at the wrong time")]
+    Unexpected(String),
+    #[error("a piece of the image {name} at offset {offset} was damaged on the way")]
+    ImageDigest { name: String, offset: u64 },
+    #[error("could not keep the image {name}")]
+    Image {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("could not make a place for CRIU's images")]
+    Images(#[source] criu::ImageDirError),
+    #[error("could not read CRIU's images")]
+    ReadImages(#[from] criu::ImageError),
+    #[error("could not take over the memory of the restored tree")]
+    Lazy(#[from] criu::LazyError),
+    #[error("CRIU could not restore the process tree")]
+    Restore(#[from] criu::RestoreError),
+    #[error("could not take over the memory of the restored tree")]
+    Serve(#[from] ServeError),
+    #[error("could not look at the restored process {pid}")]
+    Look {
+        pid: i32,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("could not read the restored memory of process {pid}")]
+    Read {
+        pid: i32,
+        #[source]
+        source: tracker::ReadError,
+    },
+    #[error("page {page:#x} of process {vpid} differs from the frozen source after the restore")]
+    Differs { vpid: i32, page: u64 },
+    #[error("the regions of process {vpid} differ from the frozen source after the restore: {what}")]
+    RegionsDiffer { vpid: i32, what: String },
+    #[error("process {vpid} was announced and is not in the restored tree")]
+    NotRestored { vpid: i32 },
+    #[error("the sender gave up ({code}): {detail}")]
+    SourceAborted { code: AbortCode, detail: String },
+    #[error(transparent)]
+    GivenUp(#[from] GivenUp),
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<LinkError> for ReceiveError {
+    fn from(error: LinkError) -> Self {
+        Self::Channel(error.into())
+    }
+}
+
+impl ReceiveError {
+    /// What the source is told.
+    pub(crate) fn code(&self) -> AbortCode {
+        match self {
+            ReceiveError::Begin(BeginError::Busy) => AbortCode::Busy,
+            ReceiveError::Version { .. } => AbortCode::VersionMismatch,
+            ReceiveError::Store(StoreError::OutOfMemory { .. }) => AbortCode::OutOfMemory,
+            ReceiveError::Store(StoreError::DigestMismatch { .. }) | ReceiveError::ImageDigest { .. } => {
+                AbortCode::DigestMismatch
+            }
+            ReceiveError::Seal { .. } | ReceiveError::SealCount { .. } => AbortCode::SealMismatch,
+            ReceiveError::Restore(_) | ReceiveError::Serve(_) | ReceiveError::NotRestored { .. } => {
+                AbortCode::RestoreFailed
+            }
+            ReceiveError::Differs { .. } | ReceiveError::RegionsDiffer { .. } => AbortCode::VerifyFailed,
+            ReceiveError::Channel(ChannelError::Frame(_))
+            | ReceiveError::Order(_)
+            | ReceiveError::Unexpected(_)
+            | ReceiveError::UnknownSpace(_)
+            | ReceiveError::ImageCount { .. } => AbortCode::BadFrame,
+            ReceiveError::Cancelled | ReceiveError::Channel(ChannelError::Link(LinkError::Cancelled)) => {
+                AbortCode::Cancelled
+            }
+            _ => AbortCode::Internal,
+        }
+    }
+
+    /// Whether the link itself is gone, so that the sender may not know what became of the session.
+    pub(crate) fn is_link(&self) -> bool {
+        matches!(self, ReceiveError::Channel(ChannelError::Link(_)))
+    }
+
+    /// The text with its causes.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let more = error.to_string();
+            if !text.ends_with(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+}

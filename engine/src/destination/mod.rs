@@ -1,0 +1,333 @@
+//! The receiving side of a migration.
+
+mod failure;
+mod receive;
+mod restore;
+pub(crate) mod serve;
+mod sessions;
+pub(crate) mod store;
+pub(crate) mod sys;
+mod verify;
+
+use crate::error::{CopyState, FailureKind};
+use crate::link::{Channel, Incoming, TcpLink};
+use crate::observe::Event;
+use crate::{Cancel, MigrationError, Observer, ReceivePlan};
+use failure::ReceiveError;
+use pageferry_criu_glue::{Criu, ImageDir, Restore, RestoreOptions, TcpPolicy};
+use pageferry_wire_format::{self as wire, AbortCode, ControlMessage, HandoverState, Hello, Welcome};
+use receive::Reception;
+use restore::Rebirth;
+use rustix::event::{PollFd, PollFlags, poll};
+use serve::Server;
+use sessions::Sessions;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use store::PageStore;
+
+/// How long a stranger may take to say what it wants.
+const FIRST_WORD: Duration = Duration::from_secs(5);
+/// How long to wait for the outcome of an accepted commit before answering that it is not known yet.
+const OUTCOME: Duration = Duration::from_secs(2);
+
+/// A destination that listens for migrations.
+#[derive(Debug)]
+pub struct Receiver {
+    plan: ReceivePlan,
+    listener: TcpListener,
+    address: SocketAddr,
+    criu: Criu,
+    sessions: Sessions,
+}
+
+/// Connections that are talked to at a time: one migrates, the others ask.
+const CONNECTIONS: usize = 32;
+
+/// How a session ended.
+struct End {
+    session: u128,
+    /// `None`: the program runs here, and all of it is in place. Otherwise nothing is left.
+    failure: Option<ReceiveError>,
+    /// The sender may not know, and may come back to ask.
+    unclear: bool,
+}
+
+impl Receiver {
+    /// Takes the address and checks that this machine could restore a program at all.
+    ///
+    /// # Errors
+    /// A plan that makes no sense, missing privileges, a missing CRIU, an address that is taken.
+    pub fn bind(plan: ReceivePlan) -> Result<Self, MigrationError> {
+        const PHASE: &str = "preparing to receive";
+        plan.validate().map_err(|error| {
+            let mut refused = MigrationError::refused(PHASE, error)
+                .with_help("listen on a loopback address, or say --insecure if everybody who can reach the address is trusted");
+            refused.kind = FailureKind::Usage;
+            refused
+        })?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(MigrationError::refused(PHASE, "restoring a program needs root")
+                .with_help("run it as root"));
+        }
+        let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
+            MigrationError::refused(PHASE, error).with_help("`pageferry check` shows what is missing here")
+        })?;
+        let listen = |error: std::io::Error| {
+            MigrationError::refused(format!("listening on {}", plan.listen), error)
+        };
+        let listener = TcpListener::bind(plan.listen).map_err(listen)?;
+        listener.set_nonblocking(true).map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        Ok(Self { plan, listener, address, criu, sessions: Sessions::default() })
+    }
+
+    /// The address that is listened on.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Receives migrations, one at a time, until cancelled; with `once`, until the first one has ended.
+    ///
+    /// A cancellation gives up a session that is not committed; one that is committed is brought to its end
+    /// first, because the program lives here then and needs its pages.
+    ///
+    /// # Errors
+    /// With `once`: what became of that session, if the program does not run here. Without: only when the
+    /// listening socket fails; failures of sessions are told to the observer.
+    pub fn serve(&self, once: bool, observer: &dyn Observer, cancel: &Cancel) -> Result<(), MigrationError> {
+        observer.event(&Event::Listening { on: self.address });
+        std::thread::scope(|scope| {
+            let (ended, ends) = mpsc::channel::<Option<End>>();
+            let mut open = 0usize;
+            // With `once`: what is returned, and until when questions about it are still answered.
+            let mut last: Option<(End, Instant)> = None;
+            loop {
+                while let Ok(end) = ends.try_recv() {
+                    open -= 1;
+                    if once && let Some(end) = end {
+                        let linger = if end.unclear { self.plan.stall_timeout } else { Duration::ZERO };
+                        last = Some((end, Instant::now() + linger));
+                    }
+                }
+                if let Some((end, until)) = last.take_if(|(end, until)| {
+                    open == 0 && (Instant::now() >= *until || self.sessions.was_asked(end.session))
+                }) {
+                    let _ = until;
+                    return end.into_result();
+                }
+                if cancel.is_cancelled() && open == 0 && last.is_none() {
+                    return if once { Err(interrupted()) } else { Ok(()) };
+                }
+                let mut fds = vec![PollFd::new(&self.listener, PollFlags::IN)];
+                // Short, because a session's end is not a descriptor.
+                let tick = rustix::event::Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+                match poll(&mut fds, Some(&tick)) {
+                    Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                    Ok(_) => {}
+                    Err(errno) => {
+                        return Err(MigrationError::refused("listening", std::io::Error::from(errno)));
+                    }
+                }
+                let Ok((stream, from)) = self.listener.accept() else { continue };
+                if open >= CONNECTIONS || cancel.is_cancelled() {
+                    continue;
+                }
+                open += 1;
+                let ended = ended.clone();
+                scope.spawn(move || {
+                    let end = self
+                        .first_word(stream, cancel)
+                        .map(|(channel, hello)| self.session(channel, hello, from, observer, cancel));
+                    let _ = ended.send(end);
+                });
+            }
+        })
+    }
+
+    /// Hears what a new connection wants. Questions about sessions are answered here; a migration that cannot
+    /// begin is refused here.
+    fn first_word(&self, stream: TcpStream, cancel: &Cancel) -> Option<(Channel, Hello)> {
+        let mut link = TcpLink::new(stream).ok()?;
+        link.set_stall(FIRST_WORD);
+        link.set_cancel(Some(cancel.clone()));
+        let mut channel = Channel::new(link);
+        match channel.receive() {
+            Ok(Incoming::Control(ControlMessage::Hello(hello))) => {
+                let refused = match wire::version::negotiate(&hello.versions) {
+                    None => Err(ReceiveError::Version {
+                        theirs: format!("{:?}", hello.versions),
+                        ours: format!("{:?}", wire::version::supported()),
+                    }),
+                    Some(_) => self
+                        .sessions
+                        .begin(hello.session, Instant::now(), self.plan.remember)
+                        .map_err(ReceiveError::from),
+                };
+                match refused {
+                    Ok(()) => return Some((channel, hello)),
+                    Err(error) => refuse(&mut channel, &error),
+                }
+            }
+            Ok(Incoming::Control(ControlMessage::Query { session })) => {
+                let end = Instant::now() + OUTCOME;
+                let state = loop {
+                    match self.sessions.ask(session, Instant::now()) {
+                        HandoverState::ReadyToRun if Instant::now() < end => {
+                            std::thread::sleep(Duration::from_millis(10));
+                        }
+                        state => break state,
+                    }
+                };
+                let _ = channel.control(&ControlMessage::State(state));
+                channel.link_mut().close_gently(Duration::from_millis(200));
+            }
+            Ok(other) => refuse(&mut channel, &ReceiveError::Unexpected(format!("{other:?}"))),
+            Err(error) => refuse(&mut channel, &error.into()),
+        }
+        None
+    }
+
+    fn session(
+        &self,
+        mut channel: Channel,
+        hello: Hello,
+        from: SocketAddr,
+        observer: &dyn Observer,
+        cancel: &Cancel,
+    ) -> End {
+        let id = hello.session;
+        observer.event(&Event::Accepted { from, program: hello.program.clone() });
+        let result = self.receive_one(&mut channel, &hello, observer, cancel);
+        let end = match result {
+            Ok(told) => End { session: id, failure: None, unclear: !told },
+            Err(error) => {
+                // Everything is gone by now, so this is true when the source hears it.
+                self.sessions.discarded(id, Instant::now());
+                observer.event(&Event::Discarded { reason: error.chain() });
+                refuse(&mut channel, &error);
+                let unclear = self.sessions.was_ready(id) && error.is_link();
+                End { session: id, failure: Some(error), unclear }
+            }
+        };
+        self.sessions.end(id);
+        end
+    }
+
+    fn receive_one(
+        &self,
+        channel: &mut Channel,
+        hello: &Hello,
+        observer: &dyn Observer,
+        cancel: &Cancel,
+    ) -> Result<bool, ReceiveError> {
+        channel.link_mut().set_stall(self.plan.stall_timeout);
+        let images = ImageDir::new().map_err(ReceiveError::Images)?;
+        let mut store = PageStore::new(self.plan.memory_limit)?;
+        crate::fault::point("dest-welcome");
+        channel.control(&ControlMessage::Welcome(Welcome {
+            version: wire::version::CURRENT,
+            engine: env!("CARGO_PKG_VERSION").to_owned(),
+            memory: free_memory(self.plan.memory_limit),
+        }))?;
+        // CRIU starts while the rounds run: its start is no part of the downtime.
+        let choices = hello.choices;
+        let options = RestoreOptions {
+            tcp: if choices.tcp_close { TcpPolicy::Close } else { TcpPolicy::Refuse },
+            shell_job: choices.shell_job,
+            file_locks: choices.file_locks,
+            ext_unix_sk: choices.ext_unix_sk,
+            ..RestoreOptions::default()
+        };
+        let restore = Restore::prepare(&self.criu, &images, options)?;
+        let cargo = Reception::new(channel, &mut store, &images, observer).run()?;
+        let server = Server::new(store)?;
+        let alive = Rebirth {
+            plan: &self.plan,
+            observer,
+            cancel,
+            sessions: &self.sessions,
+            session: hello.session,
+            verify: hello.verify,
+            channel,
+            cargo,
+            images: &images,
+        }
+        .run(restore, server)?;
+        channel.link_mut().set_cancel(None);
+        let told = alive.told;
+        match alive.settle(channel) {
+            Ok(stats) => observer.event(&Event::Filled {
+                pages: stats.pages,
+                faults: stats.faults,
+                max_fault_us: stats.max_fault.as_micros() as u64,
+            }),
+            Err(error) => observer.event(&Event::Warning { text: error.chain() }),
+        }
+        let closed = channel.link_mut().close_gently(Duration::from_secs(2));
+        Ok(told && closed)
+    }
+}
+
+/// Bytes that the store could take, by the plan and by what the machine has.
+fn free_memory(limit: Option<u64>) -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map_or(u64::MAX, |kib| kib * 1024);
+    available.min(limit.unwrap_or(u64::MAX))
+}
+
+/// Tells the peer why, as long as it can still hear it.
+fn refuse(channel: &mut Channel, error: &ReceiveError) {
+    if matches!(error, ReceiveError::SourceAborted { .. }) {
+        return;
+    }
+    channel.link_mut().set_cancel(None);
+    channel.link_mut().set_stall(Duration::from_millis(500));
+    let _ = channel.control(&ControlMessage::abort(error.code(), &error.chain()));
+    channel.link_mut().close_gently(Duration::from_secs(1));
+}
+
+fn interrupted() -> MigrationError {
+    MigrationError {
+        kind: FailureKind::Interrupted,
+        phase: "waiting for a migration".to_owned(),
+        source_state: CopyState::Unknown,
+        destination_state: CopyState::None,
+        help: None,
+        cause: "asked to stop".into(),
+        report: None,
+    }
+}
+
+impl End {
+    fn into_result(self) -> Result<(), MigrationError> {
+        match self.failure {
+            None => Ok(()),
+            Some(error) => Err(MigrationError {
+                kind: if matches!(error, ReceiveError::Cancelled) || error.code() == AbortCode::Cancelled {
+                    FailureKind::Interrupted
+                } else {
+                    FailureKind::RolledBack
+                },
+                phase: "receiving".to_owned(),
+                source_state: CopyState::Unknown,
+                destination_state: CopyState::None,
+                help: None,
+                cause: Box::new(error),
+                report: None,
+            }),
+        }
+    }
+}
+
+/// Listens as `plan` says and receives migrations until cancelled.
+///
+/// # Errors
+/// As [`Receiver::bind`].
+pub fn receive(plan: ReceivePlan, observer: &dyn Observer, cancel: &Cancel) -> Result<(), MigrationError> {
+    Receiver::bind(plan)?.serve(false, observer, cancel)
+}

@@ -1,0 +1,175 @@
+//! From the last image to a running program: CRIU, the page server, and this side of the two-phase commit.
+
+use super::failure::ReceiveError;
+use super::receive::Cargo;
+use super::serve::{Budget, FillStats, Server};
+use super::sessions::Sessions;
+use super::verify;
+use crate::link::Channel;
+use crate::observe::{Event, Observer};
+use crate::plan::ReceivePlan;
+use crate::{Cancel, fault};
+use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
+use pageferry_tracker::uffd::Uffd;
+use pageferry_wire_format::{ControlMessage, Part, SpaceId};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Time that putting hot pages in may take of the downtime.
+const PREFILL: Duration = Duration::from_millis(5);
+
+/// Restores what was received and hands it over. On an error nothing of it runs, or ever will.
+pub(super) struct Rebirth<'a> {
+    pub(super) plan: &'a ReceivePlan,
+    pub(super) observer: &'a dyn Observer,
+    pub(super) cancel: &'a Cancel,
+    pub(super) sessions: &'a Sessions,
+    pub(super) session: u128,
+    pub(super) verify: bool,
+    pub(super) channel: &'a mut Channel,
+    pub(super) cargo: Cargo,
+    pub(super) images: &'a pageferry_criu_glue::ImageDir,
+}
+
+/// A program that runs here now.
+pub(super) struct Alive {
+    pub(super) server: Server,
+    pub(super) restore: Restore,
+    /// Whether the source was told that the program runs here.
+    pub(super) told: bool,
+}
+
+impl Rebirth<'_> {
+    /// Restores, waits for the commit, and lets the program run.
+    pub(super) fn run(mut self, restore: Restore, server: Server) -> Result<Alive, ReceiveError> {
+        match self.bring_up(restore, &server) {
+            Ok((restore, told)) => Ok(Alive { server, restore, told }),
+            Err(error) => {
+                server.abort();
+                Err(error)
+            }
+        }
+    }
+
+    fn bring_up(&mut self, mut restore: Restore, server: &Server) -> Result<(Restore, bool), ReceiveError> {
+        let by_vpid: BTreeMap<i32, SpaceId> =
+            self.cargo.spaces.iter().map(|(space, incomer)| (incomer.vpid, *space)).collect();
+        let lazy = restore.lazy()?;
+        std::thread::scope(|scope| {
+            let tasks = scope.spawn(|| take_tasks(lazy, &by_vpid, server));
+            let mut result = match self.steps(&mut restore, server) {
+                Ok(told) => Ok((restore, told)),
+                Err(error) => {
+                    // First the tasks, then (in the caller) their pages: a task that lost its server would read
+                    // zeros. The listener of the userfaultfds ends with the restore.
+                    if let Err(error) = restore.abort() {
+                        tracing::warn!(%error, "the restore did not end cleanly");
+                    }
+                    Err(error)
+                }
+            };
+            match tasks.join() {
+                Ok(Err(error)) if result.is_ok() => result = Err(error),
+                // What broke the restore is the better explanation of the two.
+                Ok(_) => {}
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+            result
+        })
+    }
+
+    /// The steps up to the running program; says whether the source could be told.
+    fn steps(&mut self, restore: &mut Restore, server: &Server) -> Result<bool, ReceiveError> {
+        let patience = self.plan.stall_timeout;
+        let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
+        let mut laps = Laps { last: Instant::now(), timings: Vec::new() };
+        fault::point("dest-restore");
+        restore.start()?;
+        let root = restore.wait(Stage::PostRestore, wait)?;
+        laps.lap(Part::Restore);
+        if self.verify {
+            server.prefill_all()?;
+        } else {
+            server.prefill(Budget::Time(PREFILL))?;
+        }
+        laps.lap(Part::Prefill);
+        let mut verified_pages = 0;
+        if self.verify {
+            let root = root.ok_or(ReceiveError::NotRestored { vpid: 0 })?;
+            verified_pages = verify::compare(self.channel, root, &self.cargo, self.images)?;
+            laps.lap(Part::Verify);
+        }
+        // Here, and not at CRIU's later stages: it is the last one at which the end of this engine takes the
+        // restored tree with it.
+        fault::point("dest-ready");
+        self.sessions.ready(self.session);
+        let timings = std::mem::take(&mut laps.timings);
+        self.channel.control(&ControlMessage::Ready { timings, verified_pages })?;
+        match self.channel.answer("the commit")? {
+            ControlMessage::Commit => {}
+            other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
+        }
+        fault::point("dest-commit");
+        self.sessions.commit(self.session, Instant::now())?;
+        laps.last = Instant::now();
+        let pid = restore.wait(Stage::PostResume, patience)?.or(root).unwrap_or(0);
+        laps.lap(Part::Run);
+        server.start_background()?;
+        self.sessions.resumed(self.session, pid, Instant::now());
+        fault::point("dest-resumed");
+        // The program runs, and that is written down: a link that is lost here is the source's to ask about, and
+        // no reason to undo anything.
+        let told = self.channel.control(&ControlMessage::Resumed { pid, timings: laps.timings }).is_ok();
+        self.observer.event(&Event::Resumed { pid });
+        Ok(told)
+    }
+}
+
+/// The steps of the destination, each from the end of the one before.
+struct Laps {
+    last: Instant,
+    timings: Vec<(Part, u64)>,
+}
+
+impl Laps {
+    fn lap(&mut self, part: Part) {
+        let now = Instant::now();
+        self.timings.push((part, (now - self.last).as_micros() as u64));
+        self.last = now;
+    }
+}
+
+/// Hands every task's userfaultfd to the server as CRIU makes it.
+fn take_tasks(
+    mut lazy: LazyListener,
+    by_vpid: &BTreeMap<i32, SpaceId>,
+    server: &Server,
+) -> Result<(), ReceiveError> {
+    loop {
+        match lazy.next()? {
+            LazyEvent::Task { vpid, uffd } => {
+                let space = by_vpid.get(&vpid).ok_or(ReceiveError::NotRestored { vpid })?;
+                server.add_task(*space, Uffd::from_fd(uffd))?;
+            }
+            LazyEvent::Exited { .. } => {}
+            LazyEvent::Restored | LazyEvent::End => return Ok(()),
+        }
+    }
+}
+
+impl Alive {
+    /// Waits until every page is in place, and lets CRIU go.
+    pub(super) fn settle(self, channel: &mut Channel) -> Result<FillStats, ReceiveError> {
+        let finished = self.restore.finish();
+        let stats = self.server.wait_filled()?;
+        let _ = channel.control(&ControlMessage::Filled {
+            pages: stats.pages,
+            prefilled_pages: stats.prefilled_pages,
+            faults: stats.faults,
+            max_fault_us: stats.max_fault.as_micros() as u64,
+            duration_us: stats.duration.as_micros() as u64,
+        });
+        finished?;
+        Ok(stats)
+    }
+}

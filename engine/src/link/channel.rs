@@ -1,0 +1,242 @@
+//! Frames on a link: numbered, checked, and with the page bytes passed through untouched.
+
+use super::{LinkError, TcpLink, shaper::Shaper};
+use crate::fault::{self, Fault};
+use pageferry_wire_format::{
+    AbortCode, ControlMessage, DecodeError, DigestBatch, EncodeError, FrameKind, HEADER_BYTES, Header, ImageChunk,
+    OwnedBatch, PageBatch, SequenceCheck,
+};
+use std::io::{IoSlice, IoSliceMut};
+use std::time::{Duration, Instant};
+
+/// How talking to the peer fails.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChannelError {
+    /// The link failed.
+    #[error("the link to the peer failed")]
+    Link(#[from] LinkError),
+    /// What came is not a valid frame.
+    #[error("the peer sent a frame that is not valid")]
+    Frame(#[from] DecodeError),
+    /// What was to be sent is not a valid frame: a bug on this side.
+    #[error("a frame could not be written")]
+    Encode(#[from] EncodeError),
+    /// The peer gave up and said why.
+    #[error("the peer gave up ({code}): {detail}")]
+    Aborted {
+        /// The reason as a code.
+        code: AbortCode,
+        /// ... and in its words.
+        detail: String,
+    },
+    /// A valid frame at the wrong time.
+    #[error("the peer sent {got} where {wanted} was expected")]
+    Unexpected {
+        /// What came.
+        got: String,
+        /// What may come.
+        wanted: &'static str,
+    },
+}
+
+/// A frame whose head has arrived; the payload, if there is one, is still in the link.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    /// Pages; the head is in [`Channel::batch`], so many payload bytes follow.
+    Pages(usize),
+    /// A piece of an image file, and the length of its payload.
+    Image(ImageChunk, usize),
+    /// Digests for the verification.
+    Digests(DigestBatch),
+    /// Pages that the engine owns in the end.
+    Owned(OwnedBatch),
+    /// Everything else.
+    Control(ControlMessage),
+}
+
+/// One connection that speaks the protocol.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    link: TcpLink,
+    next_out: u64,
+    check_in: SequenceCheck,
+    head_out: Vec<u8>,
+    head_in: Vec<u8>,
+    batch: PageBatch,
+    shaper: Option<Shaper>,
+    epoch: Instant,
+}
+
+impl Channel {
+    pub(crate) fn new(link: TcpLink) -> Self {
+        Self {
+            link,
+            next_out: 0,
+            check_in: SequenceCheck::default(),
+            head_out: Vec::new(),
+            head_in: Vec::new(),
+            batch: PageBatch::default(),
+            shaper: None,
+            epoch: Instant::now(),
+        }
+    }
+
+    pub(crate) fn link(&self) -> &TcpLink {
+        &self.link
+    }
+
+    pub(crate) fn link_mut(&mut self) -> &mut TcpLink {
+        &mut self.link
+    }
+
+    /// Limits what page batches take of the link; `None` lifts the limit.
+    pub(crate) fn set_bandwidth(&mut self, bytes_per_second: Option<u64>) {
+        self.shaper = bytes_per_second.map(Shaper::new);
+        self.epoch = Instant::now();
+    }
+
+    /// The head of the page batch that [`Channel::receive`] has announced.
+    pub(crate) fn batch(&self) -> &PageBatch {
+        &self.batch
+    }
+
+    /// Lends the batch's head and the link at the same time.
+    pub(crate) fn batch_and_link(&mut self) -> (&PageBatch, &mut TcpLink) {
+        (&self.batch, &mut self.link)
+    }
+
+    /// Sends a control message.
+    pub(crate) fn control(&mut self, message: &ControlMessage) -> Result<(), ChannelError> {
+        self.head_out.clear();
+        message.encode(self.next_out, &mut self.head_out)?;
+        self.send(&[])?;
+        Ok(())
+    }
+
+    /// Sends pages; `payload` is what the batch's coding makes of them. Says how many bytes went out.
+    pub(crate) fn pages(
+        &mut self,
+        batch: &PageBatch,
+        payload: &[IoSlice<'_>],
+    ) -> Result<usize, ChannelError> {
+        self.head_out.clear();
+        let bytes: usize = payload.iter().map(|slice| slice.len()).sum();
+        batch.encode(bytes, self.next_out, &mut self.head_out)?;
+        if let Some(shaper) = &mut self.shaper {
+            let wait = shaper.take(self.epoch.elapsed(), self.head_out.len() + bytes);
+            if !wait.is_zero() {
+                std::thread::sleep(wait);
+            }
+        }
+        self.send(payload)
+    }
+
+    /// Sends a piece of an image file.
+    pub(crate) fn image(&mut self, chunk: &ImageChunk, payload: &[u8]) -> Result<usize, ChannelError> {
+        self.head_out.clear();
+        chunk.encode(payload.len(), self.next_out, &mut self.head_out)?;
+        self.send(&[IoSlice::new(payload)])
+    }
+
+    /// Sends digests for the verification.
+    pub(crate) fn digests(&mut self, batch: &DigestBatch) -> Result<usize, ChannelError> {
+        self.head_out.clear();
+        batch.encode(self.next_out, &mut self.head_out)?;
+        self.send(&[])
+    }
+
+    /// Sends pages that the engine owns.
+    pub(crate) fn owned(&mut self, batch: &OwnedBatch) -> Result<usize, ChannelError> {
+        self.head_out.clear();
+        batch.encode(self.next_out, &mut self.head_out)?;
+        self.send(&[])
+    }
+
+    fn send(&mut self, payload: &[IoSlice<'_>]) -> Result<usize, ChannelError> {
+        match fault::point("frame") {
+            Some(Fault::Cut) => self.link.shutdown(),
+            Some(Fault::Flip) => *self.head_out.last_mut().expect("a header is never empty") ^= 0x10,
+            None => {}
+        }
+        let before = self.link.sent();
+        let mut slices = Vec::with_capacity(payload.len() + 1);
+        slices.push(IoSlice::new(&self.head_out));
+        slices.extend(payload.iter().map(|slice| IoSlice::new(slice)));
+        let sent = self.link.send_all(&mut slices);
+        if let Err(error) = sent {
+            return Err(self.explain(error));
+        }
+        self.next_out += 1;
+        Ok((self.link.sent() - before) as usize)
+    }
+
+    /// A peer that gives up says why before it closes: that tells more than a broken connection.
+    fn explain(&mut self, error: LinkError) -> ChannelError {
+        if matches!(error, LinkError::Lost(_) | LinkError::Closed) {
+            self.link.set_stall(Duration::from_millis(200));
+            while self.link.readable() {
+                match self.receive() {
+                    Ok(Incoming::Control(ControlMessage::Abort { code, detail })) => {
+                        return ChannelError::Aborted { code, detail };
+                    }
+                    Ok(_) => {}
+                    Err(_) => break,
+                }
+            }
+        }
+        ChannelError::Link(error)
+    }
+
+    /// Receives the next frame's head. The payload of a [`Incoming::Pages`] or [`Incoming::Image`] has to be
+    /// taken from the link before the next call.
+    pub(crate) fn receive(&mut self) -> Result<Incoming, ChannelError> {
+        let mut raw = [0; HEADER_BYTES];
+        self.link.receive_all(&mut [IoSliceMut::new(&mut raw)])?;
+        let header = Header::parse(&raw)?;
+        self.head_in.resize(header.head_len as usize, 0);
+        self.link.receive_all(&mut [IoSliceMut::new(&mut self.head_in)])?;
+        header.verify(&raw, &self.head_in)?;
+        self.check_in.check(&header)?;
+        let payload = header.payload_len as usize;
+        Ok(match header.kind {
+            FrameKind::PageBatch => {
+                self.batch.decode_into(&self.head_in, payload)?;
+                Incoming::Pages(payload)
+            }
+            FrameKind::Image => Incoming::Image(ImageChunk::decode(&self.head_in, payload)?, payload),
+            FrameKind::Digests => Incoming::Digests(DigestBatch::decode(&self.head_in)?),
+            FrameKind::Owned => Incoming::Owned(OwnedBatch::decode(&self.head_in)?),
+            FrameKind::Control => Incoming::Control(ControlMessage::decode(&self.head_in)?),
+        })
+    }
+
+    /// Waits for a control message; an abort is an error, and signs of life are passed over.
+    pub(crate) fn answer(&mut self, wanted: &'static str) -> Result<ControlMessage, ChannelError> {
+        loop {
+            match self.receive()? {
+                Incoming::Control(ControlMessage::Abort { code, detail }) => {
+                    return Err(ChannelError::Aborted { code, detail });
+                }
+                Incoming::Control(ControlMessage::Ping { .. }) => {}
+                Incoming::Control(message) => return Ok(message),
+                other => return Err(ChannelError::Unexpected { got: format!("{other:?}"), wanted }),
+            }
+        }
+    }
+
+    /// Hears a peer that gives up in the middle of our sending. Costs one system call.
+    pub(crate) fn hear_abort(&mut self) -> Result<(), ChannelError> {
+        while self.link.readable() {
+            match self.receive()? {
+                Incoming::Control(ControlMessage::Ping { .. }) => {}
+                Incoming::Control(ControlMessage::Abort { code, detail }) => {
+                    return Err(ChannelError::Aborted { code, detail });
+                }
+                other => {
+                    return Err(ChannelError::Unexpected { got: format!("{other:?}"), wanted: "nothing" });
+                }
+            }
+        }
+        Ok(())
+    }
+}

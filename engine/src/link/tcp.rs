@@ -1,0 +1,256 @@
+//! One TCP connection: whole messages in and out, with a limit on standing still and an ear for cancellation.
+
+use crate::Cancel;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// How a link fails.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody answers at the address.
+    #[error("could not connect to {to}")]
+    Connect {
+        /// The address.
+        to: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer closed its side.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The connection broke.
+    #[error("the connection broke")]
+    Lost(#[source] io::Error),
+    /// Not a byte moved for too long.
+    #[error("the link made no progress for {0:?}")]
+    Stalled(Duration),
+    /// Somebody asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// A connected stream.
+#[derive(Debug)]
+pub struct TcpLink {
+    stream: TcpStream,
+    stall: Duration,
+    cancel: Option<Cancel>,
+    sent: u64,
+    received: u64,
+}
+
+impl TcpLink {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`LinkError::Connect`].
+    pub fn connect(to: SocketAddr, timeout: Duration) -> Result<Self, LinkError> {
+        let connect = |source| LinkError::Connect { to, source };
+        let stream = TcpStream::connect_timeout(&to, timeout).map_err(connect)?;
+        Self::new(stream).map_err(connect)
+    }
+
+    /// Takes an accepted or connected stream over.
+    ///
+    /// # Errors
+    /// When the socket's options cannot be set.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        // The system's default may be an algorithm made for long fat networks that reaches a third of the rate
+        // between neighbours. Where cubic is missing the default has to do.
+        let _ = rustix::net::sockopt::set_tcp_congestion(&stream, "cubic");
+        Ok(Self { stream, stall: Duration::from_secs(30), cancel: None, sent: 0, received: 0 })
+    }
+
+    /// How long not a byte may move.
+    pub fn set_stall(&mut self, stall: Duration) {
+        self.stall = stall;
+    }
+
+    /// Who may interrupt a wait; `None` makes waits uninterruptible (after the commit).
+    pub fn set_cancel(&mut self, cancel: Option<Cancel>) {
+        self.cancel = cancel;
+    }
+
+    /// Bytes that went out.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Bytes that came in.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// The other end.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub fn peer(&self) -> io::Result<SocketAddr> {
+        self.stream.peer_addr()
+    }
+
+    /// Ends the connection in both directions.
+    pub fn shutdown(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Says that nothing more will be sent, and throws away what still comes for a moment, so that the peer
+    /// gets to read the last message instead of a reset. Says whether the peer has closed its side in order:
+    /// then it has read everything.
+    pub fn close_gently(&mut self, patience: Duration) -> bool {
+        let _ = self.stream.shutdown(Shutdown::Write);
+        let end = Instant::now() + patience;
+        let mut sink = vec![0; 64 << 10];
+        loop {
+            match self.stream.read(&mut sink) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() || !matches!(self.poll(PollFlags::IN, left), Ok(true)) {
+                        return false;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+        }
+    }
+
+    /// Whether something can be read now (a message, or the end of the connection).
+    pub fn readable(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(n) if n > 0)
+    }
+
+    /// Sends all of `slices`.
+    ///
+    /// # Errors
+    /// [`LinkError`]; part of it may have gone out then.
+    pub fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            // The kernel takes 1024 slices at a call.
+            let window = slices.len().min(1024);
+            match self.stream.write_vectored(&slices[..window]) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    self.sent += n as u64;
+                    IoSlice::advance_slices(&mut slices, n);
+                }
+                Err(e) => self.wait_after(e, PollFlags::OUT)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills all of `slices`.
+    ///
+    /// # Errors
+    /// [`LinkError`]; [`LinkError::Closed`] when the peer ended before or within it.
+    pub fn receive_all(&mut self, mut slices: &mut [IoSliceMut<'_>]) -> Result<(), LinkError> {
+        IoSliceMut::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            let window = slices.len().min(1024);
+            match self.stream.read_vectored(&mut slices[..window]) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    self.received += n as u64;
+                    IoSliceMut::advance_slices(&mut slices, n);
+                }
+                Err(e) => self.wait_after(e, PollFlags::IN)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_after(&self, error: io::Error, flags: PollFlags) -> Result<(), LinkError> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            io::ErrorKind::WouldBlock => match self.poll(flags, self.stall)? {
+                true => Ok(()),
+                false => Err(LinkError::Stalled(self.stall)),
+            },
+            _ => Err(LinkError::Lost(error)),
+        }
+    }
+
+    /// Waits until the stream is ready; false after `timeout`.
+    fn poll(&self, flags: PollFlags, timeout: Duration) -> Result<bool, LinkError> {
+        let end = Instant::now() + timeout;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let spec = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            let mut fds = vec![PollFd::new(&self.stream, flags)];
+            if let Some(cancel) = &self.cancel {
+                fds.push(PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN));
+            }
+            match poll(&mut fds, Some(&spec)) {
+                Ok(0) => return Ok(false),
+                Ok(_) if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) => {
+                    return Err(LinkError::Cancelled);
+                }
+                Ok(_) => return Ok(true),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(LinkError::Lost(e.into())),
+            }
+        }
+    }
+}
+
+impl AsFd for TcpLink {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    fn pair() -> (TcpLink, TcpLink) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let a = TcpLink::connect(listener.local_addr().unwrap(), Duration::from_secs(5)).unwrap();
+        (a, TcpLink::new(listener.accept().unwrap().0).unwrap())
+    }
+
+    #[test]
+    fn large_messages_arrive_whole() {
+        let (mut a, mut b) = pair();
+        let data: Vec<u8> = (0..5_000_000u32).map(|i| (i * 7) as u8).collect();
+        let copy = data.clone();
+        let sender = std::thread::spawn(move || {
+            let (left, right) = copy.split_at(1234);
+            a.send_all(&mut [IoSlice::new(left), IoSlice::new(&[]), IoSlice::new(right)]).unwrap();
+            a.sent()
+        });
+        let mut got = vec![0; data.len()];
+        let (left, right) = got.split_at_mut(4_000_001);
+        b.receive_all(&mut [IoSliceMut::new(left), IoSliceMut::new(right)]).unwrap();
+        assert!(got == data);
+        assert_eq!(sender.join().unwrap(), b.received());
+        assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn a_silent_peer_is_a_stall_and_a_cancel_is_heard() {
+        let (_a, mut b) = pair();
+        b.set_stall(Duration::from_millis(20));
+        assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Stalled(_))));
+        let cancel = Cancel::new().unwrap();
+        b.set_cancel(Some(cancel.clone()));
+        b.set_stall(Duration::from_secs(600));
+        cancel.cancel();
+        assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Cancelled)));
+    }
+}

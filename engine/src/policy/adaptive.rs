@@ -1,0 +1,165 @@
+//! The default policy: predict the downtime of freezing now, and the one of freezing after another round.
+
+use super::estimate::FreezeCost;
+use super::{Decision, RoundPolicy, RoundSample, StopReason};
+use std::time::Duration;
+
+/// Goes on while another round is expected to shorten the downtime noticeably.
+///
+/// With `n` pages collected, `r` pages a second that can be looked at and sent, `o` the fixed time of a round
+/// and `d` pages a second that the program dirties, freezing now takes `F + n / r`. Another round takes
+/// `o + n / r`, in which `d * (o + n / r)` pages become dirty, so that freezing after it takes
+/// `F + d * (o + n / r) / r` (the fluid model of pre-copy: Clark et al., "Live Migration of Virtual
+/// Machines", NSDI 2005). The dirty rate is that of the last interval, so pages that are written again and
+/// again are counted once a round, as they should be.
+#[derive(Clone, Debug)]
+pub struct Adaptive {
+    target: Duration,
+    max_rounds: u32,
+    cost: FreezeCost,
+    fruitless: u32,
+    best: Option<Duration>,
+}
+
+/// A round must shorten the predicted downtime by this share of what the pages cost, or it is fruitless.
+const WORTH: f64 = 0.1;
+/// ... or by this much: below it the noise of a freeze is larger than the gain.
+const WORTH_AT_LEAST: Duration = Duration::from_millis(1);
+/// So many rounds in a row may be fruitless before pre-copy is given up: one bad round is often a burst.
+const FRUITLESS_ROUNDS: u32 = 3;
+
+impl Adaptive {
+    /// A policy that aims for `target` and freezes after `max_rounds` rounds at the latest.
+    pub fn new(target: Duration, max_rounds: u32) -> Self {
+        Self { target, max_rounds, cost: FreezeCost::default(), fruitless: 0, best: None }
+    }
+}
+
+impl RoundPolicy for Adaptive {
+    fn decide(&mut self, sample: &RoundSample) -> Decision {
+        let fixed = self.cost.of(sample.processes, sample.resident_pages);
+        let Some(measured) = sample.measured else {
+            // Round 0 copies everything; what it will cost is not known before it ran.
+            return Decision { stop: None, predicted_downtime: fixed };
+        };
+        let rate = measured.pages_per_second.max(1.0);
+        let pages = sample.todo_pages as f64;
+        let copy = Duration::from_secs_f64(pages / rate);
+        let now = fixed + copy;
+        let dirty_rate = match sample.since_last.as_secs_f64() {
+            seconds if seconds > 0.0 => pages / seconds,
+            _ => 0.0,
+        };
+        let after = (measured.round_overhead + copy).as_secs_f64() * dirty_rate / rate;
+        let gain = copy.saturating_sub(Duration::from_secs_f64(after));
+        let helps = gain >= WORTH_AT_LEAST.max(copy.mul_f64(WORTH));
+
+        // The prediction may be too rosy again and again (bursts): what counts in the end is whether the
+        // pages that are left really become fewer.
+        let improved = self.best.is_none_or(|best| copy < best.mul_f64(1.0 - WORTH));
+        if improved {
+            self.best = Some(copy);
+            self.fruitless = 0;
+        } else {
+            self.fruitless += 1;
+        }
+
+        let stop = if sample.round >= self.max_rounds {
+            Some(StopReason::MaxRounds)
+        } else if now <= self.target && (!helps || self.fruitless > 0) {
+            Some(StopReason::TargetMet)
+        } else if now > self.target && self.fruitless >= FRUITLESS_ROUNDS {
+            Some(StopReason::NoProgress)
+        } else if now > self.target && copy < WORTH_AT_LEAST {
+            // Nothing is left that sending could make shorter: the target is below the fixed cost.
+            Some(StopReason::NoProgress)
+        } else {
+            None
+        };
+        Decision { stop, predicted_downtime: now }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Measured;
+    use super::*;
+
+    /// A program that dirties `dirty` distinct pages a second out of `working_set`, copied at `rate`.
+    fn simulate(memory: u64, dirty: f64, working_set: u64, rate: f64, max_rounds: u32) -> (u32, Decision) {
+        let mut policy = Adaptive::new(Duration::from_millis(100), max_rounds);
+        let overhead = Duration::from_micros(500);
+        let mut todo = memory;
+        let mut since = Duration::ZERO;
+        let mut measured = None;
+        for round in 0.. {
+            let decision = policy.decide(&RoundSample {
+                round,
+                todo_pages: todo,
+                since_last: since,
+                processes: 1,
+                resident_pages: memory,
+                measured,
+            });
+            if decision.stop.is_some() {
+                return (round, decision);
+            }
+            since = overhead + Duration::from_secs_f64(todo as f64 / rate);
+            measured = Some(Measured { pages_per_second: rate, round_overhead: overhead });
+            todo = ((since.as_secs_f64() * dirty) as u64).min(working_set);
+        }
+        unreachable!("the loop ends by returning")
+    }
+
+    #[test]
+    fn a_slow_writer_converges_whatever_the_memory() {
+        for memory in [1 << 14, 1 << 17, 1 << 20] {
+            let (rounds, decision) = simulate(memory, 2560.0, memory, 400_000.0, 30);
+            assert_eq!(decision.stop, Some(StopReason::TargetMet), "{memory} pages");
+            assert!(rounds <= 4, "{memory} pages took {rounds} rounds");
+        }
+    }
+
+    #[test]
+    fn a_writer_that_outruns_the_link_is_given_up_soon() {
+        let (rounds, decision) = simulate(1 << 18, 60_000.0, 1 << 18, 30_000.0, 30);
+        assert_eq!(decision.stop, Some(StopReason::NoProgress));
+        assert!(rounds <= 6, "{rounds} rounds of sending the same pages");
+    }
+
+    #[test]
+    fn the_limit_of_rounds_holds() {
+        let (rounds, decision) = simulate(1 << 20, 20_000.0, 1 << 20, 30_000.0, 2);
+        assert_eq!(decision.stop, Some(StopReason::MaxRounds));
+        assert_eq!(rounds, 2);
+    }
+
+    #[test]
+    fn a_target_below_the_fixed_cost_ends_too() {
+        let mut policy = Adaptive::new(Duration::from_millis(1), 30);
+        let sample = |round, todo_pages| RoundSample {
+            round,
+            todo_pages,
+            since_last: Duration::from_millis(10),
+            processes: 1,
+            resident_pages: 1000,
+            measured: Some(Measured { pages_per_second: 1e5, round_overhead: Duration::from_micros(300) }),
+        };
+        assert_eq!(policy.decide(&sample(1, 1000)).stop, None);
+        assert_eq!(policy.decide(&sample(2, 10)).stop, Some(StopReason::NoProgress));
+    }
+
+    #[test]
+    fn the_first_round_is_always_sent() {
+        let mut policy = Adaptive::new(Duration::from_secs(100), 1);
+        let sample = RoundSample {
+            round: 0,
+            todo_pages: 1,
+            since_last: Duration::ZERO,
+            processes: 1,
+            resident_pages: 1,
+            measured: None,
+        };
+        assert_eq!(policy.decide(&sample).stop, None);
+    }
+}

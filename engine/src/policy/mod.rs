@@ -1,0 +1,72 @@
+//! When to send another round, and when to freeze. Pure: time comes in as durations, nothing is waited for.
+
+pub mod adaptive;
+pub mod estimate;
+
+pub use adaptive::Adaptive;
+
+use std::time::Duration;
+
+/// What is known when a round's dirty pages were just collected and nothing of them was sent yet.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundSample {
+    /// The round that these pages would be sent in, from 0.
+    pub round: u32,
+    /// Pages to look at: dirty since the last collect, or never given to the destination.
+    pub todo_pages: u64,
+    /// Time since the collect before this one (zero in round 0).
+    pub since_last: Duration,
+    /// Processes of the tree.
+    pub processes: u32,
+    /// Pages that the tree has in memory.
+    pub resident_pages: u64,
+    /// What the rounds before measured; `None` before the first.
+    pub measured: Option<Measured>,
+}
+
+/// The pace of the rounds so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// Pages that were looked at a second: scanned, read, hashed and, if they had changed, sent.
+    pub pages_per_second: f64,
+    /// Fixed time of a round, whatever its size: scan and acknowledgement.
+    pub round_overhead: Duration,
+}
+
+/// Why pre-copy ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The predicted downtime is under the target.
+    TargetMet,
+    /// Another round would not make the predicted downtime shorter: the program dirties pages about as fast
+    /// as they can be sent.
+    NoProgress,
+    /// The limit of rounds was reached.
+    MaxRounds,
+}
+
+impl StopReason {
+    /// The word in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            StopReason::TargetMet => "target-met",
+            StopReason::NoProgress => "no-progress",
+            StopReason::MaxRounds => "max-rounds",
+        }
+    }
+}
+
+/// What to do with the pages that were just collected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// `None`: send them and collect again. Otherwise: freeze now, and send them in the freeze.
+    pub stop: Option<StopReason>,
+    /// Downtime to be expected if the tree were frozen now.
+    pub predicted_downtime: Duration,
+}
+
+/// Decides between another round and the freeze.
+pub trait RoundPolicy {
+    /// Called after every collect, in order.
+    fn decide(&mut self, sample: &RoundSample) -> Decision;
+}

@@ -1,0 +1,114 @@
+//! Everything that can go wrong at the source, in one place; the phase is added where it is known.
+
+use super::pages::SendPagesError;
+use crate::link::{ChannelError, LinkError};
+use crate::plan::PlanError;
+use pageferry_criu_glue as criu;
+use pageferry_tracker as tracker;
+use pageferry_wire_format::EncodeError;
+
+/// A failure of the sending side.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SendError {
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error("live migration needs root: reading another program's memory and starting CRIU are privileged")]
+    NotRoot,
+    #[error("could not open the process")]
+    Open(#[from] tracker::OpenError),
+    #[error("could not list the process tree")]
+    Tree(#[from] tracker::TreeError),
+    #[error("no dirty tracker works here")]
+    Tracker(#[from] tracker::ChooseError),
+    #[error("could not attach the dirty tracker")]
+    Attach(#[from] tracker::AttachError),
+    #[error("could not collect the dirty pages")]
+    Collect(#[from] tracker::CollectError),
+    #[error("could not prepare to read the memory of process {pid}")]
+    Reader {
+        pid: i32,
+        #[source]
+        source: tracker::ReadError,
+    },
+    #[error("could not look at process {pid}")]
+    Look {
+        pid: i32,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("could not find the stack pointers of process {pid}")]
+    Stack {
+        pid: i32,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the process ended while it was being copied")]
+    Exited,
+    #[error("no usable CRIU")]
+    FindCriu(#[from] criu::FindError),
+    #[error("could not make up an identity for the session")]
+    Identity(#[source] std::io::Error),
+    #[error("no place for CRIU's images")]
+    ImageDir(#[from] criu::ImageDirError),
+    #[error("could not read CRIU's images")]
+    Images(#[source] std::io::Error),
+    #[error("could not make sense of CRIU's images")]
+    ParseImages(#[from] criu::ImageError),
+    #[error("CRIU could not dump the process tree")]
+    Dump(#[from] criu::DumpError),
+    #[error(transparent)]
+    Pages(#[from] SendPagesError),
+    #[error("could not prepare the page encoder")]
+    Encode(#[from] EncodeError),
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("the receiver has {available} bytes of memory free, and the program takes {needed}")]
+    NoRoom { available: u64, needed: u64 },
+    #[error("could not hold process {pid} for the commit")]
+    Hold {
+        pid: i32,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the receiver asked about something else than it was told: {0}")]
+    Protocol(String),
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl SendError {
+    /// Whether it is the consequence of the user's wish.
+    pub(crate) fn is_cancel(&self) -> bool {
+        match self {
+            SendError::Cancelled => true,
+            SendError::Dump(error) => error.is_cancelled(),
+            SendError::Channel(error) | SendError::Pages(SendPagesError::Channel(error)) => {
+                matches!(error, ChannelError::Link(LinkError::Cancelled))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the receiver itself has said that it gave the migration up: it has no copy then.
+    pub(crate) fn is_peers_abort(&self) -> bool {
+        matches!(
+            self,
+            SendError::Channel(ChannelError::Aborted { .. })
+                | SendError::Pages(SendPagesError::Channel(ChannelError::Aborted { .. }))
+        )
+    }
+
+    /// What a person can do.
+    pub(crate) fn help(&self) -> Option<String> {
+        Some(match self {
+            SendError::NotRoot => "run it as root".to_owned(),
+            SendError::Tracker(_) | SendError::FindCriu(_) => {
+                "`pageferry check` shows what is missing here".to_owned()
+            }
+            SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {
+                format!("is `pageferry receive --listen {to}` running there?")
+            }
+            _ => return None,
+        })
+    }
+}

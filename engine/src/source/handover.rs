@@ -1,0 +1,300 @@
+//! The one freeze: last pages, everything else, and the two-phase commit.
+
+use super::failure::SendError;
+use super::precopy::{Todo, wire_regions};
+use super::sent::wire_runs;
+use super::{Migration, Phase};
+use crate::layout::split_at_regions;
+use crate::observe::Event;
+use crate::policy::Decision;
+use crate::report::{DestinationPart, FillReport, RoundReport};
+use pageferry_criu_glue::{HideKind, Owned, Wait};
+use pageferry_tracker::{self as tracker, Collected, PageSet, TreeState};
+use pageferry_wire_format::{ControlMessage, ImageChunk, OwnedBatch, limits};
+use std::io::Read;
+use std::time::{Duration, Instant};
+
+/// Splits the downtime: each lap begins where the one before it ended.
+struct Laps {
+    last: Instant,
+}
+
+impl Laps {
+    fn lap(&mut self, observer: &dyn crate::Observer, name: &str) -> u64 {
+        let now = Instant::now();
+        let us = (now - self.last).as_micros() as u64;
+        self.last = now;
+        observer.event(&Event::Step { name: name.to_owned(), duration_us: us });
+        us
+    }
+}
+
+impl Migration<'_> {
+    /// From the decision to freeze until the program runs at the destination.
+    pub(super) fn hand_over(&mut self, decision: Decision) -> Result<(), SendError> {
+        let stop = decision.stop.expect("handed over only after a decision to stop");
+        self.report.stop_reason = stop.name().to_owned();
+        self.report.predicted_downtime_us = decision.predicted_downtime.as_micros() as u64;
+        self.observer.event(&Event::Freezing {
+            stop_reason: self.report.stop_reason.clone(),
+            predicted_downtime_us: self.report.predicted_downtime_us,
+        });
+        self.check_cancel()?;
+        let patience = self.plan.stall_timeout;
+        self.channel().set_bandwidth(None);
+
+        self.phase = Phase::Freezing;
+        crate::fault::point("freeze");
+        let mut laps = Laps { last: Instant::now() };
+        let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
+        self.dump_mut().freeze(wait)?;
+        self.report.downtime_us.freeze = laps.lap(self.observer, "freeze");
+
+        self.phase = Phase::LastPages;
+        crate::fault::point("frozen");
+        let started = laps.last;
+        let round = self.report.rounds.len() as u32;
+        let before = self.channel().link().sent();
+        let collected = self.tracker_mut().collect(TreeState::Frozen)?;
+        if collected.spaces.is_empty() {
+            return Err(SendError::Exited);
+        }
+        let owned = self.owned_pages(&collected)?;
+        let todo = self.last_todo(&collected, &owned, round)?;
+        let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+        self.report.downtime_us.collect = laps.lap(self.observer, "collect");
+        let tally = self.send_todo(&todo, round, true)?;
+        self.report.downtime_us.last_pages = laps.lap(self.observer, "last pages");
+
+        self.phase = Phase::Sealing;
+        crate::fault::point("seal");
+        self.seal(&collected, &owned)?;
+        self.report.downtime_us.seal = laps.lap(self.observer, "seal");
+        let sent_bytes = self.channel().link().sent() - before;
+        self.report.rounds.push(RoundReport {
+            round,
+            frozen: true,
+            dirty_pages: todo_pages,
+            sent_pages: tally.sent,
+            unchanged_pages: tally.unchanged,
+            zero_pages: tally.zero,
+            gone_pages: tally.gone,
+            compressed_pages: tally.compressed,
+            sent_bytes,
+            duration_us: (laps.last - started).as_micros() as u64,
+            pause_us: 0,
+            dirty_rate: 0.0,
+            link_rate: 0.0,
+            predicted_downtime_us: self.report.predicted_downtime_us,
+        });
+
+        self.phase = Phase::Dumping;
+        crate::fault::point("dump");
+        if self.hide == HideKind::SyntheticParent {
+            self.tracker_mut().clear_frozen()?;
+        }
+        let table = self.owned_table(&collected, &owned);
+        self.dump_mut().dump(&table, wait)?;
+        self.report.downtime_us.dump = laps.lap(self.observer, "dump");
+
+        self.phase = Phase::Images;
+        crate::fault::point("images");
+        let sent = self.channel().link().sent();
+        self.send_images()?;
+        self.report.image_bytes = self.channel().link().sent() - sent;
+        self.report.downtime_us.images = laps.lap(self.observer, "images");
+
+        self.phase = Phase::Restoring;
+        crate::fault::point("restore");
+        if self.plan.verify {
+            self.send_digests(&collected)?;
+        }
+        match self.answer("the destination to be ready")? {
+            ControlMessage::Ready { timings, verified_pages } => {
+                self.report.verified = self.plan.verify;
+                self.report.verified_pages = verified_pages;
+                self.add_parts(timings);
+            }
+            other => return Err(SendError::Protocol(format!("{other:?} instead of ready"))),
+        }
+        self.report.downtime_us.restore = laps.lap(self.observer, "restore");
+
+        // The last moment at which anybody can change their mind.
+        self.check_cancel()?;
+        crate::fault::point("ready");
+        self.hold_tree()?;
+        self.channel().link_mut().set_cancel(None);
+        self.phase = Phase::Committing;
+        crate::fault::point("commit");
+        self.control(&ControlMessage::Commit)?;
+        match self.answer("the destination to let the program run")? {
+            ControlMessage::Resumed { pid, timings } => {
+                self.phase = Phase::Committed;
+                self.report.destination_pid = Some(pid);
+                self.add_parts(timings);
+            }
+            other => return Err(SendError::Protocol(format!("{other:?} instead of resumed"))),
+        }
+        self.report.downtime_us.commit = laps.lap(self.observer, "commit");
+        self.report.downtime_us.add_up();
+        Ok(())
+    }
+
+    fn add_parts(&mut self, timings: Vec<(pageferry_wire_format::Part, u64)>) {
+        let parts = timings.into_iter().map(|(part, us)| DestinationPart { name: part.to_string(), us });
+        self.report.downtime_us.destination.extend(parts);
+    }
+
+    /// What the engine carries in the end: everything that CRIU would leave to it, but for the pages under
+    /// the stack pointers (CRIU insists on those) and for processes that were never tracked.
+    fn owned_pages(&mut self, collected: &Collected) -> Result<Vec<(u32, PageSet)>, SendError> {
+        let mut owned = Vec::with_capacity(collected.spaces.len());
+        for scan in &collected.spaces {
+            if !scan.tracked {
+                owned.push((scan.key.0, PageSet::default()));
+                continue;
+            }
+            let pid = scan.target.pid();
+            let stacks = tracker::stack_pointers(&scan.target)
+                .map_err(|source| SendError::Stack { pid, source: source.into() })?;
+            let mut under = PageSet::default();
+            for pointer in stacks {
+                under.insert(pointer / 4096, 1);
+            }
+            owned.push((scan.key.0, scan.populated.subtract(&under)));
+        }
+        Ok(owned)
+    }
+
+    fn last_todo(
+        &mut self,
+        collected: &Collected,
+        owned: &[(u32, PageSet)],
+        round: u32,
+    ) -> Result<Vec<Todo>, SendError> {
+        let mut todo = self.take_in(collected, round)?;
+        for (todo, (_, owned)) in todo.iter_mut().zip(owned) {
+            todo.pages = todo.pages.intersect(owned);
+        }
+        Ok(todo)
+    }
+
+    /// Both sides agree on the memory: the destination confirms that it holds exactly the owned pages, with
+    /// the content that the source read.
+    fn seal(&mut self, collected: &Collected, owned: &[(u32, PageSet)]) -> Result<(), SendError> {
+        let mut memory_pages = 0;
+        for (scan, (key, owned)) in collected.spaces.iter().zip(owned) {
+            let space = self.space(*key);
+            space.sent.retain(owned);
+            let (id, vpid) = (space.place.id, space.place.vpid);
+            let (pages, digest) = (space.sent.len(), space.sent.digest());
+            memory_pages += pages;
+            let runs = wire_runs(owned);
+            let count = runs.chunks(limits::MAX_RUNS_PER_FRAME).count();
+            for (index, runs) in runs.chunks(limits::MAX_RUNS_PER_FRAME).enumerate() {
+                let batch = OwnedBatch { space: id, runs: runs.to_vec(), more: index + 1 < count };
+                self.channel().owned(&batch)?;
+            }
+            self.control(&ControlMessage::SpaceSeal {
+                space: id,
+                vpid,
+                pages,
+                digest,
+                regions: wire_regions(scan),
+            })?;
+        }
+        self.report.memory_bytes = memory_pages * 4096;
+        self.report.processes = collected.spaces.len() as u32;
+        self.control(&ControlMessage::SealEnd { spaces: collected.spaces.len() as u32 })?;
+        match self.answer("the seal")? {
+            ControlMessage::Sealed { pages } if pages == memory_pages => Ok(()),
+            other => Err(SendError::Protocol(format!("{other:?} instead of a seal over {memory_pages} pages"))),
+        }
+    }
+
+    fn owned_table(&self, collected: &Collected, owned: &[(u32, PageSet)]) -> Vec<Owned> {
+        let mut table = Vec::with_capacity(owned.len());
+        for (scan, (key, owned)) in collected.spaces.iter().zip(owned) {
+            let runs: Vec<(u64, u64)> = owned.runs().iter().map(|run| (run.start, run.len)).collect();
+            table.push(Owned {
+                pid: scan.target.pid(),
+                vpid: self.spaces[key].place.vpid,
+                runs: split_at_regions(&runs, &scan.regions),
+                populated: scan.populated.runs().iter().map(|run| (run.start, run.len)).collect(),
+            });
+        }
+        table
+    }
+
+    /// Ships CRIU's images.
+    fn send_images(&mut self) -> Result<(), SendError> {
+        let names = self.images.list().map_err(SendError::Images)?;
+        let mut buffer = vec![0; limits::MAX_IMAGE_CHUNK];
+        let (mut files, mut bytes) = (0u32, 0u64);
+        for (name, len) in names {
+            let mut file = self.images.open(&name).map_err(SendError::Images)?;
+            let mut offset = 0u64;
+            loop {
+                let got = read_full(&mut file, &mut buffer).map_err(SendError::Images)?;
+                // An empty file travels as one empty chunk: its existence means something to CRIU.
+                if got == 0 && (offset > 0 || len > 0) {
+                    break;
+                }
+                let chunk = ImageChunk::new(&name, offset, &buffer[..got]);
+                self.channel().image(&chunk, &buffer[..got])?;
+                offset += got as u64;
+                if got < buffer.len() {
+                    break;
+                }
+            }
+            files += 1;
+            bytes += offset;
+        }
+        self.control(&ControlMessage::ImagesEnd { files, bytes })?;
+        Ok(())
+    }
+
+    /// A SIGSTOP waits in every task from here on: whatever ends now, this engine, CRIU or the link, no task of
+    /// the source runs another instruction of the program unless it is told to.
+    fn hold_tree(&mut self) -> Result<(), SendError> {
+        for target in tracker::tree::discover(&self.root)? {
+            let pid = target.pid();
+            rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::STOP)
+                .map_err(|errno| SendError::Hold { pid, source: errno.into() })?;
+            self.held.push(target);
+        }
+        Ok(())
+    }
+
+    /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
+    pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
+        let patience = self.plan.stall_timeout;
+        let dump = self.dump.take().expect("the dump is held until the commit");
+        dump.commit(patience)?;
+        match self.answer("the destination to have every page in place")? {
+            ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
+                self.observer.event(&Event::Filled { pages, faults, max_fault_us });
+                self.report.fill = Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
+                Ok(())
+            }
+            other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),
+        }
+    }
+}
+
+/// Reads until the buffer is full or the file ends.
+fn read_full(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut got = 0;
+    while got < buffer.len() {
+        match file.read(&mut buffer[got..]) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got)
+}
+
+/// How long the source waits between two questions about a commit in doubt.
+pub(super) const ASK_AGAIN: Duration = Duration::from_millis(200);

@@ -1,0 +1,126 @@
+//! What a failure means, by how far the handover had come. Pure: this is the rule that keeps one copy of the
+//! program, and only one, alive.
+
+use pageferry_wire_format::HandoverState;
+
+/// How far the source had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// Nothing was touched.
+    Preparing,
+    /// The receiver is being talked to.
+    Connecting,
+    /// The tree is being tracked.
+    Attaching,
+    /// Rounds are being sent; the tree runs.
+    PreCopy(u32),
+    /// CRIU stops the tree.
+    Freezing,
+    /// The last pages are found and sent.
+    LastPages,
+    /// The destination confirms the memory.
+    Sealing,
+    /// CRIU dumps the rest.
+    Dumping,
+    /// The images travel.
+    Images,
+    /// The destination restores.
+    Restoring,
+    /// The commit may have been sent.
+    Committing,
+    /// The destination has said that the program runs there.
+    Committed,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Phase::Preparing => f.write_str("preparing"),
+            Phase::Connecting => f.write_str("connecting"),
+            Phase::Attaching => f.write_str("attaching the tracker"),
+            Phase::PreCopy(round) => write!(f, "pre-copy round {round}"),
+            Phase::Freezing => f.write_str("freezing"),
+            Phase::LastPages => f.write_str("sending the last pages"),
+            Phase::Sealing => f.write_str("sealing the memory"),
+            Phase::Dumping => f.write_str("dumping"),
+            Phase::Images => f.write_str("sending the images"),
+            Phase::Restoring => f.write_str("waiting for the restore"),
+            Phase::Committing => f.write_str("committing"),
+            Phase::Committed => f.write_str("the time after the commit"),
+        }
+    }
+}
+
+/// What the source does with its own copy after a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aftermath {
+    /// Let it run on: the destination cannot have one, now or later.
+    RunOn,
+    /// Ask the destination what became of the commit.
+    Ask,
+    /// End it: the destination's copy runs.
+    End,
+    /// Keep it stopped: it cannot be known which copy is the one.
+    Hold,
+}
+
+/// What to do when something failed in `phase`.
+///
+/// The destination lets its copy run after it received the commit, and only then. So as long as no byte of
+/// the commit was sent, the source may run on whatever happened; once it was sent, only the destination knows.
+pub(crate) fn after_failure(phase: Phase) -> Aftermath {
+    match phase {
+        Phase::Committed => Aftermath::End,
+        Phase::Committing => Aftermath::Ask,
+        _ => Aftermath::RunOn,
+    }
+}
+
+/// What to do when the destination was asked, and answered `state` (`None`: it could not be reached in time).
+pub(crate) fn after_answer(state: Option<&HandoverState>) -> Aftermath {
+    match state {
+        Some(HandoverState::Resumed { .. }) => Aftermath::End,
+        // It has given its copy up and will never let it run.
+        Some(HandoverState::Discarded) => Aftermath::RunOn,
+        // A receiver that was started anew knows nothing of the session: its predecessor may have died after
+        // letting the copy run. `Receiving` and `ReadyToRun` are passing states that are asked again.
+        Some(HandoverState::Unknown | HandoverState::Receiving | HandoverState::ReadyToRun) | None => {
+            Aftermath::Hold
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_source_runs_on_until_the_commit_and_never_after_it() {
+        for phase in [
+            Phase::Preparing,
+            Phase::Connecting,
+            Phase::Attaching,
+            Phase::PreCopy(7),
+            Phase::Freezing,
+            Phase::LastPages,
+            Phase::Sealing,
+            Phase::Dumping,
+            Phase::Images,
+            Phase::Restoring,
+        ] {
+            assert_eq!(after_failure(phase), Aftermath::RunOn, "{phase}");
+        }
+        assert_eq!(after_failure(Phase::Committing), Aftermath::Ask);
+        assert_eq!(after_failure(Phase::Committed), Aftermath::End);
+    }
+
+    #[test]
+    fn only_a_certain_answer_lets_either_copy_go() {
+        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 })), Aftermath::End);
+        assert_eq!(after_answer(Some(&HandoverState::Discarded)), Aftermath::RunOn);
+        for state in [HandoverState::Unknown, HandoverState::Receiving, HandoverState::ReadyToRun] {
+            assert_eq!(after_answer(Some(&state)), Aftermath::Hold);
+        }
+        assert_eq!(after_answer(None), Aftermath::Hold);
+    }
+}

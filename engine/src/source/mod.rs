@@ -1,0 +1,312 @@
+//! The sending side of a migration.
+
+mod failure;
+mod handover;
+mod machine;
+mod pages;
+mod precopy;
+mod rollback;
+mod sent;
+mod verify;
+
+use crate::cancel::Cancel;
+use crate::error::{CopyState, FailureKind, MigrationError};
+use crate::layout::{Layout, Place};
+use crate::link::{Channel, TcpLink};
+use crate::observe::{Event, Observer};
+use crate::plan::SendPlan;
+use crate::report::{MigrationReport, SCHEMA};
+use failure::SendError;
+use machine::{Aftermath, Phase};
+use pageferry_criu_glue::{Criu, Dump, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
+use pageferry_tracker::{self as tracker, PageReader, Target, Tracker};
+use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
+use sent::SentPages;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// Runs in one `Discard` message.
+const RUNS_A_MESSAGE: usize = 4096;
+
+/// Moves the process tree of `plan.pid` to the receiver at `plan.to`, and returns when the program runs there
+/// and every page of it is in place.
+///
+/// # Errors
+/// [`MigrationError`] says what failed, in which phase, and where the two copies of the program are. Unless it
+/// says otherwise the program runs on at the source, with its memory as it was.
+pub fn send(
+    plan: &SendPlan,
+    observer: &dyn Observer,
+    cancel: &Cancel,
+) -> Result<MigrationReport, MigrationError> {
+    let mut session = match Migration::prepare(plan, observer, cancel) {
+        Ok(session) => session,
+        Err(error) => return Err(refusal(error)),
+    };
+    let started = Instant::now();
+    let result = session.run();
+    session.conclude(result, started)
+}
+
+fn refusal(error: SendError) -> MigrationError {
+    let kind = match error {
+        SendError::Plan(_) => FailureKind::Usage,
+        _ => FailureKind::Refused,
+    };
+    MigrationError {
+        kind,
+        phase: Phase::Preparing.to_string(),
+        source_state: CopyState::Running,
+        destination_state: CopyState::None,
+        help: error.help(),
+        cause: Box::new(error),
+        report: None,
+    }
+}
+
+/// One address space and what the destination has of it.
+struct Space {
+    place: Place,
+    reader: PageReader,
+    sent: SentPages,
+}
+
+/// A migration under way. Dropping it undoes everything: the dump is aborted (the tree runs on), the tracker
+/// is detached, and the images are gone.
+struct Migration<'a> {
+    plan: &'a SendPlan,
+    observer: &'a dyn Observer,
+    cancel: &'a Cancel,
+    report: MigrationReport,
+    phase: Phase,
+    session: u128,
+    root: Target,
+    criu: Criu,
+    hide: HideKind,
+    tracker_choice: tracker::TrackerKind,
+    peer_memory: u64,
+    layout: Layout,
+    spaces: BTreeMap<u32, Space>,
+    sender: pages::PageSender,
+    /// Tasks in which a SIGSTOP waits.
+    held: Vec<Target>,
+    // The order of the fields is the order of undoing: the tree is let go before its tracker is taken away.
+    dump: Option<Dump>,
+    images: ImageDir,
+    tracker: Option<Tracker>,
+    channel: Option<Channel>,
+}
+
+impl<'a> Migration<'a> {
+    /// Everything that can be refused before anybody is touched.
+    fn prepare(
+        plan: &'a SendPlan,
+        observer: &'a dyn Observer,
+        cancel: &'a Cancel,
+    ) -> Result<Self, SendError> {
+        plan.validate()?;
+        if !nix::unistd::geteuid().is_root() {
+            return Err(SendError::NotRoot);
+        }
+        let root = Target::open(plan.pid)?;
+        let criu = Criu::find(plan.criu.as_deref())?;
+        let kernel = tracker::probe::Kernel::probe();
+        let (tracker_choice, tracker_reason) = kernel.choose(plan.tracker)?;
+        let (hide, hide_reason) = match plan.hide {
+            Some(hide) => (hide, "asked for".to_owned()),
+            None if tracker_choice == tracker::TrackerKind::SoftDirty => (
+                HideKind::SyntheticParent,
+                "the kernel has soft-dirty, so CRIU's own incremental dump leaves the pages out".to_owned(),
+            ),
+            None => (
+                HideKind::Shim,
+                "without soft-dirty CRIU cannot dump incrementally: a preloaded shim hides the pages".to_owned(),
+            ),
+        };
+        let session = session_id().map_err(SendError::Identity)?;
+        let mut sender = pages::PageSender::new()?;
+        if let Some(bandwidth) = plan.bandwidth {
+            sender.limit_link(bandwidth);
+        }
+        let report = MigrationReport {
+            schema: SCHEMA,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            session: format!("{session:032x}"),
+            pid: plan.pid,
+            program: root.name(),
+            to: plan.to.to_string(),
+            strategy: "pre-copy".to_owned(),
+            tracker: tracker_choice.to_string(),
+            tracker_reason,
+            hide: hide.to_string(),
+            hide_reason,
+            criu: criu.version().to_string(),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            tcp: "closed".to_owned(),
+            ..MigrationReport::default()
+        };
+        Ok(Self {
+            plan,
+            observer,
+            cancel,
+            report,
+            phase: Phase::Preparing,
+            session,
+            root,
+            criu,
+            hide,
+            tracker_choice,
+            peer_memory: u64::MAX,
+            layout: Layout::default(),
+            spaces: BTreeMap::new(),
+            sender,
+            held: Vec::new(),
+            dump: None,
+            images: ImageDir::new()?,
+            tracker: None,
+            channel: None,
+        })
+    }
+
+    /// The happy path, step by step.
+    fn run(&mut self) -> Result<(), SendError> {
+        let started = Instant::now();
+        self.connect()?;
+        self.attach()?;
+        let decision = self.pre_copy()?;
+        self.hand_over(decision)?;
+        self.report.total_us = started.elapsed().as_micros() as u64;
+        self.observer.event(&Event::Committed);
+        if let Some(pid) = self.report.destination_pid {
+            self.observer.event(&Event::Resumed { pid });
+        }
+        self.after_commit()
+    }
+
+    /// Opens the session with the receiver.
+    fn connect(&mut self) -> Result<(), SendError> {
+        self.phase = Phase::Connecting;
+        self.check_cancel()?;
+        let channel = self.open_channel()?;
+        self.channel = Some(channel);
+        self.control(&ControlMessage::Hello(Hello {
+            versions: wire::version::supported(),
+            session: self.session,
+            engine: env!("CARGO_PKG_VERSION").to_owned(),
+            program: self.root.name(),
+            verify: self.plan.verify,
+            choices: RestoreChoices {
+                shell_job: self.plan.shell_job,
+                tcp_close: true,
+                file_locks: true,
+                ext_unix_sk: false,
+            },
+        }))?;
+        let welcome = match self.answer("a welcome")? {
+            ControlMessage::Welcome(welcome) => welcome,
+            other => return Err(SendError::Protocol(format!("{other:?} instead of a welcome"))),
+        };
+        self.peer_memory = welcome.memory;
+        let plan = self.plan;
+        self.channel().link_mut().set_stall(plan.stall_timeout);
+        self.channel().set_bandwidth(plan.bandwidth);
+        self.observer.event(&Event::Connected { to: self.plan.to, version: welcome.engine });
+        Ok(())
+    }
+
+    fn open_channel(&self) -> Result<Channel, SendError> {
+        let mut link = TcpLink::connect(self.plan.to, self.plan.connect_timeout)
+            .map_err(crate::link::ChannelError::from)?;
+        link.set_stall(self.plan.connect_timeout);
+        link.set_cancel(Some(self.cancel.clone()));
+        Ok(Channel::new(link))
+    }
+
+    /// Begins to track the tree, and has CRIU ready and waiting at the edge of the freeze.
+    fn attach(&mut self) -> Result<(), SendError> {
+        self.phase = Phase::Attaching;
+        crate::fault::point("attach");
+        self.check_cancel()?;
+        let tracker = Tracker::attach(self.root.clone(), self.tracker_choice)?;
+        self.tracker = Some(tracker);
+        let mut request = DumpRequest::new(self.plan.pid, &self.images, self.hide);
+        request.tcp = TcpPolicy::Close;
+        request.shell_job = self.plan.shell_job;
+        request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
+        let dump = Dump::start(&self.criu, request)?;
+        self.dump = Some(dump);
+        let processes = tracker::tree::discover(&self.root)?.len() as u32;
+        self.report.processes = processes;
+        self.observer.event(&Event::Attached {
+            tracker: self.report.tracker.clone(),
+            reason: self.report.tracker_reason.clone(),
+            processes,
+        });
+        Ok(())
+    }
+
+    fn check_room(&self, resident_pages: u64) -> Result<(), SendError> {
+        let needed = resident_pages * 4096;
+        if needed > self.peer_memory {
+            return Err(SendError::NoRoom { available: self.peer_memory, needed });
+        }
+        Ok(())
+    }
+
+    fn check_cancel(&self) -> Result<(), SendError> {
+        if self.cancel.is_cancelled() { Err(SendError::Cancelled) } else { Ok(()) }
+    }
+
+    fn channel(&mut self) -> &mut Channel {
+        self.channel.as_mut().expect("connected before anything is said")
+    }
+
+    fn tracker_mut(&mut self) -> &mut Tracker {
+        self.tracker.as_mut().expect("attached before anything is collected")
+    }
+
+    fn dump_mut(&mut self) -> &mut Dump {
+        self.dump.as_mut().expect("CRIU was started before the freeze")
+    }
+
+    fn space(&mut self, key: u32) -> &mut Space {
+        self.spaces.get_mut(&key).expect("a space was made for every key that was taken in")
+    }
+
+    fn control(&mut self, message: &ControlMessage) -> Result<(), SendError> {
+        Ok(self.channel().control(message)?)
+    }
+
+    fn answer(&mut self, wanted: &'static str) -> Result<ControlMessage, SendError> {
+        Ok(self.channel().answer(wanted)?)
+    }
+}
+
+/// A random identity, so that two sessions are never taken for one another.
+fn session_id() -> std::io::Result<u128> {
+    let mut bytes = [0u8; 16];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    if got < bytes.len() {
+        return Err(std::io::Error::other("the kernel gave too few random bytes"));
+    }
+    Ok(u128::from_le_bytes(bytes))
+}
+
+/// The largest resident size that this process ever had.
+fn peak_resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib * 1024)
+}
+
+/// Words for the states of the two copies after each aftermath.
+fn states(aftermath: Aftermath) -> (CopyState, CopyState) {
+    match aftermath {
+        Aftermath::RunOn => (CopyState::Running, CopyState::None),
+        Aftermath::End => (CopyState::None, CopyState::Running),
+        Aftermath::Ask | Aftermath::Hold => (CopyState::Stopped, CopyState::Unknown),
+    }
+}

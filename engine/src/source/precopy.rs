@@ -1,0 +1,209 @@
+//! Rounds: the program runs, and what it writes is sent again until little enough is left.
+
+use super::failure::SendError;
+use super::pages::Tally;
+use super::{Migration, Phase, Space};
+use crate::observe::Event;
+use crate::policy::{Adaptive, Decision, Measured, RoundPolicy, RoundSample};
+use crate::report::RoundReport;
+use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
+use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
+use std::time::{Duration, Instant};
+
+/// Rounds smaller than this say nothing about the pace: they are all overhead.
+const PACE_PAGES: u64 = 256;
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(100);
+
+/// What is to be sent of one space.
+pub(super) struct Todo {
+    pub(super) key: u32,
+    pub(super) pages: PageSet,
+}
+
+impl Migration<'_> {
+    /// Sends rounds until the policy says stop. The pages that were collected last are not sent: the tracker
+    /// gives them again in the freeze.
+    pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
+        let mut policy = Adaptive::new(self.plan.downtime, self.plan.max_rounds);
+        let mut measured: Option<Measured> = None;
+        let mut last_collect: Option<Instant> = None;
+        for round in 0.. {
+            self.phase = Phase::PreCopy(round);
+            crate::fault::point("precopy");
+            self.check_cancel()?;
+            let start = Instant::now();
+            let collected = self.tracker_mut().collect(TreeState::Running)?;
+            let since_last = last_collect.map_or(Duration::ZERO, |last| start - last);
+            last_collect = Some(start);
+            let scan = start.elapsed();
+            if collected.spaces.is_empty() {
+                return Err(SendError::Exited);
+            }
+            let todo = self.take_in(&collected, round)?;
+            let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+            let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
+            self.check_room(resident_pages)?;
+            let decision = policy.decide(&RoundSample {
+                round,
+                todo_pages,
+                since_last,
+                processes: collected.spaces.len() as u32,
+                resident_pages,
+                measured,
+            });
+            if decision.stop.is_some() {
+                // Never acknowledged, so the collect in the freeze returns these pages again.
+                return Ok(decision);
+            }
+            self.observer.event(&Event::RoundStarted { round, dirty_pages: todo_pages });
+            let sending = Instant::now();
+            let before = self.channel().link().sent();
+            let tally = self.send_todo(&todo, round, false)?;
+            let sent = sending.elapsed();
+            self.control(&ControlMessage::RoundEnd { round, pages: tally.sent + tally.zero, bytes: tally.bytes })?;
+            match self.answer("the acknowledgement of a round")? {
+                ControlMessage::RoundAck { round: acknowledged } if acknowledged == round => {}
+                other => return Err(SendError::Protocol(format!("{other:?} instead of an acknowledgement"))),
+            }
+            let acked = sending.elapsed();
+            self.tracker_mut().acknowledge(collected.ticket);
+
+            if todo_pages >= PACE_PAGES || measured.is_none() {
+                measured = Some(Measured {
+                    pages_per_second: todo_pages.max(1) as f64 / acked.as_secs_f64().max(1e-6),
+                    round_overhead: scan + acked.saturating_sub(sent),
+                });
+            }
+            let report = RoundReport {
+                round,
+                frozen: false,
+                dirty_pages: todo_pages,
+                sent_pages: tally.sent,
+                unchanged_pages: tally.unchanged,
+                zero_pages: tally.zero,
+                gone_pages: tally.gone,
+                compressed_pages: tally.compressed,
+                sent_bytes: self.channel().link().sent() - before,
+                duration_us: start.elapsed().as_micros() as u64,
+                pause_us: collected.pause.as_micros() as u64,
+                dirty_rate: rate(todo_pages, since_last),
+                link_rate: rate(tally.bytes, acked),
+                predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
+            };
+            self.observer.event(&Event::RoundEnded(report.clone()));
+            self.report.rounds.push(report);
+        }
+        unreachable!("the policy ends the rounds at the limit")
+    }
+
+    /// Brings the spaces in line with what was collected: tells the destination of new ones and of what went
+    /// away, and works out which pages have to be sent: dirty ones, and those it was never given.
+    pub(super) fn take_in(&mut self, collected: &Collected, round: u32) -> Result<Vec<Todo>, SendError> {
+        for key in &collected.exited {
+            if let Some(place) = self.layout.remove(*key) {
+                self.spaces.remove(&key.0);
+                self.control(&ControlMessage::SpaceGone { space: place.id })?;
+            }
+        }
+        let mut fresh = Vec::new();
+        let mut todo = Vec::new();
+        for scan in &collected.spaces {
+            let pid = scan.target.pid();
+            let (place, _) =
+                self.layout.place(scan.key, &scan.target).map_err(|source| SendError::Look { pid, source })?;
+            if !self.spaces.contains_key(&scan.key.0) {
+                let reader =
+                    PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
+                fresh.push(SpaceInfo {
+                    space: place.id,
+                    vpid: place.vpid,
+                    name: scan.target.name(),
+                    pages: scan.populated.len(),
+                });
+                self.spaces.insert(scan.key.0, Space { place, reader, sent: Default::default() });
+            }
+            todo.push(Todo { key: scan.key.0, pages: self.due(scan) });
+        }
+        if !fresh.is_empty() {
+            self.control(&ControlMessage::Spaces { round, spaces: fresh })?;
+        }
+        for scan in &collected.spaces {
+            let space = self.space(scan.key.0);
+            let gone = space.sent.retain(&scan.populated);
+            let id = space.place.id;
+            if !gone.is_empty() {
+                for runs in super::sent::wire_runs(&gone).chunks(super::RUNS_A_MESSAGE) {
+                    self.control(&ControlMessage::Discard { space: id, runs: runs.to_vec() })?;
+                }
+            }
+        }
+        Ok(todo)
+    }
+
+    /// A page is due when it is there and was written, or is there and was never given: what the kernel says
+    /// about writes is not believed for pages that the destination does not have.
+    fn due(&self, scan: &SpaceScan) -> PageSet {
+        let sent = &self.spaces[&scan.key.0].sent;
+        scan.dirty.intersect(&scan.populated).union(&sent.missing(&scan.populated))
+    }
+
+    /// Sends what is due, space by space.
+    pub(super) fn send_todo(
+        &mut self,
+        todo: &[Todo],
+        round: u32,
+        frozen: bool,
+    ) -> Result<Tally, SendError> {
+        let total_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+        let mut tally = Tally::default();
+        let mut told = Instant::now();
+        let observer = self.observer;
+        for Todo { key, pages } in todo {
+            let space = self.spaces.get_mut(key).expect("take_in has made a space for every key");
+            let channel = self.channel.as_mut().expect("connected before the first round");
+            let done = tally;
+            let cancel = self.cancel;
+            let part = self.sender.send(
+                channel,
+                &space.place,
+                &mut space.reader,
+                &mut space.sent,
+                pages,
+                round,
+                frozen,
+                &mut |part| {
+                    if told.elapsed() >= TELL {
+                        told = Instant::now();
+                        observer.event(&Event::Progress {
+                            round,
+                            done_pages: done.pages() + part.pages(),
+                            total_pages,
+                            sent_bytes: done.bytes + part.bytes,
+                        });
+                    }
+                    !cancel.is_cancelled()
+                },
+            )?;
+            self.check_cancel()?;
+            tally.add(&part);
+        }
+        Ok(tally)
+    }
+}
+
+fn rate(count: u64, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
+}
+
+/// The tracker's regions in the words of the wire.
+pub(super) fn wire_regions(scan: &SpaceScan) -> Vec<RegionInfo> {
+    scan.regions
+        .iter()
+        .map(|region| RegionInfo {
+            start: region.start,
+            end: region.end,
+            comparable: crate::verify::is_comparable(region),
+        })
+        .collect()
+}

@@ -1,0 +1,193 @@
+//! The end of a migration that did not end well: who owns the program now, and undoing the rest.
+
+use super::failure::SendError;
+use super::handover::ASK_AGAIN;
+use super::machine::{Aftermath, Phase, after_answer, after_failure};
+use super::{Migration, peak_resident_bytes, states};
+use crate::error::{FailureKind, MigrationError};
+use crate::observe::Event;
+use crate::report::MigrationReport;
+use pageferry_wire_format::{AbortCode, ControlMessage, HandoverState};
+use std::time::{Duration, Instant};
+
+impl Migration<'_> {
+    /// Turns the outcome of the happy path into a report, after having done what the outcome asks for.
+    pub(super) fn conclude(
+        mut self,
+        result: Result<(), SendError>,
+        started: Instant,
+    ) -> Result<MigrationReport, MigrationError> {
+        if self.report.total_us == 0 {
+            self.report.total_us = started.elapsed().as_micros() as u64;
+        }
+        self.report.engine_peak_rss_bytes = peak_resident_bytes();
+        let sent = self.channel.as_ref().map_or(0, |channel| channel.link().sent());
+        self.report.bytes_sent = sent;
+        let Err(error) = result else {
+            self.report.outcome = "completed".to_owned();
+            return Ok(self.report);
+        };
+        let failed_in = self.phase;
+        let mut aftermath = after_failure(failed_in);
+        if aftermath == Aftermath::Ask {
+            // An abort in answer to the commit is the receiver's word that its copy is gone.
+            aftermath = if error.is_peers_abort() {
+                Aftermath::RunOn
+            } else {
+                after_answer(self.ask_what_became().as_ref())
+            };
+        }
+        match aftermath {
+            Aftermath::RunOn => self.run_on(&error),
+            Aftermath::End => self.end_source(),
+            Aftermath::Ask | Aftermath::Hold => self.hold(),
+        }
+        self.describe(error, failed_in, aftermath)
+    }
+
+    /// Undoes everything, with the tree running on.
+    fn run_on(&mut self, error: &SendError) {
+        if let Some(channel) = &mut self.channel {
+            // The receiver hears why, and can clean up at once instead of at a time-out.
+            let (code, patience) = match error.is_cancel() {
+                true => (AbortCode::Cancelled, Duration::from_millis(500)),
+                false => (AbortCode::SourceFailed, Duration::from_millis(500)),
+            };
+            channel.link_mut().set_cancel(None);
+            channel.link_mut().set_stall(patience);
+            let _ = channel.control(&ControlMessage::abort(code, &error.to_string()));
+        }
+        if let Some(dump) = self.dump.take()
+            && let Err(error) = dump.abort()
+        {
+            tracing::warn!(%error, "CRIU did not end cleanly after the abort");
+        }
+        for target in self.held.drain(..) {
+            let _ = rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::CONT);
+        }
+        if let Some(tracker) = self.tracker.take()
+            && let Err(error) = tracker.detach()
+        {
+            tracing::warn!(%error, "the tracker could not be detached cleanly");
+        }
+        if let Some(channel) = &self.channel {
+            channel.link().shutdown();
+        }
+        self.observer.event(&Event::RolledBack { reason: error.to_string() });
+    }
+
+    /// The destination runs the program: the copy here must not.
+    fn end_source(&mut self) {
+        if let Some(dump) = self.dump.take()
+            && let Err(error) = dump.commit(self.plan.stall_timeout)
+        {
+            tracing::warn!(%error, "CRIU did not end the tree; ending it by hand");
+        }
+        for target in self.held.drain(..) {
+            let _ = rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::KILL);
+        }
+    }
+
+    /// Nobody knows: the tree stays, stopped and whole.
+    fn hold(&mut self) {
+        // CRIU lets the tasks go, and each runs into the SIGSTOP that waits for it.
+        if let Some(dump) = self.dump.take()
+            && let Err(error) = dump.abort()
+        {
+            tracing::warn!(%error, "CRIU did not end cleanly");
+        }
+        if let Some(tracker) = self.tracker.take() {
+            let _ = tracker.detach();
+        }
+    }
+
+    /// Asks the receiver over new connections, until it knows or the time is over.
+    fn ask_what_became(&mut self) -> Option<HandoverState> {
+        if let Some(channel) = self.channel.take() {
+            channel.link().shutdown();
+        }
+        let end = Instant::now() + self.plan.resolve_timeout;
+        loop {
+            match self.ask_once() {
+                Ok(state @ (HandoverState::Resumed { .. } | HandoverState::Discarded)) => return Some(state),
+                // A receiver that was started anew does not know the session. Asking again does not help.
+                Ok(HandoverState::Unknown) => return Some(HandoverState::Unknown),
+                Ok(_) | Err(_) => {}
+            }
+            if Instant::now() >= end {
+                return None;
+            }
+            std::thread::sleep(ASK_AGAIN);
+        }
+    }
+
+    fn ask_once(&mut self) -> Result<HandoverState, SendError> {
+        let mut channel = self.open_channel()?;
+        channel.link_mut().set_cancel(None);
+        channel.control(&ControlMessage::Query { session: self.session })?;
+        match channel.answer("the state of the session")? {
+            ControlMessage::State(state) => {
+                if let HandoverState::Resumed { pid } = state {
+                    self.report.destination_pid = Some(pid);
+                }
+                Ok(state)
+            }
+            other => Err(SendError::Protocol(format!("{other:?} instead of a state"))),
+        }
+    }
+
+    fn describe(
+        mut self,
+        error: SendError,
+        failed_in: Phase,
+        aftermath: Aftermath,
+    ) -> Result<MigrationReport, MigrationError> {
+        let (source_state, destination_state) = states(aftermath);
+        let kind = match aftermath {
+            Aftermath::RunOn if error.is_cancel() => FailureKind::Interrupted,
+            Aftermath::RunOn if failed_in <= Phase::Attaching => FailureKind::Refused,
+            Aftermath::RunOn => FailureKind::RolledBack,
+            Aftermath::End => FailureKind::AfterCommit,
+            Aftermath::Ask | Aftermath::Hold => FailureKind::InDoubt,
+        };
+        let help = match aftermath {
+            Aftermath::Hold | Aftermath::Ask => Some(format!(
+                "look at the receiver {}: if the program runs there, end the copy here with `kill -KILL {}`; \
+                 if it does not and never will, let this one run on with `kill -CONT {}`",
+                self.plan.to,
+                pids(&self.held),
+                pids(&self.held)
+            )),
+            _ => error.help(),
+        };
+        self.report.outcome = match kind {
+            FailureKind::Interrupted => "interrupted",
+            FailureKind::Refused | FailureKind::Usage => "refused",
+            FailureKind::RolledBack => "rolled-back",
+            FailureKind::AfterCommit => "completed-with-errors",
+            FailureKind::InDoubt => "in-doubt",
+        }
+        .to_owned();
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        self.report.error = Some(text);
+        let report = std::mem::take(&mut self.report);
+        Err(MigrationError {
+            kind,
+            phase: failed_in.to_string(),
+            source_state,
+            destination_state,
+            help,
+            cause: Box::new(error),
+            report: Some(Box::new(report)),
+        })
+    }
+}
+
+fn pids(held: &[pageferry_tracker::Target]) -> String {
+    held.iter().map(|target| target.pid().to_string()).collect::<Vec<_>>().join(" ")
+}
