@@ -177,9 +177,10 @@ impl Running {
     pub fn finish(&mut self, limit: Duration) -> anyhow::Result<()> {
         let what = format!("the end of {}", self.name);
         let status = wait_for(&what, limit, || self.ended())?;
-        for reader in self.readers.drain(..) {
-            // Ends with the pipe; a panic there loses output, nothing else.
-            let _ = reader.join();
+        // Their ends come with the pipes': at once, unless a process that it left behind holds them.
+        let end = Instant::now() + Duration::from_secs(1);
+        while self.readers.iter().any(|reader| !reader.is_finished()) && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
         }
         if !status.success() {
             bail!("{} failed ({status}):\n{}", self.name, self.last_words());

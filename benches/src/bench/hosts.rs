@@ -1,10 +1,10 @@
 //! The two hosts (and the client) that migrations go between; taken down on drop.
 
 use super::child;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// Longest time that one of the tool's own actions takes.
@@ -54,13 +54,24 @@ impl Hosts {
     /// # Errors
     /// What the tool says.
     pub fn up(tool: &Path, rate: Option<&str>) -> anyhow::Result<Self> {
+        Self::up_as(tool, &format!("bench-{}", std::process::id()), rate)
+    }
+
+    /// The same under a name of one's own, for who needs several at a time.
+    ///
+    /// # Errors
+    /// What the tool says.
+    pub fn up_as(tool: &Path, name: &str, rate: Option<&str>) -> anyhow::Result<Self> {
         let tool = tool.canonicalize().with_context(|| format!("looking for {}", tool.display()))?;
-        let hosts = Self { tool, name: format!("bench-{}", std::process::id()) };
+        let hosts = Self { tool, name: name.to_owned() };
         let mut command = hosts.command("up");
         if let Some(rate) = rate {
             command.args(["--rate", rate]);
         }
-        child::output("two-hosts up", &mut command, LIMIT)?;
+        // Not with pipes: the hosts live on after it, and may keep hold of what it was given.
+        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status();
+        let status = status.with_context(|| format!("starting {}", hosts.tool.display()))?;
+        ensure!(status.success(), "two-hosts up failed ({status})");
         Ok(hosts)
     }
 

@@ -103,13 +103,15 @@ impl Command {
     }
 }
 
-/// A program that was built into the same directory.
+/// A program that was built into the same directory (or, for a test program, the one above its own).
 ///
 /// # Errors
 /// That it is not there.
 pub fn beside_this(name: &str) -> anyhow::Result<PathBuf> {
     let this = std::env::current_exe().context("asking for the path of this program")?;
-    let path = this.parent().unwrap_or(Path::new("/")).join(name);
+    let folder = this.parent().unwrap_or(Path::new("/"));
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let path = folder.join(name);
     anyhow::ensure!(path.is_file(), "{} does not exist", path.display());
     Ok(path)
 }

@@ -3,6 +3,7 @@
 //! Both sides run before anything is frozen and hand over to each other without delay, so that what is measured
 //! is CRIU and the link.
 
+use super::beside_this;
 use super::child::{Running, output};
 use super::hosts::{Host, Hosts};
 use anyhow::Context;
@@ -60,8 +61,7 @@ pub fn find_criu(explicit: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// # Errors
 /// What failed, with the last words of both sides.
 pub fn migrate(hosts: &Hosts, criu: &Path, pid: i32) -> anyhow::Result<Steps> {
-    let program = std::env::current_exe().context("asking for the path of this program")?;
-    let program = program.to_string_lossy().into_owned();
+    let program = beside_this("pageferry-bench")?.to_string_lossy().into_owned();
     let criu = criu.to_string_lossy().into_owned();
     let address = format!("{}:{PORT}", Host::Destination.address());
     // A host's /dev/shm is a tmpfs of its own.

@@ -1,0 +1,166 @@
+//! The workloads as they run: each says ok as long as nothing is wrong, finds a single wrong word wherever it
+//! is, and survives plain CRIU (so that what a migration test finds is the migration's fault).
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pageferry_benches::bench::baseline;
+use pageferry_benches::bench::hosts::{Host, Hosts};
+use pageferry_benches::bench::subject::Subject;
+use pageferry_benches::workload::state::{RegionEntry, beside, read_lines, realtime_us};
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// Every workload, with memory that is small enough to be checked often.
+const WORKLOADS: [&[&str]; 6] = [
+    &["count"],
+    &["threads", "--threads", "3"],
+    &["forked", "--workers", "2"],
+    &["mixed"],
+    &["churn"],
+    &["writer", "--reads", "1"],
+];
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    for workload in WORKLOADS {
+        let name = workload[0];
+        trials.push(Trial::test(format!("{name}_finds_a_wrong_word"), move || finds_a_wrong_word(workload)));
+        trials.push(Trial::ignorable_test(format!("{name}_survives_plain_criu"), move || {
+            if !rustix::process::geteuid().is_root() {
+                return Ok(Completion::ignored_with("needs root"));
+            }
+            survives_plain_criu(workload).map(|()| Completion::Completed)
+        }));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A workload that ends with the test.
+struct Workload {
+    child: Child,
+    state: PathBuf,
+}
+
+impl Workload {
+    fn start(folder: &Path, arguments: &[&str]) -> Result<Self, Failed> {
+        let state = folder.join("state");
+        let child = Command::new(env!("CARGO_BIN_EXE_pageferry-workload"))
+            .args(arguments)
+            .args(["--memory", "8MiB", "--rate", "200KB", "--state"])
+            .arg(&state)
+            .stdin(Stdio::null())
+            .spawn()?;
+        let workload = Self { child, state };
+        workload.wait("a first line", || read_lines(&workload.state).is_ok_and(|lines| !lines.is_empty()))?;
+        Ok(workload)
+    }
+
+    fn wait(&self, what: &str, mut done: impl FnMut() -> bool) -> Result<(), Failed> {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            if Instant::now() > end {
+                return Err(format!("{what} did not come within a minute").into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn regions(&self) -> Result<Vec<RegionEntry>, Failed> {
+        Ok(serde_json::from_slice(&fs::read(beside(&self.state, "map"))?)?)
+    }
+
+    /// The processes that have the regions: itself and its children.
+    fn processes(&self) -> Result<Vec<u32>, Failed> {
+        let pid = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let children = children.split_whitespace().map(str::parse).collect::<Result<Vec<_>, _>>()?;
+        Ok([vec![pid], children].concat())
+    }
+
+    fn check(&self, token: &str) -> Result<String, Failed> {
+        let verdict = beside(&self.state, "verdict");
+        fs::write(beside(&self.state, "check"), token)?;
+        let ending = format!("#{token}\n");
+        let answered = || fs::read_to_string(&verdict).is_ok_and(|text| text.ends_with(&ending));
+        self.wait("a verdict", answered)?;
+        Ok(fs::read_to_string(verdict)?)
+    }
+}
+
+impl Drop for Workload {
+    fn drop(&mut self) {
+        // Workers of a forked tree end when they see that their parent is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Changes two neighbouring words behind the program's back (two, because it may be about to write one itself).
+fn flip(process: u32, address: u64) -> Result<(), Failed> {
+    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{process}/mem"))?;
+    let mut words = [0u8; 16];
+    memory.read_exact_at(&mut words, address)?;
+    words.iter_mut().for_each(|byte| *byte ^= 0x10);
+    memory.write_all_at(&words, address)?;
+    Ok(())
+}
+
+fn finds_a_wrong_word(workload: &[&str]) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let workload = Workload::start(folder.path(), workload)?;
+    let mut checks = 0;
+    let mut expect = |what: &str, verdict: &str| -> Result<(), Failed> {
+        checks += 1;
+        let text = workload.check(&checks.to_string())?;
+        match text.starts_with(verdict) {
+            true => Ok(()),
+            false => Err(format!("{what}: {text}").into()),
+        }
+    };
+    expect("before anything", "ok ")?;
+    for process in workload.processes()? {
+        for region in workload.regions()? {
+            for address in
+                [region.start, region.start + region.bytes / 2 + 808, region.start + region.bytes - 16]
+            {
+                let what = format!("{} at {address:#x} of process {process}", region.name);
+                flip(process, address)?;
+                expect(&format!("after a change of {what}"), "corrupt ")?;
+                flip(process, address)?;
+                expect(&format!("after {what} was put right"), "ok ")?;
+            }
+        }
+    }
+    // It never stopped counting for all that.
+    let lines = read_lines(&workload.state)?;
+    let back = lines.windows(2).find(|pair| pair[1].progress < pair[0].progress);
+    match back {
+        None => Ok(()),
+        Some(pair) => Err(format!("progress went back: {pair:?}").into()),
+    }
+}
+
+fn survives_plain_criu(workload: &[&str]) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/two-hosts");
+    let told = |error: anyhow::Error| Failed::from(format!("{error:#}"));
+    let criu =
+        baseline::find_criu(std::env::var_os("PAGEFERRY_CRIU").as_deref().map(Path::new)).map_err(told)?;
+    let hosts = Hosts::up_as(&tool, &format!("benches-{}-{}", std::process::id(), workload[0]), None)
+        .map_err(told)?;
+    let arguments: Vec<String> =
+        workload.iter().chain(&["--memory", "16MiB"]).map(|&word| word.to_owned()).collect();
+    let subject = Subject::start(&hosts, folder.path(), workload[0], &arguments).map_err(told)?;
+    subject.check().map_err(told)?;
+    baseline::migrate(&hosts, &criu, subject.pid).map_err(told)?;
+    subject.wait_alive_after(realtime_us()).map_err(told)?;
+    subject.check().map_err(told)?;
+    hosts.kill(Host::Destination, subject.pid).map_err(told)?;
+    // The source has really let go of it: the pid is free there.
+    let gone = hosts.kill(Host::Source, subject.pid).is_err();
+    if gone { Ok(()) } else { Err("the source still has the process".into()) }
+}
