@@ -108,6 +108,9 @@ struct Client<'a> {
     connection: Option<Connection>,
     sent: VecDeque<Sent>,
     operations: u64,
+    /// Operations that the rate allows now, and when that was last reckoned.
+    allowance: f64,
+    reckoned: Instant,
     started: Instant,
     last_ack: Option<Instant>,
 }
@@ -157,6 +160,8 @@ impl<'a> Client<'a> {
             connection: None,
             sent: VecDeque::new(),
             operations: 0,
+            allowance: 0.0,
+            reckoned: Instant::now(),
             started: Instant::now(),
             last_ack: None,
         }
@@ -207,9 +212,17 @@ impl<'a> Client<'a> {
         Ok(())
     }
 
-    fn may_send(&self) -> bool {
+    /// Whether the rate allows one more. What could not be sent while the server stood still is not made up for
+    /// beyond 50 ms: a server that was just moved should not be met with a burst that is the client's own.
+    fn may_send(&mut self) -> bool {
         let Some(rate) = self.options.rate else { return true };
-        (self.operations as f64) < self.started.elapsed().as_secs_f64() * rate
+        let now = Instant::now();
+        self.allowance += (now - self.reckoned).as_secs_f64().min(0.05) * rate;
+        self.allowance = self.allowance.min(0.05 * rate + 1.0);
+        self.reckoned = now;
+        let may = self.allowance >= 1.0;
+        self.allowance -= f64::from(u8::from(may));
+        may
     }
 
     fn send_one(&mut self, connection: &mut Connection) {
