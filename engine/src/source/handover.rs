@@ -1,7 +1,7 @@
 //! The one freeze: last pages, everything else, and the two-phase commit.
 
 use super::failure::SendError;
-use super::precopy::{Todo, wire_regions};
+use super::precopy::wire_regions;
 use super::sent::wire_runs;
 use super::{Migration, Phase};
 use crate::layout::split_at_regions;
@@ -59,8 +59,7 @@ impl Migration<'_> {
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
         }
-        let owned = self.owned_pages(&collected)?;
-        let todo = self.last_todo(&collected, &owned, round)?;
+        let todo = self.take_in(&collected, round)?;
         let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
         self.report.downtime_us.collect = laps.lap(self.observer, "collect");
         let tally = self.send_todo(&todo, round, true)?;
@@ -68,7 +67,7 @@ impl Migration<'_> {
 
         self.phase = Phase::Sealing;
         crate::fault::point("seal");
-        self.seal(&collected, &owned)?;
+        self.seal(&collected)?;
         self.report.downtime_us.seal = laps.lap(self.observer, "seal");
         let sent_bytes = self.channel().link().sent() - before;
         self.report.rounds.push(RoundReport {
@@ -93,7 +92,7 @@ impl Migration<'_> {
         if self.hide == HideKind::SyntheticParent {
             self.tracker_mut().clear_frozen()?;
         }
-        let table = self.owned_table(&collected, &owned);
+        let table = self.hidden_table(&collected)?;
         self.dump_mut().dump(&table, wait)?;
         self.report.downtime_us.dump = laps.lap(self.observer, "dump");
 
@@ -145,47 +144,16 @@ impl Migration<'_> {
         self.report.downtime_us.destination.extend(parts);
     }
 
-    /// What the engine carries in the end: everything that CRIU would leave to it, but for the pages under
-    /// the stack pointers (CRIU insists on those) and for processes that were never tracked.
-    fn owned_pages(&mut self, collected: &Collected) -> Result<Vec<(u32, PageSet)>, SendError> {
-        let mut owned = Vec::with_capacity(collected.spaces.len());
-        for scan in &collected.spaces {
-            if !scan.tracked {
-                owned.push((scan.key.0, PageSet::default()));
-                continue;
-            }
-            let pid = scan.target.pid();
-            let stacks = tracker::stack_pointers(&scan.target)
-                .map_err(|source| SendError::Stack { pid, source: source.into() })?;
-            let mut under = PageSet::default();
-            for pointer in stacks {
-                under.insert(pointer / 4096, 1);
-            }
-            owned.push((scan.key.0, scan.populated.subtract(&under)));
-        }
-        Ok(owned)
-    }
-
-    fn last_todo(
-        &mut self,
-        collected: &Collected,
-        owned: &[(u32, PageSet)],
-        round: u32,
-    ) -> Result<Vec<Todo>, SendError> {
-        let mut todo = self.take_in(collected, round)?;
-        for (todo, (_, owned)) in todo.iter_mut().zip(owned) {
-            todo.pages = todo.pages.intersect(owned);
-        }
-        Ok(todo)
-    }
-
     /// Both sides agree on the memory: the destination confirms that it holds exactly the owned pages, with
     /// the content that the source read.
-    fn seal(&mut self, collected: &Collected, owned: &[(u32, PageSet)]) -> Result<(), SendError> {
+    ///
+    /// These are all pages of all mappings that CRIU's restorer leaves to userfaultfd, in every process: of such
+    /// mappings it takes nothing from its images, not even what is in them.
+    fn seal(&mut self, collected: &Collected) -> Result<(), SendError> {
         let mut memory_pages = 0;
-        for (scan, (key, owned)) in collected.spaces.iter().zip(owned) {
-            let space = self.space(*key);
-            space.sent.retain(owned);
+        for scan in &collected.spaces {
+            let owned = &scan.populated;
+            let space = self.space(scan.key.0);
             let (id, vpid) = (space.place.id, space.place.vpid);
             let (pages, digest) = (space.sent.len(), space.sent.digest());
             memory_pages += pages;
@@ -212,18 +180,27 @@ impl Migration<'_> {
         }
     }
 
-    fn owned_table(&self, collected: &Collected, owned: &[(u32, PageSet)]) -> Vec<Owned> {
-        let mut table = Vec::with_capacity(owned.len());
-        for (scan, (key, owned)) in collected.spaces.iter().zip(owned) {
-            let runs: Vec<(u64, u64)> = owned.runs().iter().map(|run| (run.start, run.len)).collect();
+    /// What CRIU is kept from dumping: what the engine carries, but for the pages under the threads' stack
+    /// pointers, without which CRIU does not dump.
+    fn hidden_table(&self, collected: &Collected) -> Result<Vec<Owned>, SendError> {
+        let mut table = Vec::with_capacity(collected.spaces.len());
+        for scan in &collected.spaces {
+            let pid = scan.target.pid();
+            let mut under = PageSet::default();
+            for pointer in
+                tracker::stack_pointers(&scan.target).map_err(|source| SendError::Stack { pid, source })?
+            {
+                under.insert(pointer / 4096, 1);
+            }
+            let pairs = |set: &PageSet| set.runs().iter().map(|run| (run.start, run.len)).collect::<Vec<_>>();
             table.push(Owned {
-                pid: scan.target.pid(),
-                vpid: self.spaces[key].place.vpid,
-                runs: split_at_regions(&runs, &scan.regions),
-                populated: scan.populated.runs().iter().map(|run| (run.start, run.len)).collect(),
+                pid,
+                vpid: self.spaces[&scan.key.0].place.vpid,
+                runs: split_at_regions(&pairs(&scan.populated.subtract(&under)), &scan.regions),
+                populated: pairs(&scan.populated),
             });
         }
-        table
+        Ok(table)
     }
 
     /// Ships CRIU's images.

@@ -36,6 +36,7 @@ pub enum Budget {
     /// As much as can be done in this time.
     Time(Duration),
     /// So many pages.
+    #[cfg(test)]
     Pages(u64),
     /// Everything.
     All,
@@ -61,7 +62,6 @@ pub struct FillStats {
 /// What the server's thread tells.
 #[derive(Debug, Default)]
 struct State {
-    missing: u64,
     failing: Option<(Instant, ServeError)>,
     filled: Option<FillStats>,
     aborted: bool,
@@ -91,6 +91,7 @@ impl Status {
 /// pages exist nowhere else: dropping then waits until they are in place.
 #[derive(Debug)]
 pub struct Server {
+    #[cfg(test)]
     store: Arc<Mutex<PageStore>>,
     status: Arc<Status>,
     commands: Sender<Command>,
@@ -127,7 +128,15 @@ impl Server {
             .name("page-server".into())
             .spawn(run)
             .map_err(|cause| ServeError::setup("starting the thread of the page server", cause))?;
-        Ok(Self { store, status, commands, wake, thread: Some(thread), running: AtomicBool::new(false) })
+        Ok(Self {
+            #[cfg(test)]
+            store,
+            status,
+            commands,
+            wake,
+            thread: Some(thread),
+            running: AtomicBool::new(false),
+        })
     }
 
     /// Serves the pages of `space` to the task whose userfaultfd this is, from now on.
@@ -215,12 +224,8 @@ impl Server {
         }
     }
 
-    /// Pages that are still missing; counted while the background runs.
-    pub fn missing(&self) -> u64 {
-        self.status.lock().missing
-    }
-
     /// Looks at the store, e.g. at the digests of pages. Faults wait meanwhile.
+    #[cfg(test)]
     pub fn with_store<T>(&self, look: impl FnOnce(&PageStore) -> T) -> T {
         look(&self.store.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -445,12 +445,10 @@ impl Worker {
         let Some(started) = self.background else { return false };
         // Closing lets every waiting thread go on, with zeros where nothing is: right where nothing is missing.
         self.views.retain(|view| view.pending.pages() > 0);
-        let missing = self.views.iter().map(|view| view.pending.pages()).sum();
         let failing = self.failure.as_ref().map(|failure| (failure.since, failure.error.clone()));
         let done = self.views.is_empty() && !self.draining;
         let stats = FillStats { duration: started.elapsed(), ..self.stats };
         self.status.set(|state| {
-            state.missing = missing;
             state.failing = failing;
             state.filled = done.then_some(stats);
         });

@@ -11,15 +11,13 @@ const WORDS: usize = TABLE_PAGES as usize / 64;
 /// Rounds are told apart up to this number; later ones count as equally recent.
 pub(super) const LAST_ROUND: u32 = 63;
 
-/// Where the bytes of a page that is held are.
+/// Where the bytes of a page that arrives are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// All its bytes are zero; they take no memory.
     Zero,
     /// In this slot.
     Slot(u32),
-    /// In the program that was restored; only the digest is still here.
-    Delivered,
 }
 
 // The numbers are above every slot number (slots::MOST_SLOTS).
@@ -30,16 +28,7 @@ impl Place {
     fn pack(self) -> u32 {
         match self {
             Place::Zero => ZERO,
-            Place::Delivered => DELIVERED,
             Place::Slot(slot) => slot,
-        }
-    }
-
-    fn unpack(packed: u32) -> Self {
-        match packed {
-            ZERO => Place::Zero,
-            DELIVERED => Place::Delivered,
-            slot => Place::Slot(slot),
         }
     }
 }
@@ -132,10 +121,6 @@ impl Table {
         }
     }
 
-    pub(super) fn place(&self, at: usize) -> Option<Place> {
-        self.held.has(at).then(|| Place::unpack(self.places[at]))
-    }
-
     pub(super) fn slot(&self, at: usize) -> Option<u32> {
         self.stored.has(at).then(|| self.places[at])
     }
@@ -196,11 +181,14 @@ impl SpaceIndex {
         self.tables.get(number)
     }
 
-    pub(super) fn place(&self, page: PageNo) -> Option<Place> {
+    /// Whether a page that is held was delivered.
+    #[cfg(test)]
+    pub(super) fn is_delivered(&self, page: PageNo) -> bool {
         let (number, at) = split(page);
-        self.tables.get(number)?.place(at)
+        self.table(number).is_some_and(|table| table.held.has(at) && table.places[at] == DELIVERED)
     }
 
+    #[cfg(test)]
     pub(super) fn digest_of(&self, page: PageNo) -> Option<PageDigest> {
         let (number, at) = split(page);
         let table = self.tables.get(number)?;

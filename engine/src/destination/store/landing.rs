@@ -51,6 +51,7 @@ impl Landing {
     }
 
     /// Bytes of payload that are to be received.
+    #[cfg(test)]
     pub fn payload_len(&self) -> usize {
         match self.coding {
             Coding::Zstd => self.buffers.packed.len(),

@@ -14,7 +14,9 @@ mod prefault;
 mod slots;
 mod tables;
 
-pub use error::{Bound, StoreError};
+#[cfg(test)]
+use error::Bound;
+pub use error::StoreError;
 pub(crate) use index::Mask;
 pub use landing::Landing;
 
@@ -36,6 +38,7 @@ pub struct PageStore {
 }
 
 /// The bytes of a page.
+#[cfg(test)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageRef<'a> {
     /// All are zero.
@@ -88,6 +91,7 @@ impl PageStore {
     }
 
     /// Bytes of memory that pages take now; zero pages take none.
+    #[cfg(test)]
     pub fn page_bytes(&self) -> u64 {
         self.slots.used() * SLOT_BYTES as u64
     }
@@ -95,11 +99,6 @@ impl PageStore {
     /// Bytes that the index takes.
     pub fn index_bytes(&self) -> u64 {
         self.spaces.values().map(|space| space.tables.len() as u64 * TABLE_BYTES).sum()
-    }
-
-    /// The spaces of which something was received, and not removed since.
-    pub fn spaces(&self) -> impl Iterator<Item = SpaceId> + '_ {
-        self.spaces.keys().copied()
     }
 
     /// Makes room for a batch with a payload of `payload_len` bytes, which are to be received into
@@ -249,15 +248,18 @@ impl PageStore {
     }
 
     /// The bytes of a page. `None` when it is not held.
+    #[cfg(test)]
     pub fn page(&self, space: SpaceId, page: PageNo) -> Option<PageRef<'_>> {
-        match self.spaces.get(&space)?.place(page)? {
-            Place::Zero => Some(PageRef::Zero),
-            Place::Delivered => Some(PageRef::Delivered),
-            Place::Slot(slot) => self.slots.bytes(slot, 1)?.first_chunk().map(PageRef::Bytes),
+        let index = self.spaces.get(&space)?;
+        index.digest_of(page)?;
+        if let Some(bytes) = self.stretch(space, page, 1) {
+            return bytes.first_chunk().map(PageRef::Bytes);
         }
+        Some(if index.is_delivered(page) { PageRef::Delivered } else { PageRef::Zero })
     }
 
     /// The digest of a page, also of one that was delivered. `None` when it is not held.
+    #[cfg(test)]
     pub fn digest_of(&self, space: SpaceId, page: PageNo) -> Option<PageDigest> {
         self.spaces.get(&space)?.digest_of(page)
     }

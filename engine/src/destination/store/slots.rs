@@ -57,6 +57,7 @@ impl Slots {
     }
 
     /// Slots that hold pages, or are about to.
+    #[cfg(test)]
     pub(super) fn used(&self) -> u64 {
         self.fresh - self.free_slots
     }
