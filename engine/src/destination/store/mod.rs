@@ -20,11 +20,12 @@ pub use error::StoreError;
 pub(crate) use index::Mask;
 pub use landing::Landing;
 
+#[cfg(test)]
 use super::sys::arena::SLOT_BYTES;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
 use pageferry_wire_format::digest::{self, SpaceDigest};
-use pageferry_wire_format::{Coding, PageBatch, PageDigest, PageNo, PageRun, SpaceId};
+use pageferry_wire_format::{Coding, PageBatch, PageNo, PageRun, SpaceId};
 use slots::Slots;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -260,7 +261,7 @@ impl PageStore {
 
     /// The digest of a page, also of one that was delivered. `None` when it is not held.
     #[cfg(test)]
-    pub fn digest_of(&self, space: SpaceId, page: PageNo) -> Option<PageDigest> {
+    pub fn digest_of(&self, space: SpaceId, page: PageNo) -> Option<digest::PageDigest> {
         self.spaces.get(&space)?.digest_of(page)
     }
 
