@@ -31,6 +31,8 @@ pub struct Hello {
     pub program: String,
     /// Whether all memory is to be compared before the commit.
     pub verify: bool,
+    /// How to restore.
+    pub choices: RestoreChoices,
 }
 
 /// The destination takes the session.
@@ -279,8 +281,6 @@ pub enum ControlMessage {
         files: u32,
         /// Their bytes.
         bytes: u64,
-        /// How to restore.
-        options: RestoreChoices,
     },
     /// Destination: the program could run here.
     Ready {

@@ -87,6 +87,12 @@ fn examples() -> Vec<(&'static str, Vec<u8>, Frame)> {
                 engine: "0.1.0".into(),
                 program: "redis-server".into(),
                 verify: true,
+                choices: RestoreChoices {
+                    shell_job: true,
+                    tcp_close: true,
+                    file_locks: false,
+                    ext_unix_sk: false,
+                },
             }),
         ),
         ("welcome", ControlMessage::Welcome(Welcome { version: 1, engine: "0.1.0".into(), memory: 8 << 30 })),
@@ -115,16 +121,7 @@ fn examples() -> Vec<(&'static str, Vec<u8>, Frame)> {
         ("sealed", ControlMessage::Sealed { pages: 1 }),
         (
             "images-end",
-            ControlMessage::ImagesEnd {
-                files: 12,
-                bytes: 123_456,
-                options: RestoreChoices {
-                    shell_job: true,
-                    tcp_close: true,
-                    file_locks: false,
-                    ext_unix_sk: false,
-                },
-            },
+            ControlMessage::ImagesEnd { files: 12, bytes: 123_456 },
         ),
         ("ready", ControlMessage::Ready { timings: vec![(Part::Restore, 30_000)], verified_pages: 0 }),
         ("commit", ControlMessage::Commit),
