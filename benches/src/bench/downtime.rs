@@ -76,21 +76,25 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let (mut engine, mut gaps, mut plain) = (Vec::new(), Vec::new(), Vec::new());
         for run in 1..=common.runs {
             let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
-            let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
-            let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
-            engine.push(migration.report.downtime_us.total as f64 / 1e3);
-            gaps.push(end(&hosts, &subject, since)?);
-            let mut note = format!(
-                "{size}, run {run} of {}: {:.1} ms (the program saw {:.1} ms)",
-                common.runs,
-                engine[run - 1],
-                gaps[run - 1]
-            );
-            if let Some(criu) = &criu {
+            let name = format!("{size}, run {run} of {}", common.runs);
+            let moved = || -> anyhow::Result<_> {
                 let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
-                baseline::migrate(&hosts, criu, subject.pid)?;
-                plain.push(end(&hosts, &subject, since)?);
-                note.push_str(&format!("; plain CRIU {:.1} ms", plain[run - 1]));
+                let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
+                Ok((migration.report.downtime_us.total as f64 / 1e3, end(&hosts, &subject, since)?))
+            };
+            let (downtime, gap) = moved().with_context(|| format!("{name}, by pageferry"))?;
+            engine.push(downtime);
+            gaps.push(gap);
+            let mut note = format!("{name}: {downtime:.1} ms (the program saw {gap:.1} ms)");
+            if let Some(criu) = &criu {
+                let moved = || -> anyhow::Result<_> {
+                    let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
+                    baseline::migrate(&hosts, criu, subject.pid)?;
+                    end(&hosts, &subject, since)
+                };
+                let gap = moved().with_context(|| format!("{name}, by plain CRIU"))?;
+                plain.push(gap);
+                note.push_str(&format!("; plain CRIU {gap:.1} ms"));
             }
             eprintln!("{note}");
         }

@@ -49,12 +49,18 @@ pub struct Corruption {
     pub expected: u64,
     /// What is there.
     pub found: u64,
+    /// If what is there was right so many writes of the page ago: that.
+    pub writes_ago: Option<u64>,
 }
 
 impl fmt::Display for Corruption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { page, word, expected, found } = self;
-        write!(f, "page {page} word {word}: {found:#018x} instead of {expected:#018x}")
+        let Self { page, word, expected, found, writes_ago } = self;
+        write!(f, "page {page} word {word}: {found:#018x} instead of {expected:#018x}")?;
+        match writes_ago {
+            Some(writes) => write!(f, ", as it was before its last {writes} writes"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -70,7 +76,7 @@ pub fn compare(
     for (at, &found) in page.iter().enumerate() {
         let expected = expected(at);
         if found != expected {
-            return Err(Corruption { page: page_number, word: at, expected, found });
+            return Err(Corruption { page: page_number, word: at, expected, found, writes_ago: None });
         }
     }
     Ok(())

@@ -54,6 +54,9 @@ fn inverse(a: u64, m: u64) -> Option<u64> {
     (r0 == 1).then(|| t0.rem_euclid(i128::from(m)) as u64)
 }
 
+/// How many older versions of a page a wrong word is compared with.
+const OLDER: usize = 1000;
+
 /// How the pages of a field are written.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Style {
@@ -140,22 +143,14 @@ impl Field {
     /// # Errors
     /// The first word that is not what it must be.
     pub fn check_page(&self, page: usize, words: &[u64]) -> Result<(), Corruption> {
-        let key = self.key(page);
-        let entropy = self.style.entropy;
-        match self.visits(page) {
-            0 => content::compare(page, words, |at| content::word(key, at, entropy)),
-            visits if self.style.full_page => {
-                let key = mix(key, visits);
-                content::compare(page, words, |at| content::word(key, at, entropy))
-            }
-            visits => {
-                let marked = marked_word(key);
-                content::compare(page, words, |at| match at == marked {
-                    true => mix(key, visits),
-                    false => content::word(key, at, entropy),
-                })
-            }
-        }
+        let (key, visits) = (self.key(page), self.visits(page));
+        let version = |visits| Version { key, visits, style: self.style };
+        let compared = content::compare(page, words, version(visits).expected());
+        compared.map_err(|bad| {
+            let older =
+                (0..visits).rev().take(OLDER).find(|&older| version(older).word(bad.word) == bad.found);
+            Corruption { writes_ago: older.map(|older| visits - older), ..bad }
+        })
     }
 
     fn key(&self, page: usize) -> u64 {
@@ -167,6 +162,30 @@ impl Field {
             return 0;
         }
         self.sweep.visits((page / self.stride) as u64, self.done)
+    }
+}
+
+/// A page as it is after a number of writes.
+#[derive(Clone, Copy)]
+struct Version {
+    key: u64,
+    visits: u64,
+    style: Style,
+}
+
+impl Version {
+    fn word(self, at: usize) -> u64 {
+        let Style { entropy, full_page } = self.style;
+        match self.visits {
+            0 => content::word(self.key, at, entropy),
+            visits if full_page => content::word(mix(self.key, visits), at, entropy),
+            visits if at == marked_word(self.key) => mix(self.key, visits),
+            _ => content::word(self.key, at, entropy),
+        }
+    }
+
+    fn expected(self) -> impl FnMut(usize) -> u64 {
+        move |at| self.word(at)
     }
 }
 
@@ -224,7 +243,8 @@ mod tests {
         for _ in 0..30 {
             let stale = words.clone();
             field.write(&mut words);
-            assert!(field.check(&stale).is_err(), "the state before a write is not the state after it");
+            let bad = field.check(&stale).expect_err("the state before a write is not the state after it");
+            assert_eq!(bad.writes_ago, Some(1));
         }
     }
 
