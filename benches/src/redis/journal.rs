@@ -29,6 +29,8 @@ pub struct Journal {
     pub seed: u64,
     /// Size of the values in bytes.
     pub value_size: usize,
+    /// Writes that were acknowledged, of all keys together.
+    pub acknowledged: u64,
     /// Every key's versions.
     pub keys: Vec<Versions>,
 }
@@ -36,7 +38,7 @@ pub struct Journal {
 impl Journal {
     /// For `keys` keys that were never written.
     pub fn new(seed: u64, value_size: usize, keys: usize) -> Self {
-        Self { seed, value_size, keys: vec![Versions::default(); keys] }
+        Self { seed, value_size, acknowledged: 0, keys: vec![Versions::default(); keys] }
     }
 
     /// How values are made.

@@ -254,6 +254,7 @@ impl<'a> Client<'a> {
                 // Replies come in the order of the commands, so versions only grow.
                 versions.acknowledged = version;
                 self.report.acknowledged += 1;
+                self.journal.acknowledged += 1;
                 if let Some(last) = self.last_ack {
                     let gap = (now - last).as_micros() as u64;
                     if gap > self.report.longest_gap_us {

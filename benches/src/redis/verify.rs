@@ -36,7 +36,7 @@ pub struct VerifyReport {
     pub filled: u64,
     /// Keys with acknowledged writes that were looked at.
     pub written: u64,
-    /// Acknowledged writes that these stand for.
+    /// Acknowledged writes, of which these hold the last ones.
     pub acknowledged: u64,
     /// Keys that are missing, old or damaged.
     pub lost: u64,
@@ -74,12 +74,12 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         }
     })?;
     if let Some(journal) = journal {
+        report.acknowledged = journal.acknowledged;
         let values = journal.values();
         let name = |key| Journal::name(key as usize);
         read_all(&mut connection, journal.keys.len() as u64, name, |key, value| {
             let versions = journal.keys[key as usize];
             report.written += u64::from(versions.acknowledged > 0);
-            report.acknowledged += versions.acknowledged;
             let right = match value {
                 None => versions.allow(None),
                 Some(value) => {
