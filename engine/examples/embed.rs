@@ -15,7 +15,10 @@ impl Observer for Steps {
     fn event(&self, event: &Event) {
         match event {
             Event::RoundEnded(round) => {
-                println!("round {}: {} dirty pages, {} bytes", round.round, round.dirty_pages, round.sent_bytes);
+                println!(
+                    "round {}: {} dirty pages, {} bytes",
+                    round.round, round.dirty_pages, round.sent_bytes
+                );
             }
             Event::Resumed { pid } => println!("runs there as process {pid}"),
             Event::Discarded { reason } => println!("discarded: {reason}"),
@@ -49,7 +52,9 @@ fn main() -> Result<(), Box<dyn Error>> {
                     report.downtime_us.total()
                 ),
                 Err(MigrationError { source_state, destination_state, cause, .. }) => {
-                    return Err(format!("{cause} (source {source_state}, destination {destination_state})").into());
+                    return Err(
+                        format!("{cause} (source {source_state}, destination {destination_state})").into()
+                    );
                 }
             }
         }

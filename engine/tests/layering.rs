@@ -98,14 +98,34 @@ fn the_wire_format_does_no_io_and_reads_no_clock() {
 fn policies_and_machines_read_no_clock() {
     let clock = &["Instant::now", "SystemTime", "thread::sleep"];
     forbid("engine/src/policy", clock, |_| false, "time is a parameter of a policy");
-    forbid("engine/src/source", clock, |name| !name.ends_with("machine.rs"), "time is a parameter of a machine");
-    forbid("engine/src/link", clock, |name| !name.ends_with("shaper.rs"), "time is a parameter of the shaper");
+    forbid(
+        "engine/src/source",
+        clock,
+        |name| !name.ends_with("machine.rs"),
+        "time is a parameter of a machine",
+    );
+    forbid(
+        "engine/src/link",
+        clock,
+        |name| !name.ends_with("shaper.rs"),
+        "time is a parameter of the shaper",
+    );
 }
 
 #[test]
 fn the_tracker_knows_no_frames_and_criu_glue_no_rounds() {
-    forbid("tracker/src", &["Frame", "PageBatch", "TcpStream"], |_| false, "the tracker knows one process tree");
-    forbid("criu-glue/src", &["RoundEnd", "RoundPolicy", "PageBatch", "TcpStream::connect"], |_| false, "criu-glue does not know that rounds exist");
+    forbid(
+        "tracker/src",
+        &["Frame", "PageBatch", "TcpStream"],
+        |_| false,
+        "the tracker knows one process tree",
+    );
+    forbid(
+        "criu-glue/src",
+        &["RoundEnd", "RoundPolicy", "PageBatch", "TcpStream::connect"],
+        |_| false,
+        "criu-glue does not know that rounds exist",
+    );
 }
 
 #[test]

@@ -75,8 +75,6 @@ pub(crate) enum ReceiveError {
     SourceAborted { code: AbortCode, detail: String },
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
-    #[error("cancelled")]
-    Cancelled,
 }
 
 impl From<LinkError> for ReceiveError {
@@ -96,6 +94,7 @@ impl ReceiveError {
                 AbortCode::DigestMismatch
             }
             ReceiveError::Seal { .. } | ReceiveError::SealCount { .. } => AbortCode::SealMismatch,
+            ReceiveError::Restore(error) if error.is_cancelled() => AbortCode::Cancelled,
             ReceiveError::Restore(_) | ReceiveError::Serve(_) | ReceiveError::NotRestored { .. } => {
                 AbortCode::RestoreFailed
             }
@@ -105,9 +104,7 @@ impl ReceiveError {
             | ReceiveError::Unexpected(_)
             | ReceiveError::UnknownSpace(_)
             | ReceiveError::ImageCount { .. } => AbortCode::BadFrame,
-            ReceiveError::Cancelled | ReceiveError::Channel(ChannelError::Link(LinkError::Cancelled)) => {
-                AbortCode::Cancelled
-            }
+            ReceiveError::Channel(ChannelError::Link(LinkError::Cancelled)) => AbortCode::Cancelled,
             _ => AbortCode::Internal,
         }
     }

@@ -67,15 +67,15 @@ impl Receiver {
             refused
         })?;
         if !nix::unistd::geteuid().is_root() {
-            return Err(MigrationError::refused(PHASE, "restoring a program needs root")
-                .with_help("run it as root"));
+            return Err(
+                MigrationError::refused(PHASE, "restoring a program needs root").with_help("run it as root")
+            );
         }
         let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
             MigrationError::refused(PHASE, error).with_help("`pageferry check` shows what is missing here")
         })?;
-        let listen = |error: std::io::Error| {
-            MigrationError::refused(format!("listening on {}", plan.listen), error)
-        };
+        let listen =
+            |error: std::io::Error| MigrationError::refused(format!("listening on {}", plan.listen), error);
         let listener = TcpListener::bind(plan.listen).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
@@ -308,7 +308,7 @@ impl End {
         match self.failure {
             None => Ok(()),
             Some(error) => Err(MigrationError {
-                kind: if matches!(error, ReceiveError::Cancelled) || error.code() == AbortCode::Cancelled {
+                kind: if error.code() == AbortCode::Cancelled {
                     FailureKind::Interrupted
                 } else {
                     FailureKind::RolledBack

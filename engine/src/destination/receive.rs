@@ -26,8 +26,6 @@ pub(super) struct Incomer {
 /// What was received when the images are complete.
 pub(super) struct Cargo {
     pub(super) spaces: BTreeMap<SpaceId, Incomer>,
-    /// Bytes of images.
-    pub(super) image_bytes: u64,
 }
 
 /// Receives everything up to the end of the images.
@@ -90,8 +88,7 @@ impl<'a> Reception<'a> {
                 Incoming::Digests(_) => return Err(ReceiveError::Order("digests before the images")),
                 Incoming::Control(message) => {
                     if self.control(message)? {
-                        let image_bytes = self.files.values().sum();
-                        return Ok(Cargo { spaces: self.spaces, image_bytes });
+                        return Ok(Cargo { spaces: self.spaces });
                     }
                 }
             }
@@ -191,7 +188,9 @@ impl<'a> Reception<'a> {
                 return Ok(true);
             }
             ControlMessage::Ping { .. } => {}
-            ControlMessage::Abort { code, detail } => return Err(ReceiveError::SourceAborted { code, detail }),
+            ControlMessage::Abort { code, detail } => {
+                return Err(ReceiveError::SourceAborted { code, detail });
+            }
             other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
         }
         Ok(false)

@@ -35,8 +35,7 @@ pub(super) fn compare(
             }
             other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
         };
-        let restored =
-            tree.get_mut(&batch.space).ok_or(ReceiveError::UnknownSpace(batch.space))?;
+        let restored = tree.get_mut(&batch.space).ok_or(ReceiveError::UnknownSpace(batch.space))?;
         let mut digests = batch.digests.iter();
         for run in &batch.runs {
             buffer.resize(run.len as usize * 4096, 0);
@@ -81,9 +80,7 @@ fn restored_tree(root: i32, cargo: &Cargo) -> Result<BTreeMap<SpaceId, Restored>
         let pid = target.pid();
         let regions = tracker::region::read(target).map_err(|e| look(pid, e.into()))?;
         let here = merged(regions.iter().filter(|r| is_comparable(r)).map(|r| (r.start, r.end)));
-        let there = merged(
-            incomer.regions.iter().filter(|r| r.comparable).map(|r| (r.start, r.end)),
-        );
+        let there = merged(incomer.regions.iter().filter(|r| r.comparable).map(|r| (r.start, r.end)));
         if let Some((start, end)) = there.iter().find(|range| !covered(&here, **range)) {
             let what = format!("{start:#x}-{end:#x} of the source is not mapped");
             return Err(ReceiveError::RegionsDiffer { vpid, what });

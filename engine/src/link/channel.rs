@@ -3,8 +3,8 @@
 use super::{LinkError, TcpLink, shaper::Shaper};
 use crate::fault::{self, Fault};
 use pageferry_wire_format::{
-    AbortCode, ControlMessage, DecodeError, DigestBatch, EncodeError, FrameKind, HEADER_BYTES, Header, ImageChunk,
-    OwnedBatch, PageBatch, SequenceCheck,
+    AbortCode, ControlMessage, DecodeError, DigestBatch, EncodeError, FrameKind, HEADER_BYTES, Header,
+    ImageChunk, OwnedBatch, PageBatch, SequenceCheck,
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::time::{Duration, Instant};
@@ -42,7 +42,7 @@ pub(crate) enum ChannelError {
 /// A frame whose head has arrived; the payload, if there is one, is still in the link.
 #[derive(Debug)]
 pub(crate) enum Incoming {
-    /// Pages; the head is in [`Channel::batch`], so many payload bytes follow.
+    /// Pages; [`Channel::batch_and_link`] lends the head; so many payload bytes follow.
     Pages(usize),
     /// A piece of an image file, and the length of its payload.
     Image(ImageChunk, usize),
@@ -93,11 +93,6 @@ impl Channel {
     pub(crate) fn set_bandwidth(&mut self, bytes_per_second: Option<u64>) {
         self.shaper = bytes_per_second.map(Shaper::new);
         self.epoch = Instant::now();
-    }
-
-    /// The head of the page batch that [`Channel::receive`] has announced.
-    pub(crate) fn batch(&self) -> &PageBatch {
-        &self.batch
     }
 
     /// Lends the batch's head and the link at the same time.

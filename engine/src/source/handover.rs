@@ -176,7 +176,9 @@ impl Migration<'_> {
         self.control(&ControlMessage::SealEnd { spaces: collected.spaces.len() as u32 })?;
         match self.answer("the seal")? {
             ControlMessage::Sealed { pages } if pages == memory_pages => Ok(()),
-            other => Err(SendError::Protocol(format!("{other:?} instead of a seal over {memory_pages} pages"))),
+            other => {
+                Err(SendError::Protocol(format!("{other:?} instead of a seal over {memory_pages} pages")))
+            }
         }
     }
 
@@ -251,7 +253,8 @@ impl Migration<'_> {
         match self.answer("the destination to have every page in place")? {
             ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
                 self.observer.event(&Event::Filled { pages, faults, max_fault_us });
-                self.report.fill = Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
+                self.report.fill =
+                    Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
                 Ok(())
             }
             other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),

@@ -120,7 +120,8 @@ impl<'a> Migration<'a> {
             ),
             None => (
                 HideKind::Shim,
-                "without soft-dirty CRIU cannot dump incrementally: a preloaded shim hides the pages".to_owned(),
+                "without soft-dirty CRIU cannot dump incrementally: a preloaded shim hides the pages"
+                    .to_owned(),
             ),
         };
         let session = session_id().map_err(SendError::Identity)?;

@@ -92,7 +92,10 @@ impl PageSender {
 
     /// Sends the pages of `todo`. `frozen`: the tree stands still, so a page that cannot be read is a bug
     /// and not a change. `tick` is called after every batch with what was done so far, and ends the round early with `false`.
-    #[expect(clippy::too_many_arguments, reason = "one call site a phase, and every argument is a different thing")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one call site a phase, and every argument is a different thing"
+    )]
     pub(crate) fn send(
         &mut self,
         channel: &mut Channel,
@@ -144,9 +147,8 @@ impl PageSender {
         let pid = place.target.pid();
         let pages: u64 = self.runs.iter().map(|run| run.len).sum();
         let bytes = &mut self.bytes[..pages as usize * PAGE];
-        let vanished = reader
-            .read(&self.runs, bytes)
-            .map_err(|source| SendPagesError::Read { pid, pages, source })?;
+        let vanished =
+            reader.read(&self.runs, bytes).map_err(|source| SendPagesError::Read { pid, pages, source })?;
         if frozen && let Some(page) = vanished.first() {
             return Err(SendPagesError::Vanished { pid, page: *page });
         }

@@ -61,7 +61,11 @@ impl Migration<'_> {
             let before = self.channel().link().sent();
             let tally = self.send_todo(&todo, round, false)?;
             let sent = sending.elapsed();
-            self.control(&ControlMessage::RoundEnd { round, pages: tally.sent + tally.zero, bytes: tally.bytes })?;
+            self.control(&ControlMessage::RoundEnd {
+                round,
+                pages: tally.sent + tally.zero,
+                bytes: tally.bytes,
+            })?;
             match self.answer("the acknowledgement of a round")? {
                 ControlMessage::RoundAck { round: acknowledged } if acknowledged == round => {}
                 other => return Err(SendError::Protocol(format!("{other:?} instead of an acknowledgement"))),
@@ -110,8 +114,10 @@ impl Migration<'_> {
         let mut todo = Vec::new();
         for scan in &collected.spaces {
             let pid = scan.target.pid();
-            let (place, _) =
-                self.layout.place(scan.key, &scan.target).map_err(|source| SendError::Look { pid, source })?;
+            let (place, _) = self
+                .layout
+                .place(scan.key, &scan.target)
+                .map_err(|source| SendError::Look { pid, source })?;
             if !self.spaces.contains_key(&scan.key.0) {
                 let reader =
                     PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
@@ -149,12 +155,7 @@ impl Migration<'_> {
     }
 
     /// Sends what is due, space by space.
-    pub(super) fn send_todo(
-        &mut self,
-        todo: &[Todo],
-        round: u32,
-        frozen: bool,
-    ) -> Result<Tally, SendError> {
+    pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let total_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
         let mut tally = Tally::default();
         let mut told = Instant::now();

@@ -18,8 +18,7 @@ impl Migration<'_> {
         let last_space = collected.spaces.len();
         for (index, scan) in collected.spaces.iter().enumerate() {
             let pid = scan.target.pid();
-            let pages =
-                resident(pid, &scan.regions).map_err(|source| SendError::Look { pid, source })?;
+            let pages = resident(pid, &scan.regions).map_err(|source| SendError::Look { pid, source })?;
             let (id, vpid) = {
                 let place = &self.space(scan.key.0).place;
                 (place.id, place.vpid)

@@ -1,0 +1,225 @@
+//! What can be asked for, and how it is explained.
+
+use super::units::{Bytes, Rate, Time};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Exit codes, as `--help` tells them.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    the program runs at the destination, and every page of it is there
+  1    something failed on the way; the program runs on at the source
+  2    the command line makes no sense
+  3    refused before anything was touched
+  4    in doubt: the link was lost around the commit; the source is stopped and whole,
+       and the message says how to go on
+  5    the program runs at the destination, but something failed afterwards
+  130  interrupted (143 by SIGTERM); the program runs on at the source";
+
+/// Moves running programs between Linux hosts.
+///
+/// pageferry copies a process tree's memory while it runs, sends what it writes again in rounds, stops it once for
+/// a moment, and lets it go on at the other side. Memory is tracked with soft-dirty bits or userfaultfd; CRIU is
+/// used for the final freeze and the restore only.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pageferry",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Example:\n  dest# pageferry receive --listen 10.0.0.2:7077 --insecure\n  \
+                  src#  pageferry migrate --pid $(pidof redis-server) --to 10.0.0.2:7077",
+    after_long_help = EXIT_CODES_WITH_EXAMPLE
+)]
+pub(super) struct Arguments {
+    /// Tell more of what the libraries do, on standard error (-vv and -vvv: still more).
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(super) verbose: u8,
+    #[command(subcommand)]
+    pub(super) verb: Verb,
+}
+
+const EXIT_CODES_WITH_EXAMPLE: &str = "\
+Example:
+  dest# pageferry receive --listen 10.0.0.2:7077 --insecure
+  src#  pageferry migrate --pid $(pidof redis-server) --to 10.0.0.2:7077
+
+Exit codes:
+  0    the program runs at the destination, and every page of it is there
+  1    something failed on the way; the program runs on at the source
+  2    the command line makes no sense
+  3    refused before anything was touched
+  4    in doubt: the link was lost around the commit; the source is stopped and whole,
+       and the message says how to go on
+  5    the program runs at the destination, but something failed afterwards
+  130  interrupted (143 by SIGTERM); the program runs on at the source";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Says what this machine can do, by trying it.
+    ///
+    /// Tracks a page, dumps and restores a small process with a listening socket, hides memory from CRIU and
+    /// restores it late. Takes a second or two and leaves nothing behind. Exit code 0 when a migration can work, 3
+    /// when not.
+    #[command(after_help = "Example:\n  # pageferry check --json | jq .ok")]
+    Check(CheckVerb),
+    /// Waits for programs and lets them run here.
+    ///
+    /// Receives one migration at a time, until it is interrupted. An interruption gives up a migration that is not
+    /// committed; one that is committed is brought to its end first.
+    ///
+    /// Nobody is authenticated: whoever reaches the address can start programs here as root. So any address but
+    /// loopback needs --insecure.
+    #[command(after_help = "Example:\n  # pageferry receive --listen 10.0.0.2:7077 --insecure")]
+    Receive(ReceiveVerb),
+    /// Moves a running process and its children to a receiver.
+    ///
+    /// Until the receiver has everything and says that it is ready, any failure leaves the program running here as
+    /// if nothing had happened; an interruption (Ctrl-C) does the same. After that it never runs here again.
+    ///
+    /// Established TCP connections are closed by the move: clients have to connect again, to the other host.
+    #[command(
+        after_help = "Example:\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify",
+        after_long_help = EXIT_CODES
+    )]
+    Migrate(MigrateVerb),
+    /// Prints a completion script for a shell.
+    #[command(after_help = "Example:\n  $ pageferry completions bash > /etc/bash_completion.d/pageferry")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Prints the manual page, or writes the pages of all verbs.
+    #[command(after_help = "Example:\n  $ pageferry man --dir /usr/local/share/man/man1")]
+    Man {
+        /// Folder to write them to.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckVerb {
+    /// One JSON object instead of a table.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// CRIU to try [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
+    #[arg(long, value_name = "PATH")]
+    pub(super) criu: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReceiveVerb {
+    /// Address and port to listen on.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:7077")]
+    pub(super) listen: String,
+    /// Listen on an address that others can reach, although nobody is authenticated.
+    #[arg(long)]
+    pub(super) insecure: bool,
+    /// End after one migration; the exit code tells what became of it.
+    #[arg(long)]
+    pub(super) once: bool,
+    /// Memory that received pages may take at most [default: what the machine has free].
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory_limit: Option<Bytes>,
+    /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
+    #[arg(long, value_name = "PATH")]
+    pub(super) criu: Option<PathBuf>,
+    /// Give a migration up when nothing moves for so long.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(super) stall_timeout: Time,
+    /// One JSON object a line for every event.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum TrackerName {
+    /// What works here.
+    Auto,
+    /// Soft-dirty bits of pagemap.
+    SoftDirty,
+    /// Asynchronous userfaultfd write-protection.
+    Userfaultfd,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum HideName {
+    /// What works here.
+    Auto,
+    /// CRIU's incremental dump on top of a parent made for it (soft-dirty kernels).
+    SyntheticParent,
+    /// A preloaded shim that cuts the pages out of the kernel's answers.
+    Shim,
+    /// CRIU's lazy dump.
+    LazyDump,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MigrateVerb {
+    /// Root of the process tree.
+    #[arg(long, value_name = "PID", allow_negative_numbers = true)]
+    pub(super) pid: i32,
+    /// The receiver (port 7077 if none is given).
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) to: String,
+    /// Downtime to aim for.
+    #[arg(long, value_name = "TIME", default_value = "100ms")]
+    pub(super) downtime: Time,
+    /// Pre-copy rounds at most.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub(super) max_rounds: u32,
+    /// What pre-copy may take of the link, such as 1Gbit or 100MB (a second) [default: all].
+    #[arg(long, value_name = "RATE")]
+    pub(super) bandwidth: Option<Rate>,
+    /// How dirty pages are found.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) tracker: TrackerName,
+    /// How CRIU is kept from dumping memory that is there already.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) hide: HideName,
+    /// Compare the whole restored memory with the frozen source before the commit (inside the downtime).
+    #[arg(long)]
+    pub(super) verify: bool,
+    /// Write the report to a file, as JSON; also when the migration fails.
+    #[arg(long, value_name = "FILE")]
+    pub(super) report: Option<PathBuf>,
+    /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
+    #[arg(long, value_name = "PATH")]
+    pub(super) criu: Option<PathBuf>,
+    /// The program was started from a shell, and shares its session or terminal.
+    #[arg(long)]
+    pub(super) shell_job: bool,
+    /// Wait so long for the receiver's first answer.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub(super) connect_timeout: Time,
+    /// Give up when nothing moves for so long.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(super) stall_timeout: Time,
+    /// When the link is lost around the commit: ask the receiver for so long what became of it.
+    #[arg(long, value_name = "TIME", default_value = "20s")]
+    pub(super) resolve_timeout: Time,
+    /// One JSON object a line for every event; the last is the report.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Say nothing but errors.
+    #[arg(short, long, conflicts_with = "json")]
+    pub(super) quiet: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn both_texts_tell_the_same_exit_codes() {
+        assert!(EXIT_CODES_WITH_EXAMPLE.ends_with(EXIT_CODES));
+    }
+}

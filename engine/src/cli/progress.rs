@@ -1,0 +1,120 @@
+//! What is told while a migration runs: bars on a terminal, plain lines elsewhere, JSON for programs.
+
+use super::units::{Bytes, Rate, micros};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pageferry::{Event, Observer};
+use std::sync::Mutex;
+
+/// One JSON object a line on standard output.
+#[derive(Debug)]
+pub(super) struct JsonLines;
+
+impl Observer for JsonLines {
+    fn event(&self, event: &Event) {
+        if let Ok(mut line) = serde_json::to_vec(event) {
+            line.push(b'\n');
+            // A reader that went away must not stop a migration.
+            let _ = super::print(&line);
+        }
+    }
+}
+
+/// One line for every step, on standard error.
+#[derive(Debug)]
+pub(super) struct Plain;
+
+impl Observer for Plain {
+    fn event(&self, event: &Event) {
+        if let Some(line) = sentence(event) {
+            eprintln!("{line}");
+        }
+    }
+}
+
+/// The event in words; `None` for what only a bar shows.
+fn sentence(event: &Event) -> Option<String> {
+    Some(match event {
+        Event::Connected { to, version } => format!("connected to {to} (pageferry {version})"),
+        Event::Attached { tracker, reason, processes } => {
+            let plural = if *processes == 1 { "process" } else { "processes" };
+            format!("tracking {processes} {plural} by {tracker} ({reason})")
+        }
+        Event::RoundEnded(round) => format!(
+            "round {}: {} dirty pages, {} sent, {} unchanged, {} zero, {} in {}",
+            round.round,
+            round.dirty_pages,
+            round.sent_pages,
+            round.unchanged_pages,
+            round.zero_pages,
+            Bytes(round.sent_bytes),
+            micros(round.duration_us)
+        ),
+        Event::Freezing { stop_reason, predicted_downtime_us } => {
+            format!("freezing ({stop_reason}; expecting {} of downtime)", micros(*predicted_downtime_us))
+        }
+        Event::Resumed { pid } => format!("running at the destination as process {pid}"),
+        Event::Filled { pages, faults, max_fault_us } => format!(
+            "all {pages} pages are in place ({faults} page faults served, the longest in {})",
+            micros(*max_fault_us)
+        ),
+        Event::RolledBack { reason } => format!("rolled back, the program runs on here: {reason}"),
+        Event::Warning { text } => format!("warning: {text}"),
+        Event::Listening { on } => format!("listening on {on}"),
+        Event::Accepted { from, program } => format!("receiving {program} from {from}"),
+        Event::Received { round, stored_pages } => {
+            format!("round {round} received ({} so far)", Bytes(stored_pages * 4096))
+        }
+        Event::Discarded { reason } => format!("discarded, nothing of it is left here: {reason}"),
+        _ => return None,
+    })
+}
+
+/// A bar for every round, on standard error.
+#[derive(Debug)]
+pub(super) struct Bars {
+    bar: Mutex<Option<ProgressBar>>,
+}
+
+impl Bars {
+    pub(super) fn new() -> Self {
+        Self { bar: Mutex::new(None) }
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Option<ProgressBar>)) {
+        change(&mut self.bar.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+}
+
+impl Observer for Bars {
+    fn event(&self, event: &Event) {
+        match event {
+            Event::RoundStarted { round, dirty_pages } => self.with(|slot| {
+                let target = ProgressDrawTarget::stderr();
+                let bar = ProgressBar::with_draw_target(Some(*dirty_pages), target);
+                if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:40}] {percent:>3} %  {msg}") {
+                    bar.set_style(style.progress_chars("=> "));
+                }
+                bar.set_prefix(format!("round {round}"));
+                *slot = Some(bar);
+            }),
+            Event::Progress { done_pages, sent_bytes, .. } => self.with(|slot| {
+                if let Some(bar) = slot {
+                    bar.set_position(*done_pages);
+                    let seconds = bar.elapsed().as_secs_f64().max(1e-3);
+                    let rate = Rate((*sent_bytes as f64 / seconds) as u64);
+                    bar.set_message(format!("{}  {rate}", Bytes(*sent_bytes)));
+                }
+            }),
+            other => {
+                if let Some(line) = sentence(other) {
+                    self.with(|slot| {
+                        if let Some(bar) = slot.take() {
+                            bar.finish_and_clear();
+                        }
+                    });
+                    eprintln!("{line}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Tables for people.
+
+use super::units::{Bytes, Rate, micros};
+use pageferry::MigrationReport;
+use std::fmt::Write;
+
+/// Columns that line up: as wide as their widest cell, `right` ones to the right.
+pub(super) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let rows: Vec<Vec<String>> =
+        std::iter::once(header.iter().map(|cell| (*cell).to_owned()).collect()).chain(rows).collect();
+    let widths: Vec<usize> = (0..header.len())
+        .map(|column| {
+            rows.iter().filter_map(|row| row.get(column)).map(|cell| width(cell)).max().unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(widths[column].saturating_sub(width(cell)));
+            let _ = match right.contains(&column) {
+                true => write!(line, "{pad}{cell}  "),
+                false => write!(line, "{cell}{pad}  "),
+            };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+/// Characters of the widest line of a cell.
+fn width(cell: &str) -> usize {
+    cell.lines().map(|line| line.chars().count()).max().unwrap_or(0)
+}
+
+/// The report of a migration that succeeded.
+pub(super) fn report(report: &MigrationReport) -> String {
+    let mut text = String::new();
+    let processes = if report.processes == 1 { "process" } else { "processes" };
+    let _ = writeln!(
+        text,
+        "{} ({} {processes}, {}) moved to {} in {}\n",
+        report.program,
+        report.processes,
+        Bytes(report.memory_bytes),
+        report.to,
+        micros(report.total_us)
+    );
+    let rows = report.rounds.iter().map(|round| {
+        let rate = |pages: f64| match round.frozen || pages == 0.0 {
+            true => "-".to_owned(),
+            false => format!("{pages:.0}/s"),
+        };
+        vec![
+            if round.frozen { "frozen".to_owned() } else { round.round.to_string() },
+            round.dirty_pages.to_string(),
+            round.sent_pages.to_string(),
+            round.unchanged_pages.to_string(),
+            round.zero_pages.to_string(),
+            Bytes(round.sent_bytes).to_string(),
+            micros(round.duration_us).to_string(),
+            rate(round.dirty_rate),
+            if round.frozen { "-".to_owned() } else { Rate(round.link_rate as u64).to_string() },
+        ]
+    });
+    text += &table(
+        &["round", "dirty", "sent", "unchanged", "zero", "bytes", "time", "dirty rate", "link"],
+        &[1, 2, 3, 4, 5, 6, 7, 8],
+        rows,
+    );
+    let downtime = &report.downtime_us;
+    let parts = downtime.parts().map(|(name, us)| vec![name.to_owned(), micros(us).to_string()]);
+    let total = vec!["total".to_owned(), micros(downtime.total).to_string()];
+    text.push('\n');
+    text += &table(&["downtime", ""], &[1], parts.into_iter().chain([total]));
+    let _ = writeln!(
+        text,
+        "\nstopped pre-copy: {}   tracker: {}   hide: {}   CRIU {}",
+        report.stop_reason, report.tracker, report.hide, report.criu
+    );
+    let _ = writeln!(
+        text,
+        "sent {} in all, {} of it CRIU's images; engine memory at most {}",
+        Bytes(report.bytes_sent),
+        Bytes(report.image_bytes),
+        Bytes(report.engine_peak_rss_bytes)
+    );
+    if let Some(fill) = &report.fill {
+        let _ = writeln!(
+            text,
+            "{} of {} pages were in place before it ran, the rest {} later; {} page faults, the longest {}",
+            fill.prefilled_pages,
+            fill.pages,
+            micros(fill.duration_us),
+            fill.faults,
+            micros(fill.max_fault_us)
+        );
+    }
+    if report.verified {
+        let _ =
+            writeln!(text, "verified: {} pages compared before the commit, all equal", report.verified_pages);
+    }
+    text += "established TCP connections were closed: clients have to connect again, to the destination\n";
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::report::{Downtime, FillReport, RoundReport};
+
+    fn example() -> MigrationReport {
+        let mut downtime = Downtime {
+            freeze: 1612,
+            collect: 359,
+            last_pages: 41,
+            seal: 66,
+            dump: 14_068,
+            images: 361,
+            restore: 13_646,
+            commit: 607,
+            ..Downtime::default()
+        };
+        downtime.add_up();
+        MigrationReport {
+            program: "redis-server".into(),
+            processes: 1,
+            to: "10.77.0.2:7077".into(),
+            tracker: "userfaultfd".into(),
+            hide: "shim".into(),
+            criu: "4.2.1".into(),
+            memory_bytes: 67_317_760,
+            bytes_sent: 68_538_383,
+            image_bytes: 120_714,
+            total_us: 281_177,
+            stop_reason: "target-met".into(),
+            verified: true,
+            verified_pages: 17_183,
+            downtime_us: downtime,
+            engine_peak_rss_bytes: 4_984_832,
+            rounds: vec![
+                RoundReport {
+                    dirty_pages: 16_435,
+                    sent_pages: 16_435,
+                    sent_bytes: 67_599_375,
+                    duration_us: 218_553,
+                    link_rate: 3.166e8,
+                    ..RoundReport::default()
+                },
+                RoundReport {
+                    round: 1,
+                    frozen: true,
+                    dirty_pages: 10,
+                    sent_pages: 9,
+                    unchanged_pages: 1,
+                    sent_bytes: 38_086,
+                    duration_us: 467,
+                    ..RoundReport::default()
+                },
+            ],
+            fill: Some(FillReport {
+                pages: 16_435,
+                prefilled_pages: 539,
+                faults: 78,
+                max_fault_us: 32,
+                duration_us: 28_659,
+            }),
+            ..MigrationReport::default()
+        }
+    }
+
+    #[test]
+    fn a_report_lines_up() {
+        insta::assert_snapshot!(report(&example()));
+    }
+
+    #[test]
+    fn the_parts_of_the_downtime_sum_to_it() {
+        let downtime = example().downtime_us;
+        assert_eq!(downtime.total, downtime.parts().iter().map(|(_, us)| us).sum::<u64>());
+        assert_eq!(downtime.total, 30_760);
+    }
+}
