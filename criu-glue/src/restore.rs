@@ -40,8 +40,6 @@ pub struct RestoreOptions {
     pub inherit: Vec<InheritedFd>,
     /// The root of the file system for a tree that has a mount namespace of its own.
     pub root: Option<PathBuf>,
-    /// Makes the restored root a child of this process instead of criu's. This process must reap it then.
-    pub sibling: bool,
     /// criu's log level: 1 errors, 2 warnings, 4 everything.
     pub log_level: i32,
 }
@@ -57,7 +55,6 @@ impl Default for RestoreOptions {
             external: Vec::new(),
             inherit: Vec::new(),
             root: None,
-            sibling: false,
             log_level: 2,
         }
     }
@@ -177,8 +174,9 @@ impl State {
 
 /// A restore under way. Dropping it before [`Restore::finish`] kills whatever was restored.
 ///
-/// The restored root is criu's child (unless [`RestoreOptions::sibling`]); when criu ends, it goes to the nearest
-/// subreaper among our ancestors, ourselves included, or to init. Nothing ties it to this process.
+/// The restored root is criu's child, so that it can be found and ended at every stage; when criu ends, it goes to
+/// the nearest subreaper among our ancestors, ourselves included, or to init, and whoever that is reaps it one day.
+/// Nothing ties it to this process.
 #[derive(Debug)]
 pub struct Restore {
     service: Service,
@@ -233,7 +231,6 @@ impl Restore {
             log_file: Some(LOG_FILE.to_owned()),
             notify_scripts: Some(true),
             root: o.root.as_ref().map(|p| p.to_string_lossy().into_owned()),
-            rst_sibling: o.sibling.then_some(true),
             inherit_fd: o.inherit.iter().map(|i| InheritFd { key: i.key.clone(), fd: i.fd }).collect(),
             external: o.external.clone(),
             manage_cgroups_mode: Some(CGROUPS_IGNORE),

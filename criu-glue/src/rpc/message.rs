@@ -48,20 +48,14 @@ pub(crate) struct Options {
     pub track_mem: Option<bool>,
     #[prost(bool, optional, tag = "18")]
     pub link_remap: Option<bool>,
-    #[prost(bool, optional, tag = "26")]
-    pub rst_sibling: Option<bool>,
     #[prost(message, repeated, tag = "27")]
     pub inherit_fd: Vec<InheritFd>,
     #[prost(int32, optional, tag = "34")]
     pub manage_cgroups_mode: Option<i32>,
     #[prost(string, repeated, tag = "37")]
     pub external: Vec<String>,
-    #[prost(uint32, optional, tag = "45")]
-    pub timeout: Option<u32>,
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
-    #[prost(bool, optional, tag = "50")]
-    pub orphan_pts_master: Option<bool>,
     #[prost(bool, optional, tag = "52")]
     pub tcp_close: Option<bool>,
     #[prost(int32, optional, tag = "64")]

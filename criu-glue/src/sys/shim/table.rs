@@ -90,7 +90,6 @@ pub struct Damaged;
 
 impl<'a> Ranges<'a> {
     /// Takes `start, end` pairs that are sorted and disjoint.
-    #[cfg_attr(not(test), allow(dead_code))]
     pub fn from_pairs(pairs: &'a [u64]) -> Self {
         Self(pairs)
     }
