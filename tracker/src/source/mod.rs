@@ -65,6 +65,11 @@ pub(crate) fn matching(pagemap_file: &File, spans: &[(u64, u64)], query: Query) 
     let mut at = 0;
     pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
         let mut start = found.start;
+        // A scan may go back (see `pagemap::scan`), and what it reports then counts like everything else: a page
+        // that was reported is protected again, and would not be reported twice.
+        if at > 0 && (at >= spans.len() || spans[at - 1].1 > start) {
+            at = spans.partition_point(|span| span.1 <= start);
+        }
         while start < found.end && at < spans.len() {
             let (from, to) = spans[at];
             if to <= start {
