@@ -68,7 +68,8 @@ fn processes_that_cannot_move_are_refused_with_the_reason() {
         (own.as_str(), "this program itself, or one that it descends from"),
     ] {
         // In a pid namespace of its own there is no process 2 that is a kernel thread.
-        if pid == "2" && !std::fs::read_to_string("/proc/2/comm").is_ok_and(|name| name.trim() == "kthreadd") {
+        if pid == "2" && !std::fs::read_to_string("/proc/2/comm").is_ok_and(|name| name.trim() == "kthreadd")
+        {
             continue;
         }
         let (code, out, err) = pageferry(&["migrate", "--pid", pid, "--to", "127.0.0.1:1"]);
@@ -80,8 +81,15 @@ fn processes_that_cannot_move_are_refused_with_the_reason() {
 
 #[test]
 fn a_report_that_cannot_be_written_is_found_out_first() {
-    let (code, _, err) =
-        pageferry(&["migrate", "--pid", "2147483647", "--to", "127.0.0.1:1", "--report", "/no/such/folder/r"]);
+    let (code, _, err) = pageferry(&[
+        "migrate",
+        "--pid",
+        "2147483647",
+        "--to",
+        "127.0.0.1:1",
+        "--report",
+        "/no/such/folder/r",
+    ]);
     assert_eq!(code, 3);
     assert!(err.contains("/no/such/folder/r cannot be written"), "{err}");
 }

@@ -87,11 +87,8 @@ pub(crate) fn scan(
         // stack frame until the call returns, and the kernel writes to nothing else of this process.
         let count = unsafe { libc::ioctl(pagemap.as_fd().as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
         if count < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            return Err(error);
+            // Also EINTR is an error: what the call had found and protected before it was interrupted is not told.
+            return Err(io::Error::last_os_error());
         }
         answers[..(count as usize).min(ANSWERS)].iter().for_each(|answer| found(*answer));
         // Room was left, so the walk has come to the end. `walk_end` does not say so: it keeps the address at which
