@@ -29,8 +29,9 @@ pub(super) fn run() -> std::io::Result<()> {
     rustix::process::setsid()?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let words: Vec<u64> = (0..LENGTH / 8).map(|i| word(8 * i)).collect();
-    println!("{} {} {}", listener.local_addr()?.port(), words.as_ptr() as u64, LENGTH);
-    std::io::stdout().flush()?;
+    let mut out = std::io::stdout();
+    writeln!(out, "{} {} {}", listener.local_addr()?.port(), words.as_ptr() as u64, LENGTH)?;
+    out.flush()?;
     let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;

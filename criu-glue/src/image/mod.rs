@@ -44,11 +44,6 @@ fn read(images: &ImageDir, name: &str) -> Result<Vec<u8>, ImageError> {
     images.read(name).map_err(|source| ImageError::Io { name: name.to_owned(), source })
 }
 
-fn write(images: &ImageDir, name: &str, bytes: &[u8]) -> Result<(), ImageError> {
-    let write = || std::io::Write::write_all(&mut images.create(name)?, bytes);
-    write().map_err(|source| ImageError::Io { name: name.to_owned(), source })
-}
-
 fn format(name: &str) -> impl FnOnce(FormatError) -> ImageError {
     let name = name.to_owned();
     move |source| ImageError::Format { name, source }
