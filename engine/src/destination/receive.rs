@@ -99,12 +99,12 @@ impl<'a> Reception<'a> {
         crate::fault::point("dest-pages");
         let (batch, link) = self.channel.batch_and_link();
         let space = batch.space();
-        if !self.spaces.get(&space).is_some_and(|incomer| !incomer.sealed) {
+        if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
             return Err(ReceiveError::UnknownSpace(space));
         }
         let mut landing = self.store.begin_batch(batch, payload)?;
         link.receive_all(&mut landing.slices())?;
-        self.stored_pages += self.store.finish_batch(landing)?.stored as u64;
+        self.stored_pages += self.store.finish_batch(landing)?.stored;
         Ok(())
     }
 
@@ -158,7 +158,7 @@ impl<'a> Reception<'a> {
                 self.store.remove_space(space);
             }
             ControlMessage::Discard { space, runs } => {
-                if !self.spaces.get(&space).is_some_and(|incomer| !incomer.sealed) {
+                if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
                     return Err(ReceiveError::UnknownSpace(space));
                 }
                 self.store.discard(space, &runs);

@@ -8,6 +8,7 @@ use crate::policy::{Adaptive, Decision, Measured, RoundPolicy, RoundSample};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
+use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
 
 /// Rounds smaller than this say nothing about the pace: they are all overhead.
@@ -118,7 +119,7 @@ impl Migration<'_> {
                 .layout
                 .place(scan.key, &scan.target)
                 .map_err(|source| SendError::Look { pid, source })?;
-            if !self.spaces.contains_key(&scan.key.0) {
+            if let Entry::Vacant(vacant) = self.spaces.entry(scan.key.0) {
                 let reader =
                     PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
                 fresh.push(SpaceInfo {
@@ -127,7 +128,7 @@ impl Migration<'_> {
                     name: scan.target.name(),
                     pages: scan.populated.len(),
                 });
-                self.spaces.insert(scan.key.0, Space { place, reader, sent: Default::default() });
+                vacant.insert(Space { place, reader, sent: Default::default() });
             }
             todo.push(Todo { key: scan.key.0, pages: self.due(scan) });
         }
