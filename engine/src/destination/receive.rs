@@ -165,6 +165,7 @@ impl<'a> Reception<'a> {
             }
             ControlMessage::RoundEnd { round, .. } => {
                 crate::fault::point("dest-round");
+                self.store.settle();
                 self.channel.control(&ControlMessage::RoundAck { round })?;
                 self.observer.event(&Event::Received { round, stored_pages: self.stored_pages });
             }

@@ -97,6 +97,12 @@ impl PageStore {
         self.slots.used() * SLOT_BYTES as u64
     }
 
+    /// The bulk has arrived: stops making memory ready. That work holds up everything else that maps memory in
+    /// this process, and from now on time matters more.
+    pub fn settle(&mut self) {
+        self.slots.settle();
+    }
+
     /// Bytes that the index takes.
     pub fn index_bytes(&self) -> u64 {
         self.spaces.values().map(|space| space.tables.len() as u64 * TABLE_BYTES).sum()

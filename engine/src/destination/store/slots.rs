@@ -52,6 +52,12 @@ impl Slots {
         })
     }
 
+    /// The bulk has arrived: no more memory is made ready ahead. What still comes maps its memory itself.
+    pub(super) fn settle(&mut self) {
+        self.prefault.stop();
+    }
+
+    /// See [`super::PageStore::reserve`].
     pub(super) fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
         self.prefault.reserve(bytes)
     }
