@@ -119,10 +119,7 @@ fn examples() -> Vec<(&'static str, Vec<u8>, Frame)> {
         ),
         ("seal-end", ControlMessage::SealEnd { spaces: 1 }),
         ("sealed", ControlMessage::Sealed { pages: 1 }),
-        (
-            "images-end",
-            ControlMessage::ImagesEnd { files: 12, bytes: 123_456 },
-        ),
+        ("images-end", ControlMessage::ImagesEnd { files: 12, bytes: 123_456 }),
         ("ready", ControlMessage::Ready { timings: vec![(Part::Restore, 30_000)], verified_pages: 0 }),
         ("commit", ControlMessage::Commit),
         ("resumed", ControlMessage::Resumed { pid: 42, timings: vec![(Part::Run, 900)] }),

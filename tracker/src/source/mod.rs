@@ -17,7 +17,7 @@
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 
-use crate::page_set::PageSet;
+use crate::page_set::{PageSet, Run};
 use crate::region::Region;
 use crate::sys::pagemap::{self, PFNZERO, PRESENT, Query, SWAPPED};
 use std::fs::File;
@@ -88,13 +88,20 @@ pub(crate) fn matching(pagemap_file: &File, spans: &[(u64, u64)], query: Query) 
 }
 
 /// Pages that exist: in memory or in swap, but not the kernel's shared page of zeros.
+///
+/// Asks for the others and takes the complement: the kernel spends five times as long on a page that it reports as
+/// on one that it passes by (11 ns and 2 ns), and most pages of a program exist.
 pub(crate) fn populated(pagemap_file: &File, spans: &[(u64, u64)]) -> io::Result<PageSet> {
-    let query = Query {
-        mask: PFNZERO,
-        inverted: PFNZERO,
-        any_of: PRESENT | SWAPPED,
-        returned: PRESENT | SWAPPED,
-        ..Query::default()
-    };
-    matching(pagemap_file, spans, query)
+    // Not present, or the page of zeros. A page in swap is not present and exists all the same.
+    let query = Query { inverted: PRESENT, any_of: PRESENT | PFNZERO, returned: SWAPPED, ..Query::default() };
+    let mut others = PageSet::default();
+    let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Ok(others) };
+    pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
+        if found.categories & SWAPPED == 0 {
+            others.insert(found.start / 4096, (found.end - found.start) / 4096);
+        }
+    })?;
+    let all: PageSet =
+        spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect();
+    Ok(all.subtract(&others))
 }

@@ -112,6 +112,36 @@ impl<'a> Ranges<'a> {
         low
     }
 
+    /// The next stretch of `[at, end)` that has to be asked about: without the hidden ranges of at least `worth` bytes.
+    /// Smaller ones may lie in it, because going round each of them would cost more than asking.
+    pub fn next_stretch(&self, mut at: u64, end: u64, worth: u64) -> Option<(u64, u64)> {
+        let mut next = self.first_after(at);
+        while at < end {
+            match self.get(next) {
+                Some((start, stop)) if start <= at && stop - start >= worth => {
+                    at = stop;
+                    next += 1;
+                }
+                _ => break,
+            }
+        }
+        if at >= end {
+            return None;
+        }
+        let mut to = end;
+        while let Some((start, stop)) = self.get(next) {
+            if start >= end {
+                break;
+            }
+            if start > at && stop - start >= worth {
+                to = start;
+                break;
+            }
+            next += 1;
+        }
+        Some((at, to))
+    }
+
     /// Whether the page at `address` is hidden.
     pub fn contains(&self, address: u64) -> bool {
         self.get(self.first_after(address)).is_some_and(|(start, _)| start <= address)
@@ -249,6 +279,25 @@ mod tests {
             let inside = |set: &[(u64, u64)], p: u64| set.iter().any(|&(s, e)| (s..e).contains(&p));
             let expected: Vec<u64> = (0..400).filter(|&p| inside(&scan, p) && !inside(&hide, p)).collect();
             prop_assert_eq!(seen, expected);
+        }
+
+        #[test]
+        fn stretches_leave_out_only_what_is_hidden(hide in ranges(), end in 1u64..300, worth in 1u64..8) {
+            let pairs: Vec<u64> = hide.iter().flat_map(|&(start, end)| [start, end]).collect();
+            let hidden = Ranges::from_pairs(&pairs);
+            let mut asked = vec![false; end as usize];
+            let mut at = 0;
+            while let Some((from, to)) = hidden.next_stretch(at, end, worth) {
+                prop_assert!(from >= at && to > from && to <= end);
+                asked[from as usize..to as usize].fill(true);
+                at = to;
+            }
+            for (address, asked) in asked.into_iter().enumerate() {
+                let in_large = hide.iter().any(|&(start, end)| {
+                    (start..end).contains(&(address as u64)) && end - start >= worth
+                });
+                prop_assert_eq!(asked, !in_large, "{}", address);
+            }
         }
 
         #[test]
