@@ -1,0 +1,71 @@
+//! One conformance suite over every source of dirty pages, on real processes.
+
+mod content;
+mod program;
+mod subject;
+mod sys;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pageferry_tracker::TrackerKind;
+use pageferry_tracker::probe::Kernel;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// A test of a source.
+pub type Case = (&'static str, fn(TrackerKind));
+
+/// Ends what hangs: a tracer that waits for a stop that never comes cannot be told to give up.
+const HANG: Duration = Duration::from_secs(300);
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if arguments.get(1).map(String::as_str) == Some(program::ARGUMENT) {
+        program::run();
+    }
+    let kernel = Kernel::probe();
+    let root = rustix::process::geteuid().is_root();
+    let mut trials = Vec::new();
+    for (kind, prefix, needs, feature) in [
+        (TrackerKind::SoftDirty, "soft_dirty", "needs soft-dirty", &kernel.soft_dirty),
+        (TrackerKind::UffdWp, "userfaultfd", "needs userfaultfd", &kernel.uffd_wp_async),
+    ] {
+        let obstacle = match (root, feature.works) {
+            (false, _) => Some("needs root".to_owned()),
+            (_, false) => Some(format!("{needs}: {}", feature.reason)),
+            _ => None,
+        };
+        for (name, case) in content::CASES.iter().copied() {
+            let obstacle = obstacle.clone();
+            trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {
+                Some(reason) => Ok(Completion::ignored_with(reason)),
+                None => guarded(name, move || case(kind)),
+            }));
+        }
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+/// Runs a test; a panic is its failure, and a hang the end of everything.
+fn guarded(name: &'static str, case: impl FnOnce()) -> Result<Completion, Failed> {
+    let (done, wait) = mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        if wait.recv_timeout(HANG) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{name} hangs");
+            std::process::abort();
+        }
+    });
+    let result = catch_unwind(AssertUnwindSafe(case));
+    drop(done);
+    match result {
+        Ok(()) => Ok(Completion::Completed),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+            Err(text.unwrap_or_else(|| "it panicked".to_owned()).into())
+        }
+    }
+}

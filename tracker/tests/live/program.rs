@@ -1,0 +1,262 @@
+//! The program that is tracked: it does what it is told, a line at a time, and answers with a line.
+
+use crate::sys::memory::{self, NO_ACCESS, READ_WRITE};
+use crate::sys::process::{self, PLAIN, QUEUED, QUEUED_SUM, Side};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::ptrace;
+use nix::unistd::Pid;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// The argument that makes the test program this one.
+pub const ARGUMENT: &str = "--tracked-program";
+
+/// What `compute` computes: integers and floating point, held in registers.
+pub fn compute(rounds: u64) -> String {
+    let (mut word, mut sum) = (0x9E37_79B9_7F4A_7C15u64, 1.0f64);
+    for round in 0..rounds {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        sum = (sum * 1.000_000_1 + (round & 7) as f64) % 1000.0;
+    }
+    format!("{word:x} {sum:?}")
+}
+
+/// Every write is of a value that was never written before.
+static NEXT_VALUE: AtomicU64 = AtomicU64::new(1);
+
+struct Program {
+    input: OwnedFd,
+    output: OwnedFd,
+    buffer: Vec<u8>,
+    interrupted: u64,
+    child: Option<(i32, OwnedFd, OwnedFd)>,
+}
+
+pub fn run() -> ! {
+    let duplicate = |fd: io::Result<OwnedFd>| fd.unwrap_or_else(|e| panic!("no standard streams: {e}"));
+    let input = duplicate(io::stdin().as_fd().try_clone_to_owned());
+    let output = duplicate(io::stdout().as_fd().try_clone_to_owned());
+    Program { input, output, buffer: Vec::new(), interrupted: 0, child: None }.obey()
+}
+
+impl Program {
+    fn obey(&mut self) -> ! {
+        self.answer("ready");
+        loop {
+            // Who gives the orders is gone.
+            let Some(line) = self.line() else { std::process::exit(0) };
+            let answer = self.execute(&line).unwrap_or_else(|error| format!("error: {line}: {error}"));
+            self.answer(&answer);
+        }
+    }
+
+    fn answer(&self, text: &str) {
+        let line = format!("{text}\n");
+        if rustix::io::write(&self.output, line.as_bytes()).is_err() {
+            std::process::exit(0);
+        }
+    }
+
+    fn line(&mut self) -> Option<String> {
+        let mut interrupted = 0;
+        let line = read_line(&self.input, &mut self.buffer, &mut interrupted);
+        self.interrupted += interrupted;
+        line
+    }
+
+    fn execute(&mut self, line: &str) -> io::Result<String> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| -> io::Result<u64> {
+            let word = words.get(at).ok_or_else(|| io::Error::other("a number is missing"))?;
+            match word.strip_prefix("0x") {
+                Some(hex) => u64::from_str_radix(hex, 16),
+                None => word.parse(),
+            }
+            .map_err(io::Error::other)
+        };
+        match words[0] {
+            // Between two pages that nobody may touch: mappings that the kernel merges share their soft-dirty mark.
+            "map" => {
+                let outer = memory::map(None, number(1)? + 2, NO_ACCESS)?;
+                memory::protect(outer + 4096, number(1)?, READ_WRITE)?;
+                memory::advise(outer + 4096, number(1)?, libc::MADV_NOHUGEPAGE)?;
+                return Ok(format!("{}", outer + 4096));
+            }
+            "map-at" => drop(memory::map(Some(number(1)?), number(2)?, READ_WRITE)?),
+            // Aligned, so that the kernel can use huge pages.
+            "map-huge" => {
+                let huge = 512;
+                let pages = number(1)?.next_multiple_of(huge);
+                let outer = memory::map(None, pages + 2 * huge, NO_ACCESS)?;
+                let inner = (outer + 4096).next_multiple_of(huge * 4096);
+                memory::protect(inner, pages, READ_WRITE)?;
+                memory::advise(inner, pages, libc::MADV_HUGEPAGE)?;
+                return Ok(format!("{inner}"));
+            }
+            "unmap" => memory::unmap(number(1)?, number(2)?)?,
+            "move" => memory::relocate(number(1)?, number(2)?, number(3)?)?,
+            "grow" => memory::grow(number(1)?, number(2)?, number(3)?)?,
+            "advise" => memory::advise(number(1)?, number(2)?, number(3)? as i32)?,
+            "seal" => memory::protect(number(1)?, number(2)?, NO_ACCESS)?,
+            "unseal" => memory::protect(number(1)?, number(2)?, READ_WRITE)?,
+            "lock" => memory::lock(number(1)?, number(2)?)?,
+            "unlock" => memory::unlock(number(1)?, number(2)?)?,
+            "grow-heap" => return Ok(format!("{}", memory::grow_heap(number(1)?)?)),
+            // `write ADDRESS PAGE…`: into these pages of the range that begins there.
+            "write" => {
+                for at in 2..words.len() {
+                    let value = NEXT_VALUE.fetch_add(1, Ordering::SeqCst);
+                    memory::store(number(1)? + number(at)? * 4096, value);
+                }
+            }
+            "write-all" => {
+                for page in 0..number(2)? {
+                    let value = NEXT_VALUE.fetch_add(1, Ordering::SeqCst);
+                    memory::store(number(1)? + page * 4096, value);
+                }
+            }
+            "read" => {
+                let words: io::Result<Vec<String>> = (0..number(2)?)
+                    .map(|page| Ok(memory::load(number(1)? + page * 4096).to_string()))
+                    .collect();
+                return Ok(words?.join(" "));
+            }
+            // Every second page of another protection, so that they cannot merge.
+            "map-many" => {
+                let base = memory::map(None, number(1)? * 2, READ_WRITE)?;
+                for at in 0..number(1)? {
+                    memory::protect(base + at * 8192, 1, NO_ACCESS)?;
+                }
+                return Ok(format!("{base}"));
+            }
+            // `write-behind ADDRESS PAGES`: another thread writes without end.
+            "write-behind" => {
+                let (base, pages) = (number(1)?, number(2)?);
+                std::thread::spawn(move || {
+                    for turn in 1u64.. {
+                        for page in 0..pages {
+                            memory::store(base + page * 4096, turn);
+                        }
+                    }
+                });
+            }
+            // `thread ADDRESS PAGE`: another thread writes once, and stays.
+            "thread" => {
+                let address = number(1)? + number(2)? * 4096;
+                let (tell, told) = std::sync::mpsc::channel();
+                std::thread::spawn(move || {
+                    memory::store(address, NEXT_VALUE.fetch_add(1, Ordering::SeqCst));
+                    // The other end waits for it.
+                    let _ = tell.send(());
+                    loop {
+                        std::thread::park();
+                    }
+                });
+                told.recv().map_err(io::Error::other)?;
+            }
+            "fork" => return self.fork(),
+            "child" => return self.child(line.strip_prefix("child ").unwrap_or_default()),
+            "reap" => {
+                let Some((pid, ..)) = self.child.take() else { return Err(io::Error::other("no child")) };
+                nix::sys::wait::waitpid(Pid::from_raw(pid), None)?;
+            }
+            "abandon" => self.child = None,
+            "exec" => return Err(Command::new("/proc/self/exe").arg(ARGUMENT).exec()),
+            "exit" => std::process::exit(0),
+            "sleep" => {
+                let start = Instant::now();
+                let length = Duration::from_millis(number(1)?);
+                let slept = rustix::thread::nanosleep(&rustix::thread::Timespec {
+                    tv_sec: length.as_secs() as i64,
+                    tv_nsec: i64::from(length.subsec_nanos()),
+                });
+                return Ok(match slept {
+                    rustix::thread::NanosleepRelativeResult::Ok if start.elapsed() >= length => "ok".into(),
+                    other => format!("{other:?} after {:?}", start.elapsed()),
+                });
+            }
+            // Waits for the next line, and says how often that was interrupted.
+            "epoll" => {
+                let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+                epoll.add(&self.input, EpollEvent::new(EpollFlags::EPOLLIN, 7))?;
+                let mut events = [EpollEvent::empty()];
+                let mut interrupted = 0;
+                loop {
+                    match epoll.wait(&mut events, EpollTimeout::NONE) {
+                        Ok(1) if events[0].data() == 7 => break,
+                        Err(nix::Error::EINTR) => interrupted += 1,
+                        other => return Ok(format!("{other:?}")),
+                    }
+                }
+                self.line();
+                return Ok(format!("{interrupted}"));
+            }
+            "interrupted" => return Ok(format!("{}", self.interrupted)),
+            "compute" => return Ok(compute(number(1)?)),
+            "count-signals" => process::count_signals()?,
+            "ignore" => process::ignore(number(1)? as i32),
+            "is-ignored" => return Ok(format!("{}", process::is_ignored(number(1)? as i32))),
+            "counts" => {
+                let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
+                return Ok(format!("{} {} {}", count(&PLAIN), count(&QUEUED), count(&QUEUED_SUM)));
+            }
+            "forbid-userfaultfd" => process::forbid_userfaultfd()?,
+            "call-userfaultfd" => process::call_userfaultfd(),
+            "trace" => {
+                ptrace::seize(Pid::from_raw(number(1)? as i32), ptrace::Options::empty())?;
+            }
+            other => return Err(io::Error::other(format!("{other} is no command"))),
+        }
+        Ok("ok".to_owned())
+    }
+
+    /// The child obeys too; its orders come through us.
+    fn fork(&mut self) -> io::Result<String> {
+        let (orders, to_child) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (from_child, answers) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        match process::fork()? {
+            Side::Child => {
+                drop((to_child, from_child));
+                self.child = None;
+                (self.input, self.output) = (orders, answers);
+                self.buffer.clear();
+                self.obey()
+            }
+            Side::Parent(pid) => {
+                drop((orders, answers));
+                read_line(&from_child, &mut Vec::new(), &mut 0);
+                self.child = Some((pid, to_child, from_child));
+                Ok(format!("{pid}"))
+            }
+        }
+    }
+
+    fn child(&mut self, order: &str) -> io::Result<String> {
+        let Some((_, to_child, from_child)) = &self.child else { return Err(io::Error::other("no child")) };
+        rustix::io::write(to_child, format!("{order}\n").as_bytes())?;
+        Ok(read_line(from_child, &mut Vec::new(), &mut 0).unwrap_or_else(|| "gone".to_owned()))
+    }
+}
+
+fn read_line(fd: &OwnedFd, buffer: &mut Vec<u8>, interrupted: &mut u64) -> Option<String> {
+    loop {
+        if let Some(at) = buffer.iter().position(|byte| *byte == b'\n') {
+            let line = String::from_utf8_lossy(&buffer[..at]).into_owned();
+            buffer.drain(..=at);
+            return Some(line);
+        }
+        let mut piece = [0; 4096];
+        match rustix::io::read(fd, &mut piece) {
+            Ok(0) => return None,
+            Ok(got) => buffer.extend_from_slice(&piece[..got]),
+            Err(rustix::io::Errno::INTR) => *interrupted += 1,
+            Err(_) => return None,
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The system calls of the program that is tracked, and of who disturbs it: raw, because the tests are about what
+//! the kernel makes of them.
+
+pub mod memory;
+pub mod process;
