@@ -1,15 +1,235 @@
-//! scratch
-fn main() {
-    if std::env::args().nth(1).as_deref() == Some("--check-subject") {
-        pageferry_criu_glue::check::subject_main();
-        return;
+//! With a real CRIU: what `by_trying` tries, each as a test; and that a tree outlives whoever held it.
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pageferry_criu_glue::{Criu, Dump, DumpRequest, HideKind, ImageDir, check};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+/// The argument by which this program is the process that is dumped.
+const SUBJECT: &str = "__check-subject";
+/// The argument by which this program holds a dump at a step until it is killed.
+const HOLDER: &str = "__hold";
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next().as_deref() {
+        Some(SUBJECT) => return check::subject_main(),
+        Some(HOLDER) => {
+            let step = arguments.next().expect("a step");
+            let pid = arguments.next().and_then(|pid| pid.parse().ok()).expect("a pid");
+            hold(&step, pid);
+        }
+        _ => {}
     }
-    let criu = pageferry_criu_glue::Criu::find(None).unwrap();
-    for c in pageferry_criu_glue::check::by_trying(&criu, || {
-        let mut c = std::process::Command::new(std::env::current_exe().unwrap());
-        c.arg("--check-subject");
-        c
-    }) {
-        println!("{c:?}");
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    let mut add = |name: &str, test: fn() -> Result<(), Failed>| {
+        trials.push(Trial::ignorable_test(name.to_owned(), move || {
+            match rustix::process::geteuid().is_root() {
+                true => test().map(|()| Completion::Completed),
+                false => Ok(Completion::ignored_with("needs root")),
+            }
+        }));
+    };
+    add("the shim hides memory, and it comes back", || tried("shim"));
+    add("a process with a listening socket is dumped and restored", || tried("dump-restore"));
+    add("a tree outlives its holder at every step", outlives);
+    add("an aborted dump leaves the tree running", aborted);
+    add("a committed dump ends the tree", committed);
+    add("what CRIU cannot dump is refused with its log", refused);
+    trials.push(Trial::ignorable_test("the synthetic parent hides memory, and it comes back", || {
+        if !rustix::process::geteuid().is_root() {
+            return Ok(Completion::ignored_with("needs root"));
+        }
+        match tried("synthetic-parent") {
+            Ok(()) => Ok(Completion::Completed),
+            // CRIU's own words where the kernel has no soft-dirty.
+            Err(error)
+                if error.message().is_some_and(|text| text.contains("Tracking memory is not available")) =>
+            {
+                Ok(Completion::ignored_with("needs soft-dirty: CRIU says that it cannot track memory here"))
+            }
+            Err(error) => Err(error),
+        }
+    }));
+    let arguments = Arguments { test_threads: Some(1), ..arguments };
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn tried(name: &str) -> Result<(), Failed> {
+    let criu = Criu::find(None)?;
+    let checks = check::by_trying(&criu, || {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(SUBJECT);
+        command
+    });
+    let check = checks.into_iter().find(|check| check.name == name).ok_or("it was not tried")?;
+    if check.ok { Ok(()) } else { Err(check.detail.into()) }
+}
+
+/// A process to dump: in a session of its own, without open files that lead elsewhere.
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn start() -> Result<Self, Failed> {
+        let child = Command::new("setsid")
+            .args(["sleep", "1000"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let sleeper = Self(child);
+        let until = Instant::now() + PATIENCE;
+        while std::fs::read_to_string(format!("/proc/{}/comm", sleeper.pid()))?.trim() != "sleep" {
+            if Instant::now() > until {
+                return Err("it never began to sleep".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(sleeper)
     }
+
+    fn pid(&self) -> i32 {
+        self.0.id() as i32
+    }
+
+    /// Waits until it is neither traced nor stopped.
+    fn runs(&self) -> Result<(), Failed> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+            let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+            let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+            if matches!(state, Some('S' | 'R')) && status.contains("TracerPid:\t0") {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                return Err(format!("it does not run on: state {state:?}").into());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn begin(images: &ImageDir, pid: i32) -> Result<Dump, Failed> {
+    Ok(Dump::start(&Criu::find(None)?, DumpRequest::new(pid, images, HideKind::Shim))?)
+}
+
+fn aborted() -> Result<(), Failed> {
+    let sleeper = Sleeper::start()?;
+    for step in 0..3 {
+        let images = ImageDir::new()?;
+        let mut dump = begin(&images, sleeper.pid())?;
+        if step > 0 {
+            dump.freeze(PATIENCE)?;
+        }
+        if step > 1 {
+            dump.dump(&[], PATIENCE)?;
+        }
+        dump.abort()?;
+        sleeper.runs()?;
+    }
+    Ok(())
+}
+
+fn committed() -> Result<(), Failed> {
+    let mut sleeper = Sleeper::start()?;
+    let images = ImageDir::new()?;
+    let mut dump = begin(&images, sleeper.pid())?;
+    dump.freeze(PATIENCE)?;
+    dump.dump(&[], PATIENCE)?;
+    dump.commit(PATIENCE)?;
+    let until = Instant::now() + PATIENCE;
+    while sleeper.0.try_wait()?.is_none() {
+        if Instant::now() > until {
+            return Err("it lives on after the commit".into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Holds a dump of `pid` at a step, says so, and waits for its end.
+fn hold(step: &str, pid: i32) -> ! {
+    let images = ImageDir::new().expect("a place for images");
+    let mut dump = begin(&images, pid).unwrap_or_else(|error| panic!("{error:?}"));
+    if step != "started" {
+        dump.freeze(PATIENCE).expect("frozen");
+    }
+    if step == "dumped" {
+        dump.dump(&[], PATIENCE).expect("dumped");
+    }
+    println!("holding");
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn outlives() -> Result<(), Failed> {
+    use std::io::{BufRead, BufReader};
+    for step in ["started", "frozen", "dumped"] {
+        let sleeper = Sleeper::start()?;
+        let mut holder = Command::new("/proc/self/exe")
+            .args([HOLDER, step, &sleeper.pid().to_string()])
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        let out = holder.stdout.take().ok_or("no output")?;
+        BufReader::new(out).read_line(&mut line)?;
+        let held = line.trim() == "holding";
+        holder.kill()?;
+        holder.wait()?;
+        if !held {
+            return Err(format!("the holder at {step} said {line:?}").into());
+        }
+        sleeper.runs().map_err(|error| format!("{step}: {error:?}"))?;
+    }
+    Ok(())
+}
+
+fn refused() -> Result<(), Failed> {
+    // A socket whose other end is outside of the tree.
+    let (_ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let mut child = Command::new("setsid")
+        .args(["sleep", "1000"])
+        .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let images = ImageDir::new()?;
+    let result = (|| -> Result<String, Failed> {
+        let mut dump = begin(&images, child.id() as i32)?;
+        dump.freeze(PATIENCE)?;
+        match dump.dump(&[], PATIENCE) {
+            Ok(()) => Err("a dangling socket was dumped".into()),
+            Err(error) => {
+                let mut text = error.to_string();
+                let mut cause = std::error::Error::source(&error);
+                while let Some(error) = cause {
+                    text = format!("{text}: {error}");
+                    cause = error.source();
+                }
+                Ok(text)
+            }
+        }
+    })();
+    let alive = child.try_wait()?.is_none();
+    child.kill()?;
+    child.wait()?;
+    let text = result?;
+    if !alive {
+        return Err("the process did not survive the failed dump".into());
+    }
+    if !text.contains("end of its log") || !text.contains("Error") {
+        return Err(format!("the log is not in the error: {text}").into());
+    }
+    Ok(())
 }
