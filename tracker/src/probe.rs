@@ -94,8 +94,8 @@ impl Kernel {
         }
     }
 
-    /// The tracker to use, and why. Without a wish: soft-dirty where it works, because CRIU's own incremental dump
-    /// stands on it; userfaultfd elsewhere.
+    /// The tracker to use, and why. Without a wish: userfaultfd where it works, because the program runs on while it
+    /// is scanned; soft-dirty elsewhere.
     ///
     /// # Errors
     /// [`ChooseError`].
@@ -218,7 +218,8 @@ mod tests {
 
     #[test]
     fn the_choice_follows_what_works() {
-        assert_eq!(kernel(true, true).choose(None).unwrap().0, TrackerKind::SoftDirty);
+        assert_eq!(kernel(true, true).choose(None).unwrap().0, TrackerKind::UffdWp);
+        assert_eq!(kernel(true, false).choose(None).unwrap().0, TrackerKind::SoftDirty);
         assert_eq!(kernel(false, true).choose(None).unwrap().0, TrackerKind::UffdWp);
         assert!(matches!(kernel(false, false).choose(None), Err(ChooseError::Neither { .. })));
         assert!(kernel(true, false).choose(Some(TrackerKind::UffdWp)).is_err());

@@ -38,21 +38,6 @@ fn main() -> ExitCode {
     add("an aborted dump leaves the tree running", aborted);
     add("a committed dump ends the tree", committed);
     add("what CRIU cannot dump is refused with its log", refused);
-    trials.push(Trial::ignorable_test("the synthetic parent hides memory, and it comes back", || {
-        if !rustix::process::geteuid().is_root() {
-            return Ok(Completion::ignored_with("needs root"));
-        }
-        match tried("synthetic-parent") {
-            Ok(()) => Ok(Completion::Completed),
-            // CRIU's own words where the kernel has no soft-dirty.
-            Err(error)
-                if error.message().is_some_and(|text| text.contains("Tracking memory is not available")) =>
-            {
-                Ok(Completion::ignored_with("needs soft-dirty: CRIU says that it cannot track memory here"))
-            }
-            Err(error) => Err(error),
-        }
-    }));
     let arguments = Arguments { test_threads: Some(1), ..arguments };
     libtest_mimic::run(&arguments, trials).exit_code()
 }

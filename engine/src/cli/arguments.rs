@@ -141,7 +141,7 @@ pub(super) enum TrackerName {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum HideName {
-    /// What works here.
+    /// The shim.
     Auto,
     /// CRIU's incremental dump on top of a parent made for it (soft-dirty kernels).
     SyntheticParent,

@@ -97,9 +97,9 @@ fn look(verb: &CheckVerb) -> Answer {
         }
     }
     let (dump, shim, parent) = works;
-    let hide = match (parent && kernel.soft_dirty.works, shim) {
-        (true, _) => Some("synthetic-parent"),
-        (false, true) => Some("shim"),
+    let hide = match (shim, parent) {
+        (true, _) => Some("shim"),
+        (false, true) => Some("synthetic-parent"),
         (false, false) => None,
     };
     Answer { ok: root && tracker.is_some() && dump && hide.is_some(), tracker, hide, checks }

@@ -113,15 +113,10 @@ impl<'a> Migration<'a> {
         let kernel = tracker::probe::Kernel::probe();
         let (tracker_choice, tracker_reason) = kernel.choose(plan.tracker)?;
         let (hide, hide_reason) = match plan.hide {
-            Some(hide) => (hide, "asked for".to_owned()),
-            None if tracker_choice == tracker::TrackerKind::SoftDirty => (
-                HideKind::SyntheticParent,
-                "the kernel has soft-dirty, so CRIU's own incremental dump leaves the pages out".to_owned(),
-            ),
+            Some(hide) => (hide, "asked for"),
             None => (
                 HideKind::Shim,
-                "without soft-dirty CRIU cannot dump incrementally: a preloaded shim hides the pages"
-                    .to_owned(),
+                "it works on every kernel, and leaves every page that is not the engine's to CRIU",
             ),
         };
         let session = session_id().map_err(SendError::Identity)?;
@@ -140,7 +135,7 @@ impl<'a> Migration<'a> {
             tracker: tracker_choice.to_string(),
             tracker_reason,
             hide: hide.to_string(),
-            hide_reason,
+            hide_reason: hide_reason.to_owned(),
             criu: criu.version().to_string(),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             tcp: "closed".to_owned(),
