@@ -112,13 +112,13 @@ impl Kernel {
                     false => Err(ChooseError::Wanted { kind, reason: feature.reason.clone() }),
                 }
             }
+            None if uffd.works => {
+                Ok((TrackerKind::UffdWp, format!("{}, and nothing has to stand still for it", uffd.reason)))
+            }
             None if self.soft_dirty.works => Ok((
                 TrackerKind::SoftDirty,
-                format!("{}, and CRIU can dump incrementally with it", self.soft_dirty.reason),
+                format!("{}; userfaultfd: {}", self.soft_dirty.reason, uffd.reason),
             )),
-            None if uffd.works => {
-                Ok((TrackerKind::UffdWp, format!("{}; soft-dirty: {}", uffd.reason, self.soft_dirty.reason)))
-            }
             None => Err(ChooseError::Neither {
                 soft_dirty: self.soft_dirty.reason.clone(),
                 uffd: uffd.reason.clone(),
