@@ -127,6 +127,21 @@ impl Subject {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal).expect("the subject lives");
     }
 
+    /// Stops it, and waits until none of its threads runs.
+    pub fn stop(&self) {
+        self.signal(nix::sys::signal::Signal::SIGSTOP);
+        self.until("a stop", Self::is_stopped);
+    }
+
+    /// Whether all its threads are stopped by a signal.
+    pub fn is_stopped(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the subject lives");
+        tasks.flatten().all(|task| {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        })
+    }
+
     /// Ends it without a word.
     pub fn kill(&mut self) {
         // It fails only for one that has ended.
