@@ -47,6 +47,8 @@ pub(crate) enum ReceiveError {
     Images(#[source] criu::ImageDirError),
     #[error("could not read CRIU's images")]
     ReadImages(#[from] criu::ImageError),
+    #[error("could not set a guard over the restored tree")]
+    Guard(#[source] std::io::Error),
     #[error("could not take over the memory of the restored tree")]
     Lazy(#[from] criu::LazyError),
     #[error("CRIU could not restore the process tree")]

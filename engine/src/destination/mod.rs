@@ -1,6 +1,7 @@
 //! The receiving side of a migration.
 
 mod failure;
+mod guard;
 mod receive;
 mod restore;
 pub(crate) mod serve;

@@ -1,6 +1,7 @@
 //! From the last image to a running program: CRIU, the page server, and this side of the two-phase commit.
 
 use super::failure::ReceiveError;
+use super::guard::Guard;
 use super::receive::Cargo;
 use super::serve::{Budget, FillStats, Server};
 use super::sessions::Sessions;
@@ -10,9 +11,11 @@ use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
 use crate::{Cancel, fault};
 use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
-use pageferry_tracker::uffd::Uffd;
+use pageferry_tracker::{self as tracker, Target, uffd::Uffd};
 use pageferry_wire_format::{ControlMessage, Part, SpaceId};
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time that putting hot pages in may take of the downtime.
@@ -37,13 +40,14 @@ pub(super) struct Alive {
     pub(super) restore: Restore,
     /// Whether the source was told that the program runs here.
     pub(super) told: bool,
+    guard: Guard,
 }
 
 impl Rebirth<'_> {
     /// Restores, waits for the commit, and lets the program run.
     pub(super) fn run(mut self, restore: Restore, server: Server) -> Result<Alive, ReceiveError> {
         match self.bring_up(restore, &server) {
-            Ok((restore, told)) => Ok(Alive { server, restore, told }),
+            Ok((restore, told, guard)) => Ok(Alive { server, restore, told, guard }),
             Err(error) => {
                 server.abort();
                 Err(error)
@@ -51,13 +55,19 @@ impl Rebirth<'_> {
         }
     }
 
-    fn bring_up(&mut self, mut restore: Restore, server: &Server) -> Result<(Restore, bool), ReceiveError> {
+    fn bring_up(
+        &mut self,
+        mut restore: Restore,
+        server: &Server,
+    ) -> Result<(Restore, bool, Guard), ReceiveError> {
         let by_vpid: BTreeMap<i32, SpaceId> =
             self.cargo.spaces.iter().map(|(space, incomer)| (incomer.vpid, *space)).collect();
         let lazy = restore.lazy()?;
+        let kept = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            let tasks = scope.spawn(|| take_tasks(lazy, &by_vpid, server));
-            let mut result = match self.steps(&mut restore, server) {
+            let tasks = scope.spawn(|| take_tasks(lazy, &by_vpid, server, &kept));
+            let mut guard = None;
+            let mut result = match self.steps(&mut restore, server, &kept, &mut guard) {
                 Ok(told) => Ok((restore, told)),
                 Err(error) => {
                     // First the tasks, then (in the caller) their pages: a task that lost its server would read
@@ -69,17 +79,34 @@ impl Rebirth<'_> {
                 }
             };
             match tasks.join() {
-                Ok(Err(error)) if result.is_ok() => result = Err(error),
+                Ok(Err(error)) if result.is_ok() => {
+                    // Dropping the restore ends what was restored.
+                    result = Err(error);
+                }
                 // What broke the restore is the better explanation of the two.
                 Ok(_) => {}
                 Err(panic) => std::panic::resume_unwind(panic),
             }
-            result
+            match (result, guard) {
+                (Ok((restore, told)), Some(guard)) => Ok((restore, told, guard)),
+                (result, guard) => {
+                    if let Some(guard) = guard {
+                        guard.dismiss();
+                    }
+                    Err(result.err().unwrap_or(ReceiveError::NotRestored { vpid: 0 }))
+                }
+            }
         })
     }
 
     /// The steps up to the running program; says whether the source could be told.
-    fn steps(&mut self, restore: &mut Restore, server: &Server) -> Result<bool, ReceiveError> {
+    fn steps(
+        &mut self,
+        restore: &mut Restore,
+        server: &Server,
+        kept: &Mutex<Vec<OwnedFd>>,
+        guard: &mut Option<Guard>,
+    ) -> Result<bool, ReceiveError> {
         let patience = self.plan.stall_timeout;
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         let mut laps = Laps { last: Instant::now(), timings: Vec::new() };
@@ -99,6 +126,8 @@ impl Rebirth<'_> {
             verified_pages = verify::compare(self.channel, root, &self.cargo, self.images)?;
             laps.lap(Part::Verify);
         }
+        let uffds = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
+        *guard = Some(Guard::new(&pids_of(root)?, uffds).map_err(ReceiveError::Guard)?);
         // Here, and not at CRIU's later stages: it is the last one at which the end of this engine takes the
         // restored tree with it.
         fault::point("dest-ready");
@@ -139,16 +168,28 @@ impl Laps {
     }
 }
 
+/// The restored tasks as this process sees them.
+fn pids_of(root: Option<i32>) -> Result<Vec<i32>, ReceiveError> {
+    let root = root.ok_or(ReceiveError::NotRestored { vpid: 0 })?;
+    let look = |source: Box<dyn std::error::Error + Send + Sync>| ReceiveError::Look { pid: root, source };
+    let target = Target::open(root).map_err(|error| look(error.into()))?;
+    let tree = tracker::tree::discover(&target).map_err(|error| look(error.into()))?;
+    Ok(tree.iter().map(Target::pid).collect())
+}
+
 /// Hands every task's userfaultfd to the server as CRIU makes it.
 fn take_tasks(
     mut lazy: LazyListener,
     by_vpid: &BTreeMap<i32, SpaceId>,
     server: &Server,
+    kept: &Mutex<Vec<OwnedFd>>,
 ) -> Result<(), ReceiveError> {
     loop {
         match lazy.next()? {
             LazyEvent::Task { vpid, uffd } => {
                 let space = by_vpid.get(&vpid).ok_or(ReceiveError::NotRestored { vpid })?;
+                let copy = uffd.try_clone().map_err(ReceiveError::Guard)?;
+                kept.lock().unwrap_or_else(PoisonError::into_inner).push(copy);
                 server.add_task(*space, Uffd::from_fd(uffd))?;
             }
             LazyEvent::Exited { .. } => {}
@@ -161,7 +202,11 @@ impl Alive {
     /// Waits until every page is in place, and lets CRIU go.
     pub(super) fn settle(self, channel: &mut Channel) -> Result<FillStats, ReceiveError> {
         let finished = self.restore.finish();
-        let stats = self.server.wait_filled()?;
+        let stats = self.server.wait_filled();
+        if stats.is_ok() {
+            self.guard.dismiss();
+        }
+        let stats = stats?;
         let _ = channel.control(&ControlMessage::Filled {
             pages: stats.pages,
             prefilled_pages: stats.prefilled_pages,
