@@ -1,9 +1,12 @@
 //! One conformance suite over every source of dirty pages, on real processes.
 
 mod content;
+mod lifecycle;
 mod program;
+mod refusals;
 mod subject;
 mod sys;
+mod transparency;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use pageferry_tracker::TrackerKind;
@@ -24,6 +27,13 @@ fn main() -> ExitCode {
     if arguments.get(1).map(String::as_str) == Some(program::ARGUMENT) {
         program::run();
     }
+    if let [_, first, pid, kind] = &arguments[..]
+        && first == transparency::ARGUMENT
+    {
+        let kinds = [TrackerKind::SoftDirty, TrackerKind::UffdWp];
+        let kind = kinds.into_iter().find(|known| known.to_string() == *kind).expect("a kind");
+        transparency::track(pid.parse().expect("a pid"), kind);
+    }
     let kernel = Kernel::probe();
     let root = rustix::process::geteuid().is_root();
     let mut trials = Vec::new();
@@ -36,7 +46,8 @@ fn main() -> ExitCode {
             (_, false) => Some(format!("{needs}: {}", feature.reason)),
             _ => None,
         };
-        for (name, case) in content::CASES.iter().copied() {
+        let rooms = [content::CASES, lifecycle::CASES, transparency::CASES, refusals::CASES];
+        for (name, case) in rooms.concat() {
             let obstacle = obstacle.clone();
             trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
