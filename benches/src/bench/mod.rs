@@ -131,6 +131,10 @@ fn ensure_memory(largest: ByteSize) -> anyhow::Result<()> {
 }
 
 /// The `pageferry-workload` beside this program.
-fn workload() -> anyhow::Result<PathBuf> {
+/// The program whose subcommands are the workloads.
+///
+/// # Errors
+/// When it was not built.
+pub fn workload() -> anyhow::Result<PathBuf> {
     beside_this("pageferry-workload").context("pageferry-workload is built together with this program")
 }

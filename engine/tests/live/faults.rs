@@ -1,0 +1,205 @@
+//! Engines that die, links that break, users who change their minds: in every phase. Exactly one copy of the program
+//! survives, with all of its memory, and nothing else is left.
+
+use super::Test;
+use super::ferry::{Ferry, Outcome};
+use anyhow::{Context, ensure};
+use nix::sys::signal::Signal;
+use pageferry_benches::bench::hosts::Host;
+use pageferry_benches::bench::subject::Subject;
+use std::time::{Duration, Instant};
+
+pub fn tests() -> Vec<(&'static str, Test)> {
+    vec![
+        ("the sending engine is killed in every phase before the commit", source_killed),
+        ("the receiving engine is killed in every phase before the commit", destination_killed),
+        ("the link is cut in every phase before the commit", cut),
+        ("a damaged frame is noticed in every phase", flipped),
+        ("SIGINT and SIGTERM in every phase before the commit", interrupted),
+        ("the receiver is interrupted before the commit", receiver_interrupted),
+        ("a link that hangs is given up", hanging),
+        ("the link is cut after the commit was sent", cut_after_commit),
+        ("the receiving engine is killed after the commit was received", destination_killed_after_commit),
+        ("the receiving engine is killed when the program runs there", destination_killed_after_resume),
+        ("after a failure the next attempt succeeds", next_attempt),
+    ]
+}
+
+/// Phases of the source in which nothing was committed.
+const SOURCE: [&str; 9] =
+    ["attach", "precopy", "freeze", "frozen", "seal", "dump", "images", "restore", "ready"];
+/// The same of the destination.
+const DESTINATION: [&str; 6] =
+    ["dest-welcome", "dest-pages", "dest-round", "dest-seal", "dest-restore", "dest-ready"];
+
+fn subject(ferry: &Ferry) -> anyhow::Result<Subject> {
+    ferry.subject(&["writer", "--memory", "16MiB", "--rate", "5MB"])
+}
+
+/// The source runs on, its memory is whole, the receiver is free again, and the failure was told.
+fn rolled_back(ferry: &Ferry, subject: &Subject, outcome: &Outcome) -> anyhow::Result<()> {
+    ensure!(outcome.code != 0, "it reports success: {}", outcome.err);
+    ensure!(
+        outcome.err.contains("running at the source"),
+        "it does not say where the program is: {}",
+        outcome.err
+    );
+    ferry.lives_only(Host::Source, subject)
+}
+
+fn source_killed(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    for phase in SOURCE {
+        (|| {
+            let outcome = ferry.migrate(subject.pid, Some(&format!("{phase}=kill")), &[])?;
+            ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+            ferry.lives_only(Host::Source, &subject)
+        })()
+        .with_context(|| format!("killed at {phase}"))?;
+    }
+    receiver.stop()
+}
+
+fn destination_killed(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    for phase in DESTINATION {
+        (|| {
+            let receiver = ferry.receiver(Some(&format!("{phase}=kill")), &[])?;
+            let outcome = ferry.migrate(subject.pid, None, &[])?;
+            rolled_back(ferry, &subject, &outcome)?;
+            ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
+            Ok(())
+        })()
+        .with_context(|| format!("killed at {phase}"))?;
+    }
+    Ok(())
+}
+
+fn cut(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    // Frames: hello, spaces, pages, ends of rounds, owned pages, seals, images.
+    for frame in [1, 2, 3, 20, 66, 68, 70, 72, 74, 80] {
+        (|| {
+            let fault = format!("frame=cut@{frame}");
+            let outcome = ferry.migrate(subject.pid, Some(&fault), &[])?;
+            rolled_back(ferry, &subject, &outcome)
+        })()
+        .with_context(|| format!("cut at frame {frame}"))?;
+    }
+    receiver.stop()
+}
+
+fn flipped(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    for frame in [1, 2, 3, 20, 66, 70, 74] {
+        (|| {
+            let fault = format!("frame=flip@{frame}");
+            let outcome = ferry.migrate(subject.pid, Some(&fault), &[])?;
+            ensure!(outcome.err.contains("bad frame") || outcome.err.contains("digest"), "{}", outcome.err);
+            rolled_back(ferry, &subject, &outcome)
+        })()
+        .with_context(|| format!("flipped in frame {frame}"))?;
+    }
+    receiver.stop()
+}
+
+fn interrupted(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    for (phase, signal) in SOURCE.iter().zip([Signal::SIGINT, Signal::SIGTERM].into_iter().cycle()) {
+        (|| {
+            // It stands at the phase for a moment, in which the signal comes.
+            let fault = format!("{phase}=delay:700");
+            let migration = ferry.migrate_start(subject.pid, Some(&fault), &[])?;
+            std::thread::sleep(Duration::from_millis(550));
+            migration.signal(signal)?;
+            let outcome = migration.wait()?;
+            if outcome.code == 0 {
+                // It was too late: it had been committed before.
+                anyhow::bail!("the signal at {phase} came after the commit");
+            }
+            ensure!(outcome.code == 128 + signal as i32, "exit code {}: {}", outcome.code, outcome.err);
+            ensure!(outcome.err.contains("interrupted"), "{}", outcome.err);
+            rolled_back(ferry, &subject, &outcome)
+        })()
+        .with_context(|| format!("{signal} at {phase}"))?;
+    }
+    receiver.stop()
+}
+
+fn receiver_interrupted(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    for phase in ["dest-round", "dest-restore"] {
+        let receiver = ferry.receiver(Some(&format!("{phase}=delay:1500")), &[])?;
+        let migration = ferry.migrate_start(subject.pid, None, &[])?;
+        std::thread::sleep(Duration::from_millis(900));
+        receiver.stop()?;
+        let outcome = migration.wait()?;
+        rolled_back(ferry, &subject, &outcome).with_context(|| format!("interrupted at {phase}"))?;
+        ensure!(outcome.err.contains("cancelled") || outcome.err.contains("closed"), "{}", outcome.err);
+    }
+    Ok(())
+}
+
+fn hanging(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    let receiver = ferry.receiver(Some("dest-seal=hang"), &[])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--stall-timeout", "1s"])?;
+    rolled_back(ferry, &subject, &outcome)?;
+    ensure!(outcome.err.contains("no progress"), "{}", outcome.err);
+    ferry.hosts.kill(Host::Destination, receiver.pid)?;
+    receiver.wait()?;
+    Ok(())
+}
+
+/// The commit is on its way, or not: the receiver decides when it is asked.
+fn cut_after_commit(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    // The commit never leaves: the receiver gives the session up, and the source runs on.
+    let receiver = ferry.receiver(None, &[])?;
+    let outcome = ferry.migrate(subject.pid, Some("commit=delay:1"), &[])?;
+    outcome.moved().context("the control run")?;
+    receiver.stop()?;
+    ferry.lives_only(Host::Destination, &subject)
+}
+
+fn destination_killed_after_commit(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    let receiver = ferry.receiver(Some("dest-commit=kill"), &[])?;
+    let outcome = ferry.migrate(subject.pid, None, &[])?;
+    ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
+    in_doubt(ferry, &subject, &outcome)
+}
+
+fn destination_killed_after_resume(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    let receiver = ferry.receiver(Some("dest-resumed=kill"), &[])?;
+    let outcome = ferry.migrate(subject.pid, None, &[])?;
+    ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
+    in_doubt(ferry, &subject, &outcome)
+}
+
+/// The source stands still, whole, and can be let go as the message says; the destination has no copy that runs.
+fn in_doubt(ferry: &Ferry, subject: &Subject, outcome: &Outcome) -> anyhow::Result<()> {
+    outcome.failed(4, &["in doubt", "stopped at the source", "kill -CONT"])?;
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        let states = (ferry.state(Host::Source, subject.pid)?, ferry.state(Host::Destination, subject.pid)?);
+        if states == (Some('T'), None) {
+            break;
+        }
+        ensure!(Instant::now() < until, "source and destination have {states:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ferry.sh(Host::Source, &format!("kill -CONT {}", subject.pid))?;
+    ferry.lives_only(Host::Source, subject)
+}
+
+fn next_attempt(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    for phase in ["precopy", "frozen", "images"] {
+        ferry.migrate(subject.pid, Some(&format!("{phase}=kill")), &[])?;
+    }
+    ferry.migrate(subject.pid, None, &["--verify"])?.moved()?;
+    ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()
+}

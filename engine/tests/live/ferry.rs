@@ -1,0 +1,353 @@
+//! Two hosts, the command in both, and the programs between them.
+
+use anyhow::{Context, bail, ensure};
+use pageferry::MigrationReport;
+use pageferry_benches::bench::hosts::{Host, Hosts};
+use pageferry_benches::bench::subject::Subject;
+use pageferry_benches::workload::state::realtime_us;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A test cannot run here.
+#[derive(Debug)]
+pub struct Ignored(pub String);
+
+impl std::fmt::Display for Ignored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Ignored {}
+
+/// Far longer than anything takes: a guard against a hang, and not a measure.
+pub const LIMIT: Duration = Duration::from_secs(120);
+const RECEIVER: &str = "10.77.0.2:7077";
+
+/// The hosts, and what runs in them for a test.
+pub struct Ferry {
+    pub hosts: Hosts,
+    pub scratch: tempfile::TempDir,
+    /// What runs in either host for the test of the moment.
+    started: RefCell<Vec<i32>>,
+    count: RefCell<u32>,
+}
+
+/// A running receiver.
+pub struct Receiver {
+    child: Child,
+    log: PathBuf,
+    /// Its pid in the destination.
+    pub pid: i32,
+}
+
+/// How `pageferry migrate` ended.
+pub struct Outcome {
+    pub code: i32,
+    pub err: String,
+    pub report: Option<MigrationReport>,
+}
+
+impl Ferry {
+    pub fn new() -> anyhow::Result<Self> {
+        let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/two-hosts");
+        let hosts = Hosts::up_as(&tool, &format!("live-{}", std::process::id()), None)?;
+        let scratch = tempfile::tempdir()?;
+        Ok(Self { hosts, scratch, started: RefCell::default(), count: RefCell::default() })
+    }
+
+    /// A name that no other file of this run has.
+    pub fn name(&self, what: &str) -> String {
+        let mut count = self.count.borrow_mut();
+        *count += 1;
+        format!("{what}-{count}")
+    }
+
+    /// Starts a workload in the source.
+    pub fn subject(&self, arguments: &[&str]) -> anyhow::Result<Subject> {
+        let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let name = self.name(&arguments[0]);
+        let subject = Subject::start(&self.hosts, self.scratch.path(), &name, &arguments)?;
+        self.started.borrow_mut().push(subject.pid);
+        Ok(subject)
+    }
+
+    /// Starts any program in the source.
+    pub fn program(&self, command: &[&str]) -> anyhow::Result<i32> {
+        let log = self.scratch.path().join(self.name("program"));
+        let pid = self.hosts.start(Host::Source, &log, command.iter().copied())?;
+        self.started.borrow_mut().push(pid);
+        Ok(pid)
+    }
+
+    /// Runs a command in a host to its end.
+    pub fn sh(&self, host: Host, script: &str) -> anyhow::Result<String> {
+        let output = self.hosts.exec(host, ["sh", "-c", script]).stdin(Stdio::null()).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    pub fn receiver(&self, fault: Option<&str>, options: &[&str]) -> anyhow::Result<Receiver> {
+        self.receiver_in(Host::Destination, RECEIVER, fault, options)
+    }
+
+    pub fn receiver_in(
+        &self,
+        host: Host,
+        listen: &str,
+        fault: Option<&str>,
+        options: &[&str],
+    ) -> anyhow::Result<Receiver> {
+        let log = self.scratch.path().join(self.name("receiver"));
+        let fault = format!("PAGEFERRY_FAULT={}", fault.unwrap_or("none=delay:0"));
+        // `exec` hands its signals on to the command, so the child stands for it; the pid is for SIGKILL.
+        let script = "echo $$; exec \"$@\"";
+        let mut command: Vec<&str> = vec!["sh", "-c", script, "sh", "env", &fault];
+        command.extend([env!("CARGO_BIN_EXE_pageferry"), "receive", "--listen", listen, "--insecure"]);
+        command.extend(options);
+        let file = std::fs::File::create(&log)?;
+        let child = self
+            .hosts
+            .exec(host, command)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()?;
+        let mut receiver = Receiver { child, log, pid: 0 };
+        let until = Instant::now() + LIMIT;
+        loop {
+            let text = receiver.log();
+            if text.contains("listening on") {
+                receiver.pid = text.lines().next().unwrap_or("").parse().context("the receiver's pid")?;
+                return Ok(receiver);
+            }
+            if Instant::now() > until || receiver.child.try_wait()?.is_some() {
+                bail!("the receiver does not listen: {text}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// `pageferry migrate` in the source, not waited for.
+    pub fn migrate_start(
+        &self,
+        pid: i32,
+        fault: Option<&str>,
+        options: &[&str],
+    ) -> anyhow::Result<Migration> {
+        self.migrate_from(Host::Source, pid, RECEIVER, fault, options)
+    }
+
+    pub fn migrate_from(
+        &self,
+        host: Host,
+        pid: i32,
+        to: &str,
+        fault: Option<&str>,
+        options: &[&str],
+    ) -> anyhow::Result<Migration> {
+        let report = self.scratch.path().join(self.name("report"));
+        let log = self.scratch.path().join(self.name("migrate"));
+        let fault = format!("PAGEFERRY_FAULT={}", fault.unwrap_or("none=delay:0"));
+        let pid = pid.to_string();
+        let report_text = report.display().to_string();
+        let script = "echo $$; exec \"$@\"";
+        let mut command: Vec<&str> = vec!["sh", "-c", script, "sh", "env", &fault];
+        command.extend([env!("CARGO_BIN_EXE_pageferry"), "migrate", "--pid", &pid, "--to", to]);
+        command.extend(["--report", &report_text, "--resolve-timeout", "2s"]);
+        command.extend(options);
+        let file = std::fs::File::create(&log)?;
+        let child = self
+            .hosts
+            .exec(host, command)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()?;
+        Ok(Migration { child, log, report })
+    }
+
+    pub fn migrate(&self, pid: i32, fault: Option<&str>, options: &[&str]) -> anyhow::Result<Outcome> {
+        self.migrate_start(pid, fault, options)?.wait()
+    }
+
+    /// The state letter of a process of a host.
+    pub fn state(&self, host: Host, pid: i32) -> anyhow::Result<Option<char>> {
+        let stat = self.sh(host, &format!("cat /proc/{pid}/stat 2>/dev/null"))?;
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        Ok(state.filter(|state| !matches!(state, 'Z' | 'X')))
+    }
+
+    /// Waits until the program lives in `here` only, and that its memory is what it should be.
+    pub fn lives_only(&self, here: Host, subject: &Subject) -> anyhow::Result<()> {
+        let there = if here == Host::Source { Host::Destination } else { Host::Source };
+        let until = Instant::now() + LIMIT;
+        loop {
+            let states = (self.state(here, subject.pid)?, self.state(there, subject.pid)?);
+            if matches!(states, (Some('R' | 'S' | 'D'), None)) {
+                break;
+            }
+            if Instant::now() > until {
+                bail!("{} has {:?} and {} has {:?}", here.name(), states.0, there.name(), states.1);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        subject.wait_alive_after(realtime_us())?;
+        subject.check().map(drop)
+    }
+
+    /// Nothing of pageferry or CRIU is left in either host, nor anything that stands still.
+    pub fn nothing_is_left(&self) -> anyhow::Result<()> {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let mut left = Vec::new();
+            for host in [Host::Source, Host::Destination] {
+                let list = self.sh(host, "ps -e -o pid=,stat=,args=")?;
+                let bad = list.lines().filter(|line| {
+                    let state = line.split_whitespace().nth(1).unwrap_or("");
+                    let ours = ["criu", "/pageferry ", "kill -KILL"].iter().any(|word| line.contains(word));
+                    (ours && !line.contains("ps -e")) || state.starts_with(['T', 't', 'Z'])
+                });
+                left.extend(bad.map(|line| format!("{}: {line}", host.name())));
+                for (what, script) in [
+                    ("mounts", "grep -c pageferry /proc/mounts"),
+                    (
+                        "firewall rules",
+                        "iptables -S 2>/dev/null | grep -c CRIU; nft list tables 2>/dev/null | grep -c CRIU",
+                    ),
+                ] {
+                    let counts = self.sh(host, script)?;
+                    if counts.lines().any(|count| count != "0") {
+                        left.push(format!("{}: {what}: {counts}", host.name()));
+                    }
+                }
+            }
+            if left.is_empty() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < until, "left behind:\n{}", left.join("\n"));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Ends what the test has started.
+    pub fn clear(&self) {
+        for pid in self.started.borrow_mut().drain(..) {
+            for host in [Host::Source, Host::Destination] {
+                let _ = self.sh(host, &format!("kill -CONT -- -{pid}; kill -KILL -- -{pid} {pid}"));
+            }
+        }
+    }
+}
+
+impl Receiver {
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits for its end by itself (`--once`).
+    pub fn wait(mut self) -> anyhow::Result<i32> {
+        wait(&mut self.child).with_context(|| format!("the receiver: {}", self.log()))
+    }
+
+    /// Stops it like a person would.
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.child.id() as i32),
+            nix::sys::signal::Signal::SIGTERM,
+        );
+        wait(&mut self.child).with_context(|| format!("the receiver: {}", self.log())).map(drop)
+    }
+}
+
+/// A migration under way.
+pub struct Migration {
+    child: Child,
+    log: PathBuf,
+    report: PathBuf,
+}
+
+impl Migration {
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until it says `text`.
+    pub fn says(&mut self, text: &str) -> anyhow::Result<()> {
+        let until = Instant::now() + LIMIT;
+        while !self.log().contains(text) {
+            ensure!(
+                Instant::now() < until && self.child.try_wait()?.is_none(),
+                "no {text:?}: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> anyhow::Result<()> {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal)?;
+        Ok(())
+    }
+
+    pub fn wait(mut self) -> anyhow::Result<Outcome> {
+        let code = wait(&mut self.child).with_context(|| self.log())?;
+        let report = match std::fs::read(&self.report) {
+            Ok(text) => Some(serde_json::from_slice(&text).context("the report")?),
+            Err(_) => None,
+        };
+        let log = self.log();
+        let err = log.split_once('\n').map_or("", |(_, rest)| rest).to_owned();
+        Ok(Outcome { code, err, report })
+    }
+}
+
+fn wait(child: &mut Child) -> anyhow::Result<i32> {
+    let until = Instant::now() + LIMIT;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            use std::os::unix::process::ExitStatusExt;
+            return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)));
+        }
+        if Instant::now() > until {
+            child.kill()?;
+            child.wait()?;
+            bail!("it did not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Outcome {
+    /// It moved, and the report says what a report must.
+    pub fn moved(&self) -> anyhow::Result<&MigrationReport> {
+        ensure!(self.code == 0, "exit code {}: {}", self.code, self.err);
+        let report = self.report.as_ref().context("no report")?;
+        ensure!(report.outcome == "completed", "outcome {}", report.outcome);
+        let parts: u64 = report.downtime_us.parts().iter().map(|(_, us)| us).sum();
+        ensure!(parts == report.downtime_us.total && parts > 0, "the downtime's parts do not sum to it");
+        ensure!(report.rounds.len() >= 2 && report.rounds.last().is_some_and(|round| round.frozen), "rounds");
+        ensure!(report.rounds[0].sent_pages > 0 && report.bytes_sent > 0, "nothing was sent");
+        Ok(report)
+    }
+
+    /// It failed with `code`, and says `says`.
+    pub fn failed(&self, code: i32, says: &[&str]) -> anyhow::Result<()> {
+        ensure!(self.code == code, "exit code {} instead of {code}: {}", self.code, self.err);
+        for text in says {
+            ensure!(self.err.contains(text), "it should say {text:?}: {}", self.err);
+        }
+        Ok(())
+    }
+}
+
+/// Output of a command that must succeed.
+pub fn succeed(output: Output) -> anyhow::Result<String> {
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{}: {text}", output.status);
+    Ok(text)
+}
