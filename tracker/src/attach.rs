@@ -93,6 +93,14 @@ pub enum AttachError {
     },
 }
 
+impl AttachError {
+    /// Whether the memory that was looked at is gone, which a process survives when it becomes another program.
+    fn is_gone(&self) -> bool {
+        matches!(self, AttachError::Io { source, .. } | AttachError::Inject { source: InjectError::Io { source, .. }, .. }
+            if source.raw_os_error() == Some(libc::ESRCH))
+    }
+}
+
 /// Why a collect failed. Nothing is lost: what it had found comes back with the next.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
@@ -131,6 +139,10 @@ struct Space {
     source: Box<dyn DirtySource>,
     /// Collected, but not acknowledged.
     pending: PageSet,
+    /// What was there at the last collect. Whatever was not is dirty when it comes, whether its bit says so or not:
+    /// pages that were locked belong to CRIU, and nobody counts their bits meanwhile; and the kernel loses the
+    /// soft-dirty mark of new mappings that it merges.
+    populated: PageSet,
     returned: bool,
 }
 
@@ -258,10 +270,15 @@ impl Tracker {
     /// Takes in the processes that are new.
     fn adopt(&mut self, members: &[Target]) -> Result<(), AttachError> {
         for stranger in self.strangers(members) {
-            if let Err(error) = self.adopt_one(&stranger) {
-                // One that has ended meanwhile is no failure.
-                if stranger.is_alive() {
-                    return Err(error);
+            let mut tries = 0;
+            while let Err(error) = self.adopt_one(&stranger) {
+                tries += 1;
+                // One that has ended meanwhile is no failure; one that has become another program has memory that
+                // we know nothing of yet.
+                match stranger.is_alive() {
+                    false => break,
+                    true if tries < TRIES && error.is_gone() => {}
+                    true => return Err(error),
                 }
             }
         }
@@ -283,8 +300,8 @@ impl Tracker {
         source.watch(&regions).map_err(failed)?;
         let key = SpaceKey(self.next_key);
         self.next_key += 1;
-        let pending = PageSet::default();
-        self.spaces.push(Space { key, target: target.clone(), source, pending, returned: false });
+        let (pending, populated) = Default::default();
+        self.spaces.push(Space { key, target: target.clone(), source, pending, populated, returned: false });
         Ok(())
     }
 
@@ -322,9 +339,11 @@ impl Tracker {
                     let dirty = if first {
                         answer.populated.clone()
                     } else {
-                        space.pending.union(&answer.dirty).intersect(&answer.populated)
+                        let come = answer.populated.subtract(&space.populated);
+                        space.pending.union(&answer.dirty).intersect(&answer.populated).union(&come)
                     };
                     space.pending = dirty.clone();
+                    space.populated = answer.populated.clone();
                     return Ok(Some(SpaceScan {
                         key: space.key,
                         target: space.target.clone(),

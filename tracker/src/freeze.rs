@@ -3,11 +3,10 @@
 //! ptrace belongs to the thread that seized: everything here happens on the caller's thread. A tracer that dies
 //! lets its tracees run on, whatever it had in mind.
 
+use crate::sys::ptrace::{self as raw, Resume};
 use crate::target::Target;
 use crate::tree::{TreeError, discover};
 use nix::sys::ptrace;
-use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
 use std::io;
@@ -47,6 +46,8 @@ pub(crate) const EVENT_STOP: i32 = 128;
 pub(crate) struct Stopped {
     pub(crate) tid: Pid,
     ended: bool,
+    /// A signal that waits to be delivered; 0 for none.
+    signal: i32,
 }
 
 impl Stopped {
@@ -67,7 +68,7 @@ impl Stopped {
             }
             Err(errno) => return Err(FreezeError::Io { pid, tid, source: errno.into() }),
         }
-        let mut stopped = Self { tid: thread, ended: false };
+        let mut stopped = Self { tid: thread, ended: false, signal: 0 };
         match ptrace::interrupt(thread) {
             Ok(()) => {}
             Err(nix::Error::ESRCH) => {}
@@ -83,36 +84,48 @@ impl Stopped {
         loop {
             match self.wait()? {
                 Stop::Event => return Ok(()),
-                Stop::Signal(signal) => self.resume(|tid| ptrace::cont(tid, Some(signal)))?,
-                Stop::Syscall | Stop::Other => self.resume(|tid| ptrace::cont(tid, None))?,
+                Stop::Signal(signal) => self.resume(Resume::Continue, signal)?,
+                Stop::Syscall | Stop::Other => self.resume(Resume::Continue, 0)?,
                 Stop::Ended => return Ok(()),
             }
         }
     }
 
-    pub(crate) fn resume(&self, how: impl FnOnce(Pid) -> nix::Result<()>) -> io::Result<()> {
-        match how(self.tid) {
-            Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
-            Err(errno) => Err(errno.into()),
+    /// Has it go on, with a signal or with none (0).
+    pub(crate) fn resume(&mut self, how: Resume, signal: i32) -> io::Result<()> {
+        self.signal = 0;
+        match raw::resume(self.tid, how, signal) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+            _ => Ok(()),
         }
     }
 
     /// Waits for the next stop.
     pub(crate) fn wait(&mut self) -> io::Result<Stop> {
-        loop {
-            return Ok(match waitpid(self.tid, Some(WaitPidFlag::__WALL)) {
-                Ok(WaitStatus::PtraceEvent(_, _, EVENT_STOP)) => Stop::Event,
-                Ok(WaitStatus::PtraceSyscall(_)) => Stop::Syscall,
-                Ok(WaitStatus::Stopped(_, signal)) => Stop::Signal(signal),
-                Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(nix::Error::ECHILD) => {
+        let status = loop {
+            match raw::wait(self.tid) {
+                Ok(status) => break status,
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
                     self.ended = true;
-                    Stop::Ended
+                    return Ok(Stop::Ended);
                 }
-                Ok(_) => Stop::Other,
-                Err(nix::Error::EINTR) => continue,
-                Err(errno) => return Err(errno.into()),
-            });
+                Err(error) => return Err(error),
+            }
+        };
+        if !libc::WIFSTOPPED(status) {
+            self.ended = true;
+            return Ok(Stop::Ended);
         }
+        Ok(match (status >> 16, libc::WSTOPSIG(status)) {
+            (EVENT_STOP, _) => Stop::Event,
+            (0, signal) if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+            (0, signal) => {
+                self.signal = signal;
+                Stop::Signal(signal)
+            }
+            _ => Stop::Other,
+        })
     }
 }
 
@@ -124,7 +137,7 @@ pub(crate) enum Stop {
     /// A system call begins or ends.
     Syscall,
     /// A signal is to be delivered.
-    Signal(Signal),
+    Signal(i32),
     /// Anything else.
     Other,
     /// It has ended.
@@ -135,7 +148,7 @@ impl Drop for Stopped {
     fn drop(&mut self) {
         if !self.ended {
             // It can only fail for a thread that has ended.
-            let _ = ptrace::detach(self.tid, None);
+            let _ = raw::resume(self.tid, Resume::Detach, self.signal);
         }
     }
 }

@@ -7,10 +7,11 @@
 
 use crate::freeze::{FreezeError, Stop, Stopped};
 use crate::region::{self, RegionError};
-use crate::sys::{ptrace as mask, uffd as sys};
+use crate::sys::ptrace::{self as raw, Resume};
+use crate::sys::uffd as sys;
 use crate::target::Target;
 use nix::sys::ptrace;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -58,12 +59,13 @@ const EVERY_SIGNAL: u64 = u64::MAX;
 const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// The instruction `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// Bytes of the vDSO: two pages so far.
+const VDSO: u64 = 2 * 4096;
 
 /// A userfaultfd over the memory of `target`, which keeps no trace of it.
 pub(crate) fn userfaultfd(target: &Target) -> Result<OwnedFd, InjectError> {
     let pid = target.pid();
     let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
-    let instruction = find_syscall(target)?;
     let filtered = target.status("Seccomp").map_err(failed("reading its status"))?;
     let options = match filtered.as_deref() {
         None | Some("0") => ptrace::Options::PTRACE_O_TRACESYSGOOD,
@@ -75,6 +77,8 @@ pub(crate) fn userfaultfd(target: &Target) -> Result<OwnedFd, InjectError> {
     let threads = target.threads().map_err(failed("listing its threads"))?;
     for tid in threads {
         if let Some(thread) = Stopped::new(pid, tid, options)? {
+            // Only now: one that runs may become another program, with other code at the same address.
+            let instruction = find_syscall(target)?;
             return Puppet::new(target, thread, instruction)?.userfaultfd();
         }
     }
@@ -96,9 +100,9 @@ impl<'a> Puppet<'a> {
         let pid = target.pid();
         let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
         let registers = ptrace::getregs(thread.tid).map_err(|e| failed("saving its registers")(e.into()))?;
-        let blocked = mask::blocked(thread.tid).map_err(failed("saving its signal mask"))?;
+        let blocked = raw::blocked(thread.tid).map_err(failed("saving its signal mask"))?;
         let puppet = Self { target, thread, registers, blocked, instruction, restored: false };
-        mask::set_blocked(puppet.thread.tid, EVERY_SIGNAL).map_err(failed("blocking its signals"))?;
+        raw::set_blocked(puppet.thread.tid, EVERY_SIGNAL).map_err(failed("blocking its signals"))?;
         Ok(puppet)
     }
 
@@ -139,16 +143,19 @@ impl<'a> Puppet<'a> {
         // Not in a system call: nothing is to be restarted.
         registers.orig_rax = u64::MAX;
         ptrace::setregs(self.thread.tid, registers).map_err(|e| failed("setting its registers")(e.into()))?;
-        let mut stops = 0;
+        let (mut stops, mut signal) = (0, 0);
         while stops < 2 {
             self.thread
-                .resume(|tid| ptrace::syscall(tid, None))
+                .resume(Resume::Syscall, signal)
                 .map_err(failed("leading it through a system call"))?;
+            signal = 0;
             match self.thread.wait().map_err(failed("waiting for it"))? {
                 Stop::Syscall => stops += 1,
                 Stop::Ended => return Err(InjectError::Gone(pid)),
-                // The process as a whole is being stopped; that has to wait.
-                Stop::Event | Stop::Other | Stop::Signal(_) => {}
+                // SIGSTOP, the only one that could not be blocked. It stops the other threads now, and this one
+                // when we let go of it.
+                Stop::Signal(arrived) => signal = arrived,
+                Stop::Event | Stop::Other => {}
             }
         }
         let registers =
@@ -162,16 +169,24 @@ impl<'a> Puppet<'a> {
         if std::mem::replace(&mut self.restored, true) {
             return Ok(());
         }
-        self.thread.resume(ptrace::interrupt)?;
-        self.thread.resume(|tid| ptrace::cont(tid, None))?;
-        loop {
-            match self.thread.wait()? {
-                Stop::Event | Stop::Ended => break,
-                _ => self.thread.resume(|tid| ptrace::cont(tid, None))?,
-            }
+        match ptrace::interrupt(self.thread.tid) {
+            Ok(()) | Err(nix::Error::ESRCH) => {}
+            Err(errno) => return Err(errno.into()),
         }
-        mask::set_blocked(self.thread.tid, self.blocked)?;
-        self.thread.resume(|tid| ptrace::setregs(tid, self.registers))
+        let mut signal = 0;
+        loop {
+            self.thread.resume(Resume::Continue, signal)?;
+            signal = match self.thread.wait()? {
+                Stop::Event | Stop::Ended => break,
+                Stop::Signal(arrived) => arrived,
+                Stop::Syscall | Stop::Other => 0,
+            };
+        }
+        raw::set_blocked(self.thread.tid, self.blocked)?;
+        match ptrace::setregs(self.thread.tid, self.registers) {
+            Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 
@@ -182,29 +197,28 @@ impl Drop for Puppet<'_> {
     }
 }
 
-/// The address of a `syscall` instruction in code that is mapped.
+/// The address of a `syscall` instruction in code that is mapped. The process is stopped: first where it is quick.
 fn find_syscall(target: &Target) -> Result<u64, InjectError> {
     let pid = target.pid();
-    let regions = region::read(target)?;
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(|source| InjectError::Io {
-        pid,
-        step: "opening its memory",
-        source,
-    })?;
-    let is_vdso = |path: Option<&std::path::Path>| path.is_some_and(|path| path.as_os_str() == "[vdso]");
-    let mut code: Vec<_> = regions.iter().filter(|region| region.read && region.exec).collect();
-    // The vDSO first: it is small, and always there.
-    code.sort_by_key(|region| !is_vdso(region.path.as_deref()));
+    let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
+    let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed("opening its memory"))?;
     let mut bytes = Vec::new();
-    for region in code {
-        if region.path.as_ref().is_some_and(|path| path.as_os_str() == "[vsyscall]") {
-            continue;
-        }
-        bytes.resize((region.end - region.start).min(4 << 20) as usize, 0);
-        let Ok(got) = memory.read_at(&mut bytes, region.start) else { continue };
-        if let Some(at) = bytes[..got].windows(2).position(|window| window == SYSCALL) {
-            return Ok(region.start + at as u64);
-        }
+    let mut find = |start: u64, len: u64| {
+        bytes.resize(len.min(4 << 20) as usize, 0);
+        let got = memory.read_at(&mut bytes, start).ok()?;
+        let at = bytes[..got].windows(2).position(|window| window == SYSCALL)?;
+        Some(start + at as u64)
+    };
+    // The vDSO calls the kernel for the clocks that it does not know.
+    let auxv = fs::read(format!("/proc/{pid}/auxv")).map_err(failed("reading its auxiliary vector"))?;
+    let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes of a pair"));
+    let vdso = auxv.chunks_exact(16).find(|pair| word(&pair[..8]) == libc::AT_SYSINFO_EHDR);
+    if let Some(found) = vdso.and_then(|pair| find(word(&pair[8..]), VDSO)) {
+        return Ok(found);
     }
-    Err(InjectError::NoInstruction(pid))
+    region::read(target)?
+        .iter()
+        .filter(|region| region.read && region.exec)
+        .find_map(|region| find(region.start, region.end - region.start))
+        .ok_or(InjectError::NoInstruction(pid))
 }

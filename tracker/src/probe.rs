@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 /// How dirty pages are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +135,11 @@ fn our_page() -> Result<(MmapMut, u64), String> {
     Ok((page, address))
 }
 
+/// Our bits are those of the whole process: two probes at a time would clear each other's.
+static OUR_BITS: Mutex<()> = Mutex::new(());
+
 fn soft_dirty() -> Result<&'static str, String> {
+    let _alone = OUR_BITS.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut page, address) = our_page()?;
     let bit = || -> io::Result<bool> {
         let mut entry = [0; 8];

@@ -9,6 +9,8 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 
 const PAGE: usize = 4096;
+/// Pieces that the kernel takes at a call (`UIO_MAXIOV`).
+const PIECES: usize = 1024;
 
 /// Why pages could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -88,11 +90,12 @@ impl PageReader {
                 let base = (run.start + skip) as usize * PAGE;
                 self.remote.push(RemoteIoVec { base, len: (run.len - skip) as usize * PAGE });
                 skip = 0;
+                if self.remote.len() == PIECES {
+                    break;
+                }
             }
-            // The kernel takes 1024 pieces at a call, and then stops short, which is handled like a hole.
-            let pieces = self.remote.len().min(1024);
             let mut local = [IoSliceMut::new(&mut buffer[done..])];
-            match process_vm_readv(Pid::from_raw(pid), &mut local, &self.remote[..pieces]) {
+            match process_vm_readv(Pid::from_raw(pid), &mut local, &self.remote) {
                 Ok(got) if got >= PAGE => {
                     done += got - got % PAGE;
                     continue;

@@ -58,6 +58,9 @@ impl DirtySource for UffdWp {
                         Some(libc::EINVAL | libc::EPERM | libc::EBUSY) => {
                             tracing::debug!(low, high, %error, "a region that cannot be watched");
                         }
+                        // The memory that the descriptor belongs to is gone; the pagemap's may be that of the program
+                        // that came after it.
+                        Some(libc::ENOMEM) => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
                         _ => return Err(error),
                     },
                 }

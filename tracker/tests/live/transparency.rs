@@ -61,8 +61,8 @@ fn signals_are_delivered_exactly(kind: TrackerKind) {
                 while queue(pid, value).is_err() {
                     std::thread::yield_now();
                 }
-                if value % 16 == 0 {
-                    std::thread::sleep(std::time::Duration::from_micros(200));
+                if value % 8 == 0 {
+                    std::thread::sleep(std::time::Duration::from_micros(50));
                 }
             }
             over.store(true, Ordering::SeqCst);
