@@ -7,7 +7,7 @@ use crate::probe::{Kernel, TrackerKind};
 use crate::region::{self, Region, RegionError};
 use crate::source::soft_dirty::SoftDirty;
 use crate::source::uffd_wp::UffdWp;
-use crate::source::{DirtySource, lazy_spans, populated};
+use crate::source::{DirtySource, lazy_spans, survey};
 use crate::sys::ptrace::same_memory;
 use crate::target::Target;
 use crate::tree::{TreeError, discover};
@@ -404,7 +404,7 @@ impl Tracker {
             }
             TrackerKind::UffdWp => {
                 let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed)?;
-                populated(&pagemap, &spans).map_err(failed)?
+                survey(&pagemap, &spans, 0).map_err(failed)?.populated
             }
         };
         let key = SpaceKey(self.next_key);

@@ -1,11 +1,12 @@
 //! Soft-dirty: bit 55 of pagemap, cleared through `clear_refs`. Reading and clearing are two steps, and a write
 //! between them would be lost: so the tree stands still meanwhile.
 
-use super::{Answer, DirtySource, lazy_spans, matching, populated};
+use super::{Answer, DirtySource, lazy_spans, still_there, survey};
 use crate::page_set::PageSet;
 use crate::region::Region;
-use crate::sys::pagemap::{PFNZERO, PRESENT, Query, SOFT_DIRTY, SWAPPED};
+use crate::sys::pagemap::SOFT_DIRTY;
 use crate::target::Target;
+use memmap2::MmapMut;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -17,6 +18,9 @@ pub(crate) struct SoftDirty {
     clear_refs: File,
     /// PAGEMAP_SCAN knows soft-dirty here; otherwise the entries are read one by one.
     scan: bool,
+    /// The frame of the kernel's page of zeros, as entries show it. `None` where we may not see frames: then it counts
+    /// as a page like others.
+    zero_frame: Option<u64>,
 }
 
 impl SoftDirty {
@@ -26,6 +30,7 @@ impl SoftDirty {
             pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
             clear_refs: OpenOptions::new().write(true).open(format!("/proc/{pid}/clear_refs"))?,
             scan,
+            zero_frame: if scan { None } else { zero_frame()? },
         })
     }
 
@@ -44,7 +49,7 @@ impl SoftDirty {
                 }
                 for entry in buffer[..got - got % 8].chunks_exact(8) {
                     let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of eight"));
-                    if entry >> 62 != 0 {
+                    if entry >> 62 != 0 && (entry >> 63 == 0 || self.zero_frame != Some(entry & FRAME)) {
                         populated.insert(page, 1);
                         if entry >> 55 & 1 == 1 {
                             dirty.insert(page, 1);
@@ -54,8 +59,21 @@ impl SoftDirty {
                 }
             }
         }
-        Ok(Answer { populated, dirty })
+        still_there(&self.pagemap, Answer { populated, dirty })
     }
+}
+
+/// The bits of an entry that name the frame of a present page.
+const FRAME: u64 = (1 << 55) - 1;
+
+/// Which frame a page of ours has that was read and never written.
+fn zero_frame() -> io::Result<Option<u64>> {
+    let page = MmapMut::map_anon(4096)?;
+    std::hint::black_box(page[0]);
+    let mut entry = [0; 8];
+    File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, page.as_ptr() as u64 / 4096 * 8)?;
+    let entry = u64::from_ne_bytes(entry);
+    Ok((entry >> 63 == 1 && entry & FRAME != 0).then_some(entry & FRAME))
 }
 
 impl DirtySource for SoftDirty {
@@ -66,19 +84,8 @@ impl DirtySource for SoftDirty {
 
     fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
         let spans = lazy_spans(regions);
-        let answer = if self.scan {
-            let query = Query {
-                mask: SOFT_DIRTY | PFNZERO,
-                inverted: PFNZERO,
-                any_of: PRESENT | SWAPPED,
-                returned: SOFT_DIRTY,
-                ..Query::default()
-            };
-            let dirty = matching(&self.pagemap, &spans, query)?;
-            Answer { dirty, populated: populated(&self.pagemap, &spans)? }
-        } else {
-            self.read_entries(&spans)?
-        };
+        let answer =
+            if self.scan { survey(&self.pagemap, &spans, SOFT_DIRTY)? } else { self.read_entries(&spans)? };
         if !frozen {
             self.clear()?;
         }

@@ -1,7 +1,7 @@
 //! Asynchronous write-protection through userfaultfd (Linux 6.7): a written page loses its protection, and
 //! PAGEMAP_SCAN finds and protects again in one step, page by page, while the program runs.
 
-use super::{Answer, DirtySource, lazy_spans, matching, populated};
+use super::{Answer, DirtySource, lazy_spans, matching, survey};
 use crate::inject::{self, InjectError};
 use crate::page_set::PageSet;
 use crate::probe::FEATURES;
@@ -71,20 +71,25 @@ impl DirtySource for UffdWp {
 
     fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
         let spans = lazy_spans(regions);
-        // Pages that were never there and the shared page of zeros are not asked for: protecting them would only
-        // make page tables. A page that is given back leaves `populated`.
-        let query = Query {
-            flags: if frozen { 0 } else { WP_MATCHING },
-            mask: WRITTEN | PFNZERO,
-            inverted: PFNZERO,
-            any_of: PRESENT | SWAPPED,
-            returned: WRITTEN,
-        };
         let before = std::mem::replace(&mut self.spoiled, true);
-        let written = matching(&self.pagemap, &spans, query)?;
+        let Answer { populated, dirty: written } = match frozen {
+            true => survey(&self.pagemap, &spans, WRITTEN)?,
+            false => {
+                // A look of its own: one that protects must not be asked for what is not there, because the kernel
+                // would protect that too, and make page tables for it.
+                let query = Query {
+                    flags: WP_MATCHING,
+                    mask: WRITTEN | PFNZERO,
+                    inverted: PFNZERO,
+                    any_of: PRESENT | SWAPPED,
+                    returned: WRITTEN,
+                };
+                let dirty = matching(&self.pagemap, &spans, query)?;
+                Answer { dirty, ..survey(&self.pagemap, &spans, 0)? }
+            }
+        };
         // After the scan: a mapping that was born in between is in one of the two.
         let unwatched = self.unwatched(&spans)?;
-        let populated = populated(&self.pagemap, &spans)?;
         self.spoiled = false;
         let fresh = std::mem::take(&mut self.fresh);
         let dirty = match before {

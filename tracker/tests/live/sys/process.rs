@@ -18,8 +18,10 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, _context: *mut li
         PLAIN.fetch_add(1, Ordering::SeqCst);
         return;
     }
-    // SAFETY: a handler with SA_SIGINFO gets a valid siginfo_t, and this signal is sent by sigqueue alone.
-    let value = unsafe { (*info).si_value() };
+    // SAFETY: a handler with SA_SIGINFO gets a valid siginfo_t.
+    let info = unsafe { &*info };
+    // SAFETY: this signal is sent by sigqueue alone, which gives it a value.
+    let value = unsafe { info.si_value() };
     QUEUED.fetch_add(1, Ordering::SeqCst);
     QUEUED_SUM.fetch_add(value.sival_ptr as u64, Ordering::SeqCst);
 }
