@@ -5,16 +5,16 @@
 //! taken out with `pidfd_getfd`, once for `close`. Then its registers are restored. Nothing is written to its
 //! memory. Its signals are blocked meanwhile, so that one that arrives is delivered afterwards, unchanged.
 
-use crate::freeze::{FreezeError, Stop, Stopped};
+use crate::freeze::{self, FreezeError, PATIENCE, Traced};
 use crate::region::{self, RegionError};
-use crate::sys::ptrace::{self as raw, Resume};
+use crate::sys::ptrace::{self, Registers, Stop};
 use crate::sys::uffd as sys;
 use crate::target::Target;
-use nix::sys::ptrace;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 /// Why the descriptor could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -25,12 +25,21 @@ pub enum InjectError {
     /// The mappings could not be read.
     #[error(transparent)]
     Region(#[from] RegionError),
-    /// The process has no thread that runs.
+    /// The thread that was chosen is gone, with its process or without.
     #[error("process {0} has ended")]
     Gone(i32),
     /// There is no `syscall` instruction to use.
     #[error("process {0} has no system call instruction in its vDSO or its libraries")]
     NoInstruction(i32),
+    /// Its registers and system calls are of another kind.
+    #[error("process {0} is a 32-bit program: only 64-bit programs can be tracked")]
+    Narrow(i32),
+    /// Its seccomp filter would judge our system calls, and might end it.
+    #[error("process {pid} has a seccomp filter, and we may not suspend it (that takes CAP_SYS_ADMIN)")]
+    Filtered {
+        /// The process.
+        pid: i32,
+    },
     /// The process may not have a userfaultfd.
     #[error("process {pid} may not make a userfaultfd")]
     Refused {
@@ -55,54 +64,106 @@ pub enum InjectError {
 
 /// All signals; the kernel leaves out the two that cannot be blocked.
 const EVERY_SIGNAL: u64 = u64::MAX;
-/// `PTRACE_O_SUSPEND_SECCOMP`: the filters of the process do not judge what we do.
-const SUSPEND_SECCOMP: i32 = 1 << 21;
 /// The instruction `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// Bytes of the vDSO: two pages so far.
 const VDSO: u64 = 2 * 4096;
+/// `__USER_CS`: the code segment of 64-bit programs.
+const WIDE_CODE: u64 = 0x33;
+/// How long a thread may take to stop before another one is tried.
+const TRY: Duration = Duration::from_millis(20);
 
 /// A userfaultfd over the memory of `target`, which keeps no trace of it.
 pub(crate) fn userfaultfd(target: &Target) -> Result<OwnedFd, InjectError> {
+    // A thread of the target that does not stop in time is let go by the end of the thread that asked it.
+    freeze::apart(|| Puppet::new(target, any_thread(target)?)?.userfaultfd()).map_err(FreezeError::Thread)?
+}
+
+/// One thread of the process, stopped: the first that stops. One that waits for the disk, or for a child that it
+/// made with `vfork`, does so when it likes.
+fn any_thread(target: &Target) -> Result<Traced, InjectError> {
     let pid = target.pid();
     let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
-    let filtered = target.status("Seccomp").map_err(failed("reading its status"))?;
-    let options = match filtered.as_deref() {
-        None | Some("0") => ptrace::Options::PTRACE_O_TRACESYSGOOD,
-        Some(_) => {
-            ptrace::Options::from_bits_retain(ptrace::Options::PTRACE_O_TRACESYSGOOD.bits() | SUSPEND_SECCOMP)
+    let start = Instant::now();
+    let mut asked: Vec<Traced> = Vec::new();
+    for tid in target.threads().map_err(failed("listing its threads"))? {
+        let Some(mut thread) = ask(target, tid)? else { continue };
+        match thread.settle(target, TRY) {
+            Ok(true) if thread.stands() => return unfiltered(target, thread),
+            Ok(true) | Err(FreezeError::Stuck { .. }) => asked.push(thread),
+            Ok(false) => {}
+            Err(error) => return Err(error.into()),
         }
-    };
-    // The first thread is as good as any other; it may have ended before the others.
-    let threads = target.threads().map_err(failed("listing its threads"))?;
-    for tid in threads {
-        if let Some(thread) = Stopped::new(pid, tid, options)? {
-            // Only now: one that runs may become another program, with other code at the same address.
-            let instruction = find_syscall(target)?;
-            return Puppet::new(target, thread, instruction)?.userfaultfd();
+    }
+    while let Some(first) = asked.first() {
+        let (tid, waited) = (first.tid, start.elapsed());
+        for at in (0..asked.len()).rev() {
+            match asked[at].settle(target, Duration::ZERO) {
+                Ok(true) if asked[at].stands() => return unfiltered(target, asked.swap_remove(at)),
+                Ok(true) | Err(FreezeError::Stuck { .. }) => {}
+                Ok(false) => drop(asked.swap_remove(at)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if waited > PATIENCE {
+            return Err(FreezeError::Stuck { pid, tid, waited }.into());
         }
     }
     Err(InjectError::Gone(pid))
 }
 
+/// Asks a thread to stop, with its filters suspended if we may do that.
+fn ask(target: &Target, tid: i32) -> Result<Option<Traced>, FreezeError> {
+    match Traced::ask(target, tid, ptrace::TELL_SYSCALLS | ptrace::SUSPEND_SECCOMP) {
+        // Unprivileged, or without such a thing in the kernel, or with a filter of our own.
+        Err(FreezeError::NotAllowed { .. } | FreezeError::Io { .. }) => {
+            Traced::ask(target, tid, ptrace::TELL_SYSCALLS)
+        }
+        asked => asked,
+    }
+}
+
+/// A thread that was asked without suspending its filters must have none. Filters are a thread's own.
+fn unfiltered(target: &Target, thread: Traced) -> Result<Traced, InjectError> {
+    let pid = target.pid();
+    if thread.options & ptrace::SUSPEND_SECCOMP == 0 {
+        let filters = target.thread_status(thread.tid, "Seccomp").map_err(|source| InjectError::Io {
+            pid,
+            step: "reading its status",
+            source,
+        })?;
+        if filters.is_some_and(|mode| mode != "0") {
+            return Err(InjectError::Filtered { pid });
+        }
+    }
+    Ok(thread)
+}
+
 /// A stopped thread whose strings we pull; dropping it puts everything back.
 struct Puppet<'a> {
     target: &'a Target,
-    thread: Stopped,
-    registers: libc::user_regs_struct,
+    thread: Traced,
+    registers: Registers,
     blocked: u64,
     instruction: u64,
     restored: bool,
 }
 
 impl<'a> Puppet<'a> {
-    fn new(target: &'a Target, thread: Stopped, instruction: u64) -> Result<Self, InjectError> {
+    fn new(target: &'a Target, thread: Traced) -> Result<Self, InjectError> {
         let pid = target.pid();
         let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
-        let registers = ptrace::getregs(thread.tid).map_err(|e| failed("saving its registers")(e.into()))?;
-        let blocked = raw::blocked(thread.tid).map_err(failed("saving its signal mask"))?;
+        let mut registers = ptrace::registers(thread.tid).map_err(failed("saving its registers"))?;
+        if registers.cs != WIDE_CODE {
+            return Err(InjectError::Narrow(pid));
+        }
+        let memory = target.open_file("mem").map_err(failed("opening its memory"))?;
+        // Only now that it stands: one that runs may become another program, with other code at the same address.
+        let instruction = find_syscall(target, &memory)?;
+        leave_critical_section(thread.tid, &memory, &mut registers);
+        let blocked = ptrace::blocked(thread.tid).map_err(failed("saving its signal mask"))?;
         let puppet = Self { target, thread, registers, blocked, instruction, restored: false };
-        raw::set_blocked(puppet.thread.tid, EVERY_SIGNAL).map_err(failed("blocking its signals"))?;
+        ptrace::set_blocked(puppet.thread.tid, EVERY_SIGNAL).map_err(failed("blocking its signals"))?;
         Ok(puppet)
     }
 
@@ -142,14 +203,14 @@ impl<'a> Puppet<'a> {
         registers.rdi = argument;
         // Not in a system call: nothing is to be restarted.
         registers.orig_rax = u64::MAX;
-        ptrace::setregs(self.thread.tid, registers).map_err(|e| failed("setting its registers")(e.into()))?;
+        ptrace::set_registers(self.thread.tid, &registers).map_err(failed("setting its registers"))?;
         let (mut stops, mut signal) = (0, 0);
         while stops < 2 {
             self.thread
-                .resume(Resume::Syscall, signal)
+                .go(ptrace::resume_to_syscall, signal)
                 .map_err(failed("leading it through a system call"))?;
             signal = 0;
-            match self.thread.wait().map_err(failed("waiting for it"))? {
+            match self.wait().map_err(failed("waiting for it"))? {
                 Stop::Syscall => stops += 1,
                 Stop::Ended => return Err(InjectError::Gone(pid)),
                 // SIGSTOP, the only one that could not be blocked. It stops the other threads now, and this one
@@ -158,8 +219,7 @@ impl<'a> Puppet<'a> {
                 Stop::Event | Stop::Other => {}
             }
         }
-        let registers =
-            ptrace::getregs(self.thread.tid).map_err(|e| failed("reading its registers")(e.into()))?;
+        let registers = ptrace::registers(self.thread.tid).map_err(failed("reading its registers"))?;
         Ok(registers.rax as i64)
     }
 
@@ -169,24 +229,28 @@ impl<'a> Puppet<'a> {
         if std::mem::replace(&mut self.restored, true) {
             return Ok(());
         }
-        match ptrace::interrupt(self.thread.tid) {
-            Ok(()) | Err(nix::Error::ESRCH) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        let gone = |error: io::Error| match error.raw_os_error() {
+            Some(libc::ESRCH) => Ok(()),
+            _ => Err(error),
+        };
+        ptrace::interrupt(self.thread.tid).or_else(gone)?;
         let mut signal = 0;
         loop {
-            self.thread.resume(Resume::Continue, signal)?;
-            signal = match self.thread.wait()? {
-                Stop::Event | Stop::Ended => break,
+            self.thread.go(ptrace::resume, signal)?;
+            signal = match self.wait()? {
+                Stop::Event => break,
+                Stop::Ended => return Ok(()),
                 Stop::Signal(arrived) => arrived,
                 Stop::Syscall | Stop::Other => 0,
             };
         }
-        raw::set_blocked(self.thread.tid, self.blocked)?;
-        match ptrace::setregs(self.thread.tid, self.registers) {
-            Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        ptrace::set_blocked(self.thread.tid, self.blocked).or_else(gone)?;
+        ptrace::set_registers(self.thread.tid, &self.registers).or_else(gone)
+    }
+
+    /// The next stop of a thread that has nothing to wait for.
+    fn wait(&mut self) -> io::Result<Stop> {
+        self.thread.wait(self.target, PATIENCE)?.ok_or_else(|| io::Error::from(io::ErrorKind::TimedOut))
     }
 }
 
@@ -197,11 +261,37 @@ impl Drop for Puppet<'_> {
     }
 }
 
-/// The address of a `syscall` instruction in code that is mapped. The process is stopped: first where it is quick.
-fn find_syscall(target: &Target) -> Result<u64, InjectError> {
+/// Takes a thread out of a restartable sequence (`rseq(2)`) that it was stopped in, as the kernel does with one that it
+/// puts aside: it goes on where the sequence says. Our detour makes the kernel forget that it was in one, and it would
+/// finish as if nothing had come in between.
+fn leave_critical_section(tid: i32, memory: &File, registers: &mut Registers) {
+    let words = |at: u64, words: &mut [u64]| -> Option<()> {
+        for (n, word) in words.iter_mut().enumerate() {
+            let mut bytes = [0; 8];
+            memory.read_exact_at(&mut bytes, at + n as u64 * 8).ok()?;
+            *word = u64::from_ne_bytes(bytes);
+        }
+        Some(())
+    };
+    // `struct rseq` has the address of the current `struct rseq_cs` in its second word; that one is version and
+    // flags, first instruction, length, where to go instead.
+    let inside = || -> Option<u64> {
+        let (mut current, mut sequence) = ([0; 1], [0; 4]);
+        words(ptrace::rseq_area(tid)? + 8, &mut current)?;
+        (current[0] != 0).then_some(())?;
+        words(current[0], &mut sequence)?;
+        let [_, start, len, instead] = sequence;
+        (registers.rip.wrapping_sub(start) < len).then_some(instead)
+    };
+    if let Some(instead) = inside() {
+        registers.rip = instead;
+    }
+}
+
+/// The address of a `syscall` instruction in code that is mapped: first where it is quick, for the thread stands.
+fn find_syscall(target: &Target, memory: &File) -> Result<u64, InjectError> {
     let pid = target.pid();
     let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed("opening its memory"))?;
     let mut bytes = Vec::new();
     let mut find = |start: u64, len: u64| {
         bytes.resize(len.min(4 << 20) as usize, 0);
@@ -210,7 +300,7 @@ fn find_syscall(target: &Target) -> Result<u64, InjectError> {
         Some(start + at as u64)
     };
     // The vDSO calls the kernel for the clocks that it does not know.
-    let auxv = fs::read(format!("/proc/{pid}/auxv")).map_err(failed("reading its auxiliary vector"))?;
+    let auxv = target.read_file("auxv").map_err(failed("reading its auxiliary vector"))?;
     let word = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes of a pair"));
     let vdso = auxv.chunks_exact(16).find(|pair| word(&pair[..8]) == libc::AT_SYSINFO_EHDR);
     if let Some(found) = vdso.and_then(|pair| find(word(&pair[8..]), VDSO)) {

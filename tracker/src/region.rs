@@ -1,7 +1,6 @@
 //! The mappings of a process.
 
 use crate::target::Target;
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 
@@ -81,7 +80,7 @@ impl Region {
 pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
     let pid = target.pid();
     let failed = |source| RegionError::Io { pid, source };
-    let text = fs::read(format!("/proc/{pid}/maps")).map_err(failed)?;
+    let text = target.read_file("maps").map_err(failed)?;
     let mut regions = Vec::new();
     for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
         let region = parse(line)
@@ -91,7 +90,7 @@ pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
     // smaps walks every page (8 ms a GiB): only where something is locked at all.
     let locked = target.status("VmLck").map_err(failed)?;
     if locked.is_some_and(|size| !size.starts_with("0 ")) {
-        mark_locked(pid, &mut regions).map_err(failed)?;
+        mark_locked(&target.read_file("smaps").map_err(failed)?, &mut regions);
     }
     if !target.is_alive() {
         return Err(failed(io::Error::from_raw_os_error(libc::ESRCH)));
@@ -135,8 +134,7 @@ fn parse(line: &[u8]) -> Option<Region> {
 }
 
 /// Sets `locked` from the `lo` of smaps' VmFlags.
-fn mark_locked(pid: i32, regions: &mut [Region]) -> io::Result<()> {
-    let text = fs::read(format!("/proc/{pid}/smaps"))?;
+fn mark_locked(text: &[u8], regions: &mut [Region]) {
     let mut at = 0;
     let mut current = 0u64;
     for line in text.split(|byte| *byte == b'\n') {
@@ -152,7 +150,6 @@ fn mark_locked(pid: i32, regions: &mut [Region]) -> io::Result<()> {
             current = region.start;
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! A process that cannot be mistaken for another: a pid is not an identity, a pidfd and a start time are.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::fs;
-use std::io;
+use rustix::fs::{Mode, OFlags, openat};
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -18,6 +19,9 @@ struct Inner {
     start_time: u64,
     name: String,
     pidfd: OwnedFd,
+    /// `/proc/PID`, of this process and no other: once it is gone, nothing can be opened in there, whoever has the
+    /// pid then.
+    folder: OwnedFd,
 }
 
 /// Why a process cannot be a target.
@@ -41,6 +45,25 @@ pub enum OpenError {
         pid: i32,
         /// Its name.
         name: String,
+    },
+    /// Its first thread has ended, and others go on: Linux shows no memory for such a process.
+    #[error("the first thread of process {pid} ({name}) has ended while others run: it cannot be looked at")]
+    LeaderEnded {
+        /// Its pid.
+        pid: i32,
+        /// Its name.
+        name: String,
+    },
+    /// It belongs to somebody else.
+    #[error("process {pid} ({name}) may not be looked at by us")]
+    NotPermitted {
+        /// Its pid.
+        pid: i32,
+        /// Its name.
+        name: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
     },
     /// We cannot stop ourselves, nor those who wait for us.
     #[error("process {0} is this program itself, or one that it descends from")]
@@ -77,7 +100,8 @@ struct Stat {
 const KERNEL_THREAD: u64 = 0x0020_0000;
 
 fn stat(pid: i32) -> io::Result<Stat> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let text = fs::read(format!("/proc/{pid}/stat"))?;
+    let text = String::from_utf8_lossy(&text);
     parse_stat(&text).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat cannot be read: {text:?}")))
 }
 
@@ -136,7 +160,10 @@ impl Target {
             }
             Err(errno) => return Err(failed(errno.into())),
         };
-        // The pidfd is of who has the pid now; the same start time says that it is who had it then.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty())
+            .map_err(|errno| failed(errno.into()))?;
+        // Both are of who had the pid then; the same start time says that it is one and the same.
         let stat = stat(pid).map_err(failed)?;
         if stat.start_time != before.start_time {
             return Err(OpenError::NoSuchProcess(pid));
@@ -144,11 +171,24 @@ impl Target {
         if stat.flags & KERNEL_THREAD != 0 {
             return Err(OpenError::KernelThread { pid, name: stat.name });
         }
-        if matches!(stat.state, 'Z' | 'X') {
-            return Err(OpenError::Zombie { pid, name: stat.name });
-        }
-        let inner = Inner { pid, start_time: stat.start_time, name: stat.name, pidfd };
+        let ended = matches!(stat.state, 'Z' | 'X');
+        let inner = Inner { pid, start_time: stat.start_time, name: stat.name, pidfd, folder };
         let target = Self { inner: Arc::new(inner) };
+        if ended {
+            let name = target.name();
+            // A pidfd speaks for all threads: it is readable when the last one has ended.
+            return Err(match target.is_alive() {
+                true => OpenError::LeaderEnded { pid, name },
+                false => OpenError::Zombie { pid, name },
+            });
+        }
+        match target.open_file("maps") {
+            Err(source) if source.kind() == io::ErrorKind::PermissionDenied => {
+                return Err(OpenError::NotPermitted { pid, name: target.name(), source });
+            }
+            // Whatever else it is, it is said where the file is needed.
+            _ => {}
+        }
         if target.is_alive() { Ok(target) } else { Err(OpenError::NoSuchProcess(pid)) }
     }
 
@@ -183,31 +223,82 @@ impl Target {
         self.pid() == other.pid() && self.start_time() == other.start_time()
     }
 
+    /// Opens a file of its folder in `/proc` for reading. `ESRCH` or `ENOENT` when it has ended.
+    pub(crate) fn open_file(&self, name: &str) -> io::Result<File> {
+        Ok(openat(&self.inner.folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
+    }
+
+    /// Reads a file of its folder in `/proc`.
+    pub(crate) fn read_file(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open_file(name)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
     /// A field of `/proc/PID/status`.
     pub(crate) fn status(&self, field: &str) -> io::Result<Option<String>> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
-        Ok(status
-            .lines()
-            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-            .map(|value| value.trim().to_owned()))
+        Ok(find_field(&self.read_file("status")?, field))
+    }
+
+    /// A field of a thread's status.
+    pub(crate) fn thread_status(&self, tid: i32, field: &str) -> io::Result<Option<String>> {
+        Ok(find_field(&self.read_file(&format!("task/{tid}/status"))?, field))
+    }
+
+    /// The process that traces a thread.
+    pub(crate) fn tracer(&self, tid: i32) -> Option<i32> {
+        let tracer = self.thread_status(tid, "TracerPid").ok()??.parse().ok()?;
+        (tracer != 0).then_some(tracer)
+    }
+
+    fn thread_state(&self, tid: i32) -> Option<char> {
+        let text = self.read_file(&format!("task/{tid}/stat")).ok()?;
+        Some(parse_stat(&String::from_utf8_lossy(&text))?.state)
+    }
+
+    /// Whether a thread has not ended.
+    pub(crate) fn thread_lives(&self, tid: i32) -> bool {
+        self.thread_state(tid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    }
+
+    /// Whether a thread waits in the kernel for a child that uses its memory (`vfork`, `posix_spawn`). It comes back
+    /// when the child becomes another program or ends, and touches nothing until then.
+    pub(crate) fn waits_for_vfork(&self, tid: i32) -> bool {
+        if self.thread_state(tid) != Some('D') {
+            return false;
+        }
+        let call = self.read_file(&format!("task/{tid}/syscall")).unwrap_or_default();
+        let number = String::from_utf8_lossy(&call).split_whitespace().next().and_then(|n| n.parse().ok());
+        matches!(number, Some(libc::SYS_vfork | libc::SYS_clone | libc::SYS_clone3))
     }
 
     /// Its threads that have not ended.
     pub(crate) fn threads(&self) -> io::Result<Vec<i32>> {
+        let folder = openat(
+            &self.inner.folder,
+            "task",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         let mut threads = Vec::new();
-        for entry in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-            let name = entry?.file_name();
-            let Some(tid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-            let text = fs::read_to_string(format!("/proc/{}/task/{tid}/stat", self.pid()));
-            if let Ok(Some(stat)) = text.map(|text| parse_stat(&text))
-                && !matches!(stat.state, 'Z' | 'X')
-            {
+        for entry in rustix::fs::Dir::read_from(&folder)? {
+            let entry = entry?;
+            let Some(tid) = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            if self.thread_lives(tid) {
                 threads.push(tid);
             }
         }
         threads.sort_unstable();
         Ok(threads)
     }
+}
+
+fn find_field(status: &[u8], field: &str) -> Option<String> {
+    let status = String::from_utf8_lossy(status);
+    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! What is known about the threads of a stopped process.
 
 use crate::target::Target;
-use std::fs;
 use std::io;
 
 /// The stack pointer of every thread, from `/proc/PID/task/TID/syscall`. The process has to stand still: of a
@@ -13,7 +12,8 @@ pub fn stack_pointers(target: &Target) -> io::Result<Vec<u64>> {
     let pid = target.pid();
     let mut pointers = Vec::new();
     for tid in target.threads()? {
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))?;
+        let text = target.read_file(&format!("task/{tid}/syscall"))?;
+        let text = String::from_utf8_lossy(&text);
         pointers.push(parse(&text).ok_or_else(|| {
             io::Error::other(format!("thread {tid} of process {pid} does not stand still: {:?}", text.trim()))
         })?);

@@ -11,6 +11,9 @@ pub enum TreeError {
     /// The root has ended.
     #[error("process {0} has ended")]
     RootEnded(i32),
+    /// The kernel does not tell who is whose child.
+    #[error("this kernel does not list the children of a process (CONFIG_PROC_CHILDREN)")]
+    NoChildren(#[source] io::Error),
     /// The kernel refused.
     #[error("could not read the children of process {pid}")]
     Io {
@@ -37,14 +40,16 @@ const LOOKS: u32 = 1000;
 /// # Errors
 /// [`TreeError`]. Zombies are left out.
 pub fn discover(root: &Target) -> Result<Vec<Target>, TreeError> {
-    let mut before: Option<Vec<i32>> = None;
+    // A kernel without these files (CONFIG_PROC_CHILDREN) would look like a world without children.
+    fs::metadata("/proc/thread-self/children").map_err(TreeError::NoChildren)?;
+    let mut before: Option<Vec<(i32, u64)>> = None;
     for _ in 0..LOOKS {
         let found = look(root)?;
-        let pids: Vec<i32> = found.iter().map(Target::pid).collect();
-        if before.as_ref() == Some(&pids) {
+        let members = found.iter().map(|member| (member.pid(), member.start_time())).collect();
+        if before.as_ref() == Some(&members) {
             return Ok(found);
         }
-        before = Some(pids);
+        before = Some(members);
     }
     Err(TreeError::Unstable(root.pid()))
 }
@@ -65,7 +70,7 @@ fn look(root: &Target) -> Result<Vec<Target>, TreeError> {
             }
             match Target::open_any(child) {
                 Ok(child) => found.push(child),
-                // It has ended since; its own children went elsewhere.
+                // It has ended (or has since); its own children went elsewhere.
                 Err(OpenError::NoSuchProcess(_) | OpenError::Zombie { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
