@@ -6,10 +6,11 @@ use super::receive::Cargo;
 use super::serve::{Budget, FillStats, Server};
 use super::sessions::Sessions;
 use super::verify;
+use crate::Cancel;
+use crate::fault::{self, Fault};
 use crate::link::Channel;
 use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
-use crate::{Cancel, fault};
 use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
 use pageferry_tracker::{self as tracker, Target, uffd::Uffd};
 use pageferry_wire_format::{ControlMessage, Part, SpaceId};
@@ -145,7 +146,9 @@ impl Rebirth<'_> {
         laps.lap(Part::Run);
         server.start_background()?;
         self.sessions.resumed(self.session, pid, Instant::now());
-        fault::point("dest-resumed");
+        if fault::point("dest-resumed") == Some(Fault::Cut) {
+            self.channel.link().shutdown();
+        }
         // The program runs, and that is written down: a link that is lost here is the source's to ask about, and
         // no reason to undo anything.
         let told = self.channel.control(&ControlMessage::Resumed { pid, timings: laps.timings }).is_ok();

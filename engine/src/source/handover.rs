@@ -4,6 +4,7 @@ use super::failure::SendError;
 use super::precopy::wire_regions;
 use super::sent::wire_runs;
 use super::{Migration, Phase};
+use crate::fault::Fault;
 use crate::layout::split_at_regions;
 use crate::observe::Event;
 use crate::policy::Decision;
@@ -118,13 +119,15 @@ impl Migration<'_> {
         }
         self.report.downtime_us.restore = laps.lap(self.observer, "restore");
 
-        // The last moment at which anybody can change their mind.
-        self.check_cancel()?;
         crate::fault::point("ready");
         self.hold_tree()?;
+        // The last moment at which anybody can change their mind.
+        self.check_cancel()?;
         self.channel().link_mut().set_cancel(None);
         self.phase = Phase::Committing;
-        crate::fault::point("commit");
+        if crate::fault::point("commit") == Some(Fault::Cut) {
+            self.channel().link().shutdown();
+        }
         self.control(&ControlMessage::Commit)?;
         match self.answer("the destination to let the program run")? {
             ControlMessage::Resumed { pid, timings } => {

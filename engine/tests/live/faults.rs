@@ -151,15 +151,22 @@ fn hanging(ferry: &Ferry) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The commit is on its way, or not: the receiver decides when it is asked.
+/// Nobody knows at once which copy is the one: the receiver is asked, and decides.
 fn cut_after_commit(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = subject(ferry)?;
-    // The commit never leaves: the receiver gives the session up, and the source runs on.
     let receiver = ferry.receiver(None, &[])?;
-    let outcome = ferry.migrate(subject.pid, Some("commit=delay:1"), &[])?;
-    outcome.moved().context("the control run")?;
+    // The commit never arrives: the receiver has given the session up, or does when it is asked.
+    let outcome = ferry.migrate(subject.pid, Some("commit=cut"), &[])?;
+    outcome.failed(1, &["committing", "running at the source"])?;
+    ferry.lives_only(Host::Source, &subject).context("the commit was lost")?;
     receiver.stop()?;
-    ferry.lives_only(Host::Destination, &subject)
+    // It arrives, and the answer does not: the program runs there, and must not run here.
+    let receiver = ferry.receiver(Some("dest-resumed=cut"), &["--once"])?;
+    let outcome = ferry.migrate(subject.pid, None, &[])?;
+    outcome.failed(5, &["running at the destination"])?;
+    ferry.lives_only(Host::Destination, &subject).context("the answer was lost")?;
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    Ok(())
 }
 
 fn destination_killed_after_commit(ferry: &Ferry) -> anyhow::Result<()> {

@@ -118,7 +118,7 @@ impl Ferry {
         let until = Instant::now() + LIMIT;
         loop {
             let text = receiver.log();
-            if text.contains("listening on") {
+            if text.lines().any(|line| line.starts_with("listening on")) {
                 receiver.pid = text.lines().next().unwrap_or("").parse().context("the receiver's pid")?;
                 return Ok(receiver);
             }
@@ -248,7 +248,8 @@ impl Receiver {
 
     /// Waits for its end by itself (`--once`).
     pub fn wait(mut self) -> anyhow::Result<i32> {
-        wait(&mut self.child).with_context(|| format!("the receiver: {}", self.log()))
+        let code = wait(&mut self.child);
+        code.with_context(|| format!("the receiver: {}", self.log()))
     }
 
     /// Stops it like a person would.
@@ -257,7 +258,34 @@ impl Receiver {
             nix::unistd::Pid::from_raw(self.child.id() as i32),
             nix::sys::signal::Signal::SIGTERM,
         );
-        wait(&mut self.child).with_context(|| format!("the receiver: {}", self.log())).map(drop)
+        let code = wait(&mut self.child);
+        code.with_context(|| format!("the receiver: {}", self.log())).map(drop)
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+impl Drop for Migration {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// Ends what a failed test left running, so that the next one does not fail for it.
+fn end(child: &mut Child) {
+    if matches!(child.try_wait(), Ok(None)) {
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let until = Instant::now() + Duration::from_secs(10);
+        while matches!(child.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 
@@ -294,7 +322,8 @@ impl Migration {
     }
 
     pub fn wait(mut self) -> anyhow::Result<Outcome> {
-        let code = wait(&mut self.child).with_context(|| self.log())?;
+        let code = wait(&mut self.child);
+        let code = code.with_context(|| self.log())?;
         let report = match std::fs::read(&self.report) {
             Ok(text) => Some(serde_json::from_slice(&text).context("the report")?),
             Err(_) => None,

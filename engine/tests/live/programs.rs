@@ -100,7 +100,7 @@ fn redis(ferry: &Ferry) -> anyhow::Result<()> {
                 "--address",
                 "10.77.0.2:6379",
                 "--duration",
-                "6s",
+                "6",
                 "--rate",
                 "2000",
                 "--journal",
