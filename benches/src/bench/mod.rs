@@ -130,7 +130,6 @@ fn ensure_memory(largest: ByteSize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The `pageferry-workload` beside this program.
 /// The program whose subcommands are the workloads.
 ///
 /// # Errors
