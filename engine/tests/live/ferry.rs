@@ -54,7 +54,8 @@ impl Ferry {
     pub fn new() -> anyhow::Result<Self> {
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/two-hosts");
         let hosts = Hosts::up_as(&tool, &format!("live-{}", std::process::id()), None)?;
-        let scratch = tempfile::tempdir()?;
+        // Not wherever TMPDIR points to: the hosts have a /run of their own.
+        let scratch = tempfile::tempdir_in("/tmp")?;
         Ok(Self { hosts, scratch, started: RefCell::default(), count: RefCell::default() })
     }
 
