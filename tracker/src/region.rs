@@ -43,6 +43,11 @@ pub enum RegionError {
         #[source]
         source: io::Error,
     },
+    /// The kernel shows none: the first thread of the process has ended, and others go on.
+    #[error(
+        "the kernel does not show the mappings of process {0}: its first thread has ended while others run"
+    )]
+    Hidden(i32),
     /// A line of another shape.
     #[error("could not make sense of a mapping of process {pid}: {line:?}")]
     Line {
@@ -86,6 +91,13 @@ pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
         let region = parse(line)
             .ok_or_else(|| RegionError::Line { pid, line: String::from_utf8_lossy(line).into_owned() })?;
         regions.push(region);
+    }
+    // An empty list must not pass for an empty memory: even a program that unmapped all has its vsyscall page.
+    if regions.iter().all(|region| region.start >> 63 == 1) {
+        return Err(match target.ends() {
+            true => failed(io::Error::from_raw_os_error(libc::ESRCH)),
+            false => RegionError::Hidden(pid),
+        });
     }
     // smaps walks every page (8 ms a GiB): only where something is locked at all.
     let locked = target.status("VmLck").map_err(failed)?;

@@ -176,10 +176,9 @@ impl Target {
         let target = Self { inner: Arc::new(inner) };
         if ended {
             let name = target.name();
-            // A pidfd speaks for all threads: it is readable when the last one has ended.
-            return Err(match target.is_alive() {
-                true => OpenError::LeaderEnded { pid, name },
-                false => OpenError::Zombie { pid, name },
+            return Err(match target.ends() {
+                true => OpenError::Zombie { pid, name },
+                false => OpenError::LeaderEnded { pid, name },
             });
         }
         match target.open_file("maps") {
@@ -209,8 +208,23 @@ impl Target {
 
     /// Whether it has not ended.
     pub fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.inner.pidfd, PollFlags::IN)];
-        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+        !self.ends_within(Timespec { tv_sec: 0, tv_nsec: 0 })
+    }
+
+    /// Whether a process that shows no memory any more is about to end: its threads end one after the other, the
+    /// first perhaps before the others. Waits a little for them.
+    pub(crate) fn ends(&self) -> bool {
+        self.ends_within(Timespec { tv_sec: 1, tv_nsec: 0 })
+    }
+
+    /// A pidfd speaks for all threads: it is readable when the last one has ended.
+    fn ends_within(&self, limit: Timespec) -> bool {
+        loop {
+            match poll(&mut [PollFd::new(&self.inner.pidfd, PollFlags::IN)], Some(&limit)) {
+                Err(rustix::io::Errno::INTR) => {}
+                ready => return ready != Ok(0),
+            }
+        }
     }
 
     /// The descriptor that refers to it.

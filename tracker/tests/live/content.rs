@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     ("locked_pages_are_not_lazy_and_come_back_dirty", locked_pages_are_not_lazy_and_come_back_dirty),
     ("pages_without_access_are_read", pages_without_access_are_read),
     ("unmapped_pages_are_named_when_read", unmapped_pages_are_named_when_read),
+    ("guard_pages_are_named_when_read", guard_pages_are_named_when_read),
     ("two_thousand_mappings", two_thousand_mappings),
 ];
 
@@ -401,4 +402,21 @@ fn two_thousand_mappings(kind: TrackerKind) {
     let mut bytes = vec![0; many.len() * 4096];
     assert!(PageReader::new(&subject.target()).unwrap().read(&many, &mut bytes).unwrap().is_empty());
     assert!(bytes.chunks(4096).all(|page| page[..8] != [0; 8]));
+}
+
+fn guard_pages_are_named_when_read(kind: TrackerKind) {
+    /// `MADV_GUARD_INSTALL` (Linux 6.13).
+    const GUARD: i32 = 102;
+    let (mut subject, at, mut tracker) = prepared(kind);
+    subject.order(&format!("advise {} 4 {GUARD}", at + 10 * 4096));
+    let answer = subject.answer();
+    let known = answer == "ok";
+    assert!(known || answer.contains("Invalid argument"), "{answer}");
+    let guards: Vec<u64> = if known { (10..14).collect() } else { Vec::new() };
+    subject.tell(&format!("write {at} 9 14"));
+    let collected = collect(&mut tracker);
+    let found = dirty(only(&collected), at, 64);
+    assert!(found.contains(&9) && found.contains(&14), "{found:?}");
+    let (_, missing) = read_pages(&subject, at, 64);
+    assert_eq!(missing, guards, "they cannot be read, and that is said");
 }

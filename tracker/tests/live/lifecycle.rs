@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
     ("an_exec_is_a_new_space", an_exec_is_a_new_space),
     ("execs_during_collects", execs_during_collects),
     ("who_exits_is_named_once", who_exits_is_named_once),
+    ("children_that_come_and_go_disturb_nobody", children_that_come_and_go_disturb_nobody),
     ("the_end_of_the_root_is_an_error", the_end_of_the_root_is_an_error),
     ("threads_write_to_one_space", threads_write_to_one_space),
 ];
@@ -196,4 +197,29 @@ fn threads_write_to_one_space(kind: TrackerKind) {
     assert_eq!(pointers.len(), 20);
     let regions = &only(&collected).regions;
     assert!(pointers.iter().all(|sp| regions.iter().any(|r| r.start <= *sp && *sp < r.end && r.write)));
+}
+
+fn children_that_come_and_go_disturb_nobody(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let at = subject.number("map 8");
+    let mut tracker = tracked(kind, &subject);
+    for _ in 0..20 {
+        subject.ask("fork");
+        for page in 0..4 {
+            assert_eq!(subject.ask(&format!("child thread {at} {page}")), "ok");
+        }
+        // Its threads end one after the other, while it is looked at.
+        subject.order("child exit");
+        for _ in 0..4 {
+            let collected = collect(&mut tracker);
+            assert!(collected.spaces.len() <= 2);
+            tracker.acknowledge(collected.ticket);
+        }
+        assert_eq!(subject.answer(), "gone");
+        subject.order("reap");
+        collect(&mut tracker);
+        assert_eq!(subject.answer(), "ok");
+    }
+    subject.tell(&format!("write {at} 3"));
+    assert_eq!(dirty(only(&collect(&mut tracker)), at, 8), [3]);
 }

@@ -168,6 +168,14 @@ impl Program {
             }
             "abandon" => self.child = None,
             "exec" => return Err(Command::new("/proc/self/exe").arg(ARGUMENT).exec()),
+            // Another thread obeys from now on, and says so.
+            "leave-it-to-a-thread" => {
+                let (input, output) = (self.input.try_clone()?, self.output.try_clone()?);
+                let child = self.child.take();
+                let mut heir = Program { input, output, buffer: Vec::new(), interrupted: 0, child };
+                std::thread::spawn(move || heir.obey());
+                process::end_this_thread();
+            }
             "exit" => std::process::exit(0),
             "sleep" => {
                 let start = Instant::now();

@@ -5,8 +5,11 @@ use crate::subject::Subject;
 use pageferry_tracker::{OpenError, Target, Tracker, TrackerKind, TreeState};
 use std::error::Error;
 
-pub const CASES: &[Case] =
-    &[("not_targets", not_targets), ("who_has_a_debugger_already", who_has_a_debugger_already)];
+pub const CASES: &[Case] = &[
+    ("not_targets", not_targets),
+    ("who_has_a_debugger_already", who_has_a_debugger_already),
+    ("who_has_lost_its_first_thread", who_has_lost_its_first_thread),
+];
 
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
@@ -72,4 +75,32 @@ fn who_has_a_debugger_already(kind: TrackerKind) {
     subject.until("the debugger's end", |subject| subject.field("TracerPid") == "0");
     let mut tracker = Tracker::attach(subject.target(), kind).expect("attach");
     tracker.collect(TreeState::Running).expect("collect");
+}
+
+fn who_has_lost_its_first_thread(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let child = subject.number("fork") as i32;
+    let mut tracker = Tracker::attach(subject.target(), kind).expect("attach");
+    tracker.collect(TreeState::Running).expect("collect");
+    assert_eq!(subject.ask("child leave-it-to-a-thread"), "ready");
+    let leaderless = |pid| matches!(Target::open(pid), Err(OpenError::LeaderEnded { .. }));
+    subject.until("a first thread's end", |_| leaderless(child));
+    for state in [TreeState::Running, TreeState::Frozen] {
+        let error = chain(&tracker.collect(state).expect_err("its memory cannot be seen"));
+        assert!(error.contains("has ended while others run"), "{error}");
+    }
+    // The root itself.
+    assert_eq!(subject.ask("child exit"), "gone");
+    subject.tell("reap");
+    let target = subject.target();
+    assert_eq!(subject.ask("leave-it-to-a-thread"), "ready");
+    subject.until("a first thread's end", |subject| leaderless(subject.pid()));
+    for state in [TreeState::Running, TreeState::Frozen] {
+        tracker.collect(state).expect_err("its memory cannot be seen");
+    }
+    // Soft-dirty has nothing to do before it looks.
+    let outcome = Tracker::attach(target, kind).map_err(|error| chain(&error)).and_then(|mut tracker| {
+        tracker.collect(TreeState::Running).map(|_| ()).map_err(|error| chain(&error))
+    });
+    outcome.expect_err("its memory cannot be seen");
 }
