@@ -3,7 +3,7 @@
 use super::failure::ReceiveError;
 use super::guard::Guard;
 use super::receive::Cargo;
-use super::serve::{Budget, FillStats, Server};
+use super::serve::{Budget, FillStats, ServeError, Server};
 use super::sessions::Sessions;
 use super::verify;
 use crate::Cancel;
@@ -21,6 +21,9 @@ use std::time::{Duration, Instant};
 
 /// Time that putting hot pages in may take of the downtime.
 const PREFILL: Duration = Duration::from_millis(5);
+
+/// How often the source hears that the pages are still being put in place.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 /// Restores what was received and hands it over. On an error nothing of it runs, or ever will.
 pub(super) struct Rebirth<'a> {
@@ -205,7 +208,17 @@ impl Alive {
     /// Waits until every page is in place, and lets CRIU go.
     pub(super) fn settle(self, channel: &mut Channel) -> Result<FillStats, ReceiveError> {
         let finished = self.restore.finish();
-        let stats = self.server.wait_filled();
+        // A sign of life now and then: large memories take longer than a silent link is believed in.
+        let stats = loop {
+            match self.server.wait_filled_for(SIGN_OF_LIFE) {
+                Ok(Some(stats)) => break Ok(stats),
+                Ok(None) => {}
+                Err(error @ (ServeError::Died | ServeError::Aborted)) => break Err(error),
+                // A page could not be put in place for some time, and is tried again: the program waits for it.
+                Err(error) => tracing::warn!(%error, "a page is late"),
+            }
+            let _ = channel.control(&ControlMessage::Ping { n: 0 });
+        };
         if stats.is_ok() {
             self.guard.dismiss();
         }

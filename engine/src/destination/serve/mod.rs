@@ -3,7 +3,7 @@
 //! 1. From the first moment ([`Server::add_task`]) every page fault is answered.
 //! 2. Once everything is mapped and nothing runs yet, [`Server::prefill`] puts the hottest pages in place.
 //! 3. Once the program runs, [`Server::start_background`] puts in the rest, faults first.
-//! 4. When a task misses nothing any more its descriptor is closed; [`Server::wait_filled`] says when all are.
+//! 4. When a task misses nothing any more its descriptor is closed; [`Server::wait_filled_for`] says when all are.
 
 mod address_map;
 mod error;
@@ -27,7 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use worker::{Command, Worker};
 
-/// How long putting a page in place may fail before [`Server::wait_filled`] says so.
+/// How long putting a page in place may fail before [`Server::wait_filled_for`] says so.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// How much to put in place before the program runs.
@@ -209,18 +209,6 @@ impl Server {
             let pause = left.min(PATIENCE);
             let waited = self.status.changed.wait_timeout(state, pause);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Waits until every page is in place.
-    ///
-    /// # Errors
-    /// As [`Server::wait_filled_for`].
-    pub fn wait_filled(&self) -> Result<FillStats, ServeError> {
-        loop {
-            if let Some(stats) = self.wait_filled_for(Duration::from_secs(60))? {
-                return Ok(stats);
-            }
         }
     }
 
