@@ -1,6 +1,6 @@
 //! The mappings of a process.
 
-use crate::target::Target;
+use crate::target::{Fate, Target};
 use std::io;
 use std::path::PathBuf;
 
@@ -85,19 +85,20 @@ impl Region {
 pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
     let pid = target.pid();
     let failed = |source| RegionError::Io { pid, source };
-    let text = target.read_file("maps").map_err(failed)?;
-    let mut regions = Vec::new();
-    for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-        let region = parse(line)
-            .ok_or_else(|| RegionError::Line { pid, line: String::from_utf8_lossy(line).into_owned() })?;
-        regions.push(region);
-    }
-    // An empty list must not pass for an empty memory: even a program that unmapped all has its vsyscall page.
-    if regions.iter().all(|region| region.start >> 63 == 1) {
-        return Err(match target.ends() {
-            true => failed(io::Error::from_raw_os_error(libc::ESRCH)),
-            false => RegionError::Hidden(pid),
+    let mut regions = mappings(target)?;
+    // An empty list must not pass for an empty memory. (What lies in the kernel's half is there for everybody.)
+    let is_empty = |regions: &[Region]| regions.iter().all(|region| region.start >> 63 == 1);
+    if is_empty(&regions) {
+        let mut again = Ok(Vec::new());
+        let fate = target.fate(|| {
+            again = mappings(target);
+            again.as_ref().is_ok_and(|regions| !is_empty(regions))
         });
+        regions = match fate {
+            Fate::Ended => return Err(failed(io::Error::from_raw_os_error(libc::ESRCH))),
+            Fate::Back => again?,
+            Fate::Headless => return Err(RegionError::Hidden(pid)),
+        };
     }
     // smaps walks every page (8 ms a GiB): only where something is locked at all.
     let locked = target.status("VmLck").map_err(failed)?;
@@ -108,6 +109,18 @@ pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
         return Err(failed(io::Error::from_raw_os_error(libc::ESRCH)));
     }
     Ok(regions)
+}
+
+fn mappings(target: &Target) -> Result<Vec<Region>, RegionError> {
+    let pid = target.pid();
+    let text = target.read_file("maps").map_err(|source| RegionError::Io { pid, source })?;
+    text.split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| {
+            parse(line)
+                .ok_or_else(|| RegionError::Line { pid, line: String::from_utf8_lossy(line).into_owned() })
+        })
+        .collect()
 }
 
 fn parse(line: &[u8]) -> Option<Region> {

@@ -24,6 +24,17 @@ struct Inner {
     folder: OwnedFd,
 }
 
+/// What became of a process that showed no memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It has ended.
+    Ended,
+    /// It has memory again.
+    Back,
+    /// Neither: it lives without its first thread.
+    Headless,
+}
+
 /// Why a process cannot be a target.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -176,10 +187,12 @@ impl Target {
         let target = Self { inner: Arc::new(inner) };
         if ended {
             let name = target.name();
-            return Err(match target.ends() {
-                true => OpenError::Zombie { pid, name },
-                false => OpenError::LeaderEnded { pid, name },
-            });
+            let is_back = || !matches!(target.thread_state(pid), Some('Z' | 'X'));
+            return match target.fate(is_back) {
+                Fate::Ended => Err(OpenError::Zombie { pid, name }),
+                Fate::Back => Self::open_any(pid),
+                Fate::Headless => Err(OpenError::LeaderEnded { pid, name }),
+            };
         }
         match target.open_file("maps") {
             Err(source) if source.kind() == io::ErrorKind::PermissionDenied => {
@@ -211,10 +224,19 @@ impl Target {
         !self.ends_within(Timespec { tv_sec: 0, tv_nsec: 0 })
     }
 
-    /// Whether a process that shows no memory any more is about to end: its threads end one after the other, the
-    /// first perhaps before the others. Waits a little for them.
-    pub(crate) fn ends(&self) -> bool {
-        self.ends_within(Timespec { tv_sec: 1, tv_nsec: 0 })
+    /// What becomes of a process that shows no memory: its threads end one after the other, the first perhaps before
+    /// the others, and one that becomes another program has none for a moment. Waits a little for either; whether
+    /// it is there again is for `is_back` to say.
+    pub(crate) fn fate(&self, mut is_back: impl FnMut() -> bool) -> Fate {
+        for _ in 0..1000 {
+            if self.ends_within(Timespec { tv_sec: 0, tv_nsec: 1_000_000 }) {
+                return Fate::Ended;
+            }
+            if is_back() {
+                return Fate::Back;
+            }
+        }
+        Fate::Headless
     }
 
     /// A pidfd speaks for all threads: it is readable when the last one has ended.
