@@ -11,7 +11,7 @@
 use crate::digest;
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, Fields, FrameKind, limit};
-use crate::limits::{MAX_BATCH_PAGES, MAX_PAYLOAD_BYTES, PAGE_SIZE};
+use crate::limits::{MAX_BATCH_PAGES, PAGE_SIZE};
 use crate::page::{PageDigest, PageNo, PageRun, SpaceId, check_runs};
 
 /// How the payload of a batch is coded.
@@ -200,7 +200,7 @@ impl PageBatch {
                 Err(DecodeError::Invalid("a payload that is not as long as its pages"))
             }
             Coding::Zstd if raw == 0 => Err(DecodeError::Invalid("compressed nothing")),
-            Coding::Zstd if payload_len == 0 || payload_len > MAX_PAYLOAD_BYTES.min(raw) => {
+            Coding::Zstd if payload_len == 0 || payload_len > raw => {
                 Err(DecodeError::Invalid("a compressed payload that is longer than its pages, or empty"))
             }
             _ => Ok(()),

@@ -1,8 +1,8 @@
-//! Compression, and when it pays.
+//! Compression of a batch's pages: one zstd frame that says how long its content is.
 
 use crate::error::{DecodeError, EncodeError};
-use std::time::Duration;
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe;
 
 /// zstd's level: the fastest that still takes most heaps to a quarter.
 const LEVEL: i32 = 1;
@@ -34,7 +34,7 @@ impl ZstdEncoder {
     /// When zstd fails.
     pub fn encode(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeError> {
         out.clear();
-        out.reserve(zstd::zstd_safe::compress_bound(bytes.len()));
+        out.reserve(zstd_safe::compress_bound(bytes.len()));
         self.context.compress_to_buffer(bytes, out).map_err(|e| EncodeError::Zstd(e.to_string()))?;
         Ok(())
     }
@@ -64,8 +64,12 @@ impl ZstdDecoder {
     /// Decompresses `bytes` into exactly `out`.
     ///
     /// # Errors
-    /// Bytes that are no zstd frame, or one of another length.
+    /// Bytes that are not exactly one zstd frame, or one of another length.
     pub fn decode(&mut self, bytes: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+        // zstd itself takes several frames in a row, and frames that it skips.
+        if !matches!(zstd_safe::find_frame_compressed_size(bytes), Ok(len) if len == bytes.len()) {
+            return Err(DecodeError::Zstd("it is not exactly one frame".to_owned()));
+        }
         let got =
             self.context.decompress_to_buffer(bytes, out).map_err(|e| DecodeError::Zstd(e.to_string()))?;
         if got != out.len() {
@@ -78,92 +82,9 @@ impl ZstdDecoder {
     }
 }
 
-/// Decides batch by batch whether to compress, from what the link and the compressor are seen to do.
-///
-/// One worker reads, compresses and sends, so the times add up: a byte costs `1/link` raw, and
-/// `1/zstd + ratio/link` compressed. Compression is chosen while the second is less. The compressor is measured
-/// again from time to time, when its best case could still win: data changes along a program's memory.
-#[derive(Clone, Debug, Default)]
-pub struct CodingChooser {
-    /// Seconds a byte takes.
-    link: Option<f64>,
-    zstd: Option<f64>,
-    /// Compressed size over size.
-    ratio: f64,
-    compressing: bool,
-    batches: u32,
-}
-
-/// Weight of a new measurement in the average.
-const WEIGHT: f64 = 0.15;
-/// What must be gained to change over, so that noise does not toggle.
-const MARGIN: f64 = 0.1;
-/// Every so many batches the way that is not used is tried again.
-const PROBE: u32 = 64;
-/// No core compresses faster: above this link rate (bytes a second) it is not even tried.
-const FASTEST_ZSTD: f64 = 1.2e9;
-
-impl CodingChooser {
-    /// `bytes` took `time` on the link.
-    pub fn observe_link(&mut self, bytes: usize, time: Duration) {
-        average(&mut self.link, time.as_secs_f64() / bytes.max(1) as f64);
-    }
-
-    /// The compressor made `out` bytes of `bytes` in `time`.
-    pub fn observe_zstd(&mut self, bytes: usize, out: usize, time: Duration) {
-        let first = self.zstd.is_none();
-        average(&mut self.zstd, time.as_secs_f64() / bytes.max(1) as f64);
-        let ratio = out as f64 / bytes.max(1) as f64;
-        self.ratio = if first { ratio } else { self.ratio + WEIGHT * (ratio - self.ratio) };
-    }
-
-    /// Whether to compress the next batch.
-    pub fn compress(&mut self) -> bool {
-        self.batches = self.batches.wrapping_add(1);
-        let Some(link) = self.link else { return false };
-        let Some(zstd) = self.zstd else {
-            // Never measured: once, where it could pay at all.
-            return link > 1.0 / FASTEST_ZSTD;
-        };
-        let (raw, packed) = (link, zstd + self.ratio * link);
-        self.compressing = if self.compressing { packed < raw } else { packed < raw * (1.0 - MARGIN) };
-        let could_pay = zstd < link;
-        self.compressing || (could_pay && self.batches.is_multiple_of(PROBE))
-    }
-}
-
-fn average(value: &mut Option<f64>, sample: f64) {
-    *value = Some(value.map_or(sample, |old| old + WEIGHT * (sample - old)));
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn feed(link: f64, zstd: f64, ratio: f64) -> usize {
-        let mut chooser = CodingChooser::default();
-        let mut packed = 0;
-        for _ in 0..1000 {
-            let bytes = 262_144;
-            let mut wire = bytes as f64;
-            if chooser.compress() {
-                packed += 1;
-                wire *= ratio;
-                let out = (bytes as f64 * ratio) as usize;
-                chooser.observe_zstd(bytes, out, Duration::from_secs_f64(bytes as f64 / zstd));
-            }
-            chooser.observe_link(wire as usize, Duration::from_secs_f64(wire / link));
-        }
-        packed
-    }
-
-    #[test]
-    fn a_slow_link_compresses_and_a_fast_one_does_not() {
-        assert!(feed(125e6, 600e6, 0.25) > 990, "1 Gbit/s and a heap");
-        assert_eq!(feed(4e9, 600e6, 0.25), 0, "32 Gbit/s: not even tried");
-        assert!(feed(1e9, 600e6, 0.25) <= 3, "8 Gbit/s: tried, and left");
-        assert!(feed(125e6, 600e6, 1.0) <= 17, "incompressible: only looked at from time to time");
-    }
 
     #[test]
     fn pages_survive_and_a_bomb_does_not() {
@@ -176,7 +97,35 @@ mod tests {
         assert!(back == bytes && packed.len() < bytes.len() / 4);
         assert!(decoder.decode(&packed, &mut back[..4096]).is_err(), "more than announced");
         assert!(decoder.decode(&packed, &mut vec![0; bytes.len() + 1]).is_err(), "less than announced");
-        packed.truncate(packed.len() / 2);
-        assert!(decoder.decode(&packed, &mut back).is_err());
+        for len in 0..packed.len() {
+            assert!(decoder.decode(&packed[..len], &mut back).is_err(), "cut at {len}");
+        }
+        decoder.decode(&packed, &mut back).unwrap();
+        assert!(back == bytes, "a decoder goes on after an error");
+    }
+
+    #[test]
+    fn many_zeros_in_few_bytes_stop_at_the_room_there_is() {
+        let mut packed = Vec::new();
+        ZstdEncoder::new().unwrap().encode(&vec![0; 64 << 20], &mut packed).unwrap();
+        assert!(packed.len() < 16 << 10);
+        let mut room = vec![0xee; 8192];
+        assert!(ZstdDecoder::new().unwrap().decode(&packed, &mut room[..4096]).is_err());
+        assert!(room[4096..].iter().all(|byte| *byte == 0xee));
+    }
+
+    #[test]
+    fn a_payload_is_one_frame() {
+        let (mut encoder, mut decoder) = (ZstdEncoder::new().unwrap(), ZstdDecoder::new().unwrap());
+        let (mut packed, mut back) = (Vec::new(), vec![0; 8192]);
+        encoder.encode(&[7; 4096], &mut packed).unwrap();
+        let twice = [&packed[..], &packed[..]].concat();
+        assert!(decoder.decode(&twice, &mut back).is_err(), "two frames");
+        // A frame that decoders skip: its magic, the length of its content, and that.
+        let skipped = [&packed[..], &[0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 9]].concat();
+        assert!(decoder.decode(&skipped, &mut back[..4096]).is_err(), "bytes after the frame");
+        decoder.decode(&packed, &mut back[..4096]).unwrap();
+        assert_eq!(back[..4096], [7; 4096]);
+        assert!(decoder.decode(&[], &mut []).is_err(), "no frame");
     }
 }

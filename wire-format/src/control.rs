@@ -5,10 +5,10 @@ use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, FrameKind, limit};
 use crate::limits::{
     MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_NAME_BYTES, MAX_REGIONS, MAX_RUNS_PER_FRAME, MAX_SPACES,
-    MAX_TIMINGS,
+    MAX_TIMINGS, PAGE_SIZE,
 };
 use crate::page::{PageRun, SpaceId, check_runs};
-use crate::version::Versions;
+use crate::version::{self, Versions};
 use bincode::{Decode, Encode};
 
 fn config() -> impl bincode::config::Config {
@@ -375,10 +375,18 @@ impl ControlMessage {
     fn validate(&self) -> Result<(), DecodeError> {
         match self {
             Self::Hello(hello) => {
+                if hello.versions.oldest > hello.versions.newest {
+                    return Err(DecodeError::Invalid("a range of versions that ends before it begins"));
+                }
                 limit("a version's name", hello.engine.len(), MAX_NAME_BYTES)?;
                 limit("a program's name", hello.program.len(), MAX_NAME_BYTES)
             }
-            Self::Welcome(welcome) => limit("a version's name", welcome.engine.len(), MAX_NAME_BYTES),
+            Self::Welcome(welcome) => {
+                if !version::is_spoken(welcome.version) {
+                    return Err(DecodeError::Version(welcome.version));
+                }
+                limit("a version's name", welcome.engine.len(), MAX_NAME_BYTES)
+            }
             Self::Spaces { spaces, .. } => {
                 limit("a list of spaces", spaces.len(), MAX_SPACES)?;
                 spaces
@@ -391,16 +399,46 @@ impl ControlMessage {
             }
             Self::SpaceSeal { regions, .. } => {
                 limit("a space's regions", regions.len(), MAX_REGIONS)?;
-                match regions.iter().all(|region| region.start < region.end) {
-                    true => Ok(()),
-                    false => Err(DecodeError::Invalid("a region that ends before it begins")),
-                }
+                check_regions(regions)
             }
             Self::Ready { timings, .. } | Self::Resumed { timings, .. } => {
                 limit("a list of timings", timings.len(), MAX_TIMINGS)
             }
-            Self::Abort { detail, .. } => limit("an abort's text", detail.len(), MAX_DETAIL_BYTES),
-            _ => Ok(()),
+            Self::Abort { code, detail } => {
+                if AbortCode::from_number(code.number()) != *code {
+                    return Err(DecodeError::Invalid("a known code under the name of an unknown one"));
+                }
+                limit("an abort's text", detail.len(), MAX_DETAIL_BYTES)
+            }
+            Self::SpaceGone { .. }
+            | Self::RoundEnd { .. }
+            | Self::RoundAck { .. }
+            | Self::SealEnd { .. }
+            | Self::Sealed { .. }
+            | Self::ImagesEnd { .. }
+            | Self::Commit
+            | Self::Filled { .. }
+            | Self::Query { .. }
+            | Self::State(_)
+            | Self::Ping { .. } => Ok(()),
         }
     }
+}
+
+/// Regions are whole pages, ascending, and apart from or next to each other: as the kernel lists them.
+fn check_regions(regions: &[RegionInfo]) -> Result<(), DecodeError> {
+    let mut end = 0;
+    for region in regions {
+        if region.start >= region.end {
+            return Err(DecodeError::Invalid("a region that ends before it begins"));
+        }
+        if region.start % PAGE_SIZE as u64 != 0 || region.end % PAGE_SIZE as u64 != 0 {
+            return Err(DecodeError::Invalid("a region that is not of whole pages"));
+        }
+        if region.start < end {
+            return Err(DecodeError::Invalid("regions that overlap or are not in order"));
+        }
+        end = region.end;
+    }
+    Ok(())
 }

@@ -63,6 +63,22 @@ impl SpaceDigest {
     pub fn merge(&mut self, other: &SpaceDigest) {
         self.0 = self.0.wrapping_add(other.0);
     }
+
+    /// As 16 little-endian bytes.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
+    /// From [`SpaceDigest::to_bytes`].
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_le_bytes(bytes))
+    }
+}
+
+impl std::fmt::Display for SpaceDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
 }
 
 #[inline]
@@ -109,5 +125,7 @@ mod tests {
         let mut sum = SpaceDigest::default();
         sum.merge(&left);
         assert_eq!(sum, left);
+        assert_eq!(SpaceDigest::from_bytes(sum.to_bytes()), sum);
+        assert_eq!(SpaceDigest::from_bytes([1; 16]).to_string(), "01".repeat(16));
     }
 }

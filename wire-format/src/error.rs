@@ -1,5 +1,7 @@
 //! How turning bytes into meaning fails, and the other way round.
 
+use crate::frame::FrameKind;
+
 /// What came is not a frame of this protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -55,6 +57,24 @@ pub enum DecodeError {
     /// Compressed pages that do not decompress to what was announced.
     #[error("the compressed pages cannot be read: {0}")]
     Zstd(String),
+}
+
+/// Which frame of a direction cannot be read, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("frame {sequence}{}, at byte {offset} of what was received, is not valid", named(*kind))]
+pub struct FrameError {
+    /// Number of the frame, as counted by the receiver.
+    pub sequence: u64,
+    /// What it is; `None` when its header says nothing that is understood.
+    pub kind: Option<FrameKind>,
+    /// Bytes that came before its header.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub source: DecodeError,
+}
+
+fn named(kind: Option<FrameKind>) -> String {
+    kind.map_or_else(String::new, |kind| format!(" ({kind})"))
 }
 
 /// A value that the protocol cannot carry: a bug of the sender, never of the peer.

@@ -15,7 +15,10 @@
 
 use crate::digest;
 use crate::error::{DecodeError, EncodeError};
-use crate::limits::{MAX_HEAD_BYTES, MAX_PAYLOAD_BYTES};
+use crate::limits::{
+    MAX_BATCH_HEAD, MAX_CONTROL_BYTES, MAX_DIGESTS_HEAD, MAX_IMAGE_CHUNK, MAX_IMAGE_HEAD, MAX_OWNED_HEAD,
+    MAX_PAYLOAD_BYTES,
+};
 use crate::version;
 
 /// Bytes of a header.
@@ -45,6 +48,38 @@ impl FrameKind {
         [Self::PageBatch, Self::Image, Self::Control, Self::Digests, Self::Owned]
             .into_iter()
             .find(|kind| *kind as u16 == number)
+    }
+
+    /// The longest head of a frame of this kind.
+    fn max_head(self) -> usize {
+        match self {
+            Self::PageBatch => MAX_BATCH_HEAD,
+            Self::Image => MAX_IMAGE_HEAD,
+            Self::Control => MAX_CONTROL_BYTES,
+            Self::Digests => MAX_DIGESTS_HEAD,
+            Self::Owned => MAX_OWNED_HEAD,
+        }
+    }
+
+    /// The longest payload of a frame of this kind.
+    fn max_payload(self) -> usize {
+        match self {
+            Self::PageBatch => MAX_PAYLOAD_BYTES,
+            Self::Image => MAX_IMAGE_CHUNK,
+            Self::Control | Self::Digests | Self::Owned => 0,
+        }
+    }
+}
+
+impl std::fmt::Display for FrameKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PageBatch => "page batch",
+            Self::Image => "image",
+            Self::Control => "control",
+            Self::Digests => "digests",
+            Self::Owned => "owned pages",
+        })
     }
 }
 
@@ -76,16 +111,13 @@ impl Header {
             return Err(DecodeError::Magic(magic));
         }
         let spoken = u16_at(4);
-        if !(version::OLDEST..=version::CURRENT).contains(&spoken) {
+        if !version::is_spoken(spoken) {
             return Err(DecodeError::Version(spoken));
         }
         let kind = FrameKind::from_number(u16_at(6)).ok_or(DecodeError::Kind(u16_at(6)))?;
         let (head_len, payload_len) = (u32_at(8), u32_at(12));
-        limit("a head", head_len as usize, MAX_HEAD_BYTES)?;
-        limit("a payload", payload_len as usize, MAX_PAYLOAD_BYTES)?;
-        if payload_len > 0 && !matches!(kind, FrameKind::PageBatch | FrameKind::Image) {
-            return Err(DecodeError::Invalid("a payload where there is none"));
-        }
+        limit("a head", head_len as usize, kind.max_head())?;
+        limit("a payload", payload_len as usize, kind.max_payload())?;
         Ok(Self { kind, head_len, payload_len, sequence: u64_at(16), check: u64_at(24) })
     }
 
@@ -114,13 +146,13 @@ pub(crate) fn encode(
     out.extend_from_slice(&version::CURRENT.to_le_bytes());
     out.extend_from_slice(&(kind as u16).to_le_bytes());
     out.extend_from_slice(&[0; 4]);
-    limit("a payload", payload_len, MAX_PAYLOAD_BYTES)?;
+    limit("a payload", payload_len, kind.max_payload())?;
     out.extend_from_slice(&(payload_len as u32).to_le_bytes());
     out.extend_from_slice(&sequence.to_le_bytes());
     out.extend_from_slice(&[0; 8]);
     fill(out)?;
     let head_len = out.len() - start - HEADER_BYTES;
-    limit("a head", head_len, MAX_HEAD_BYTES)?;
+    limit("a head", head_len, kind.max_head())?;
     out[start + 8..start + 12].copy_from_slice(&(head_len as u32).to_le_bytes());
     let check = digest::check(&out[start..start + 24], &out[start + HEADER_BYTES..]);
     out[start + 24..start + 32].copy_from_slice(&check.to_le_bytes());
@@ -141,6 +173,11 @@ pub struct SequenceCheck {
 }
 
 impl SequenceCheck {
+    /// The number that the next frame has to have.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
     /// Takes the next frame.
     ///
     /// # Errors

@@ -1,13 +1,15 @@
 //! The frames that two pageferry engines exchange: bytes to meaning, and back.
 //!
-//! No I/O, no clock, no `unsafe`, and no panic on what a peer sends: every length is checked against
+//! No I/O, no clock, and no panic on what a peer sends: every length is checked against
 //! [`limits`] before anything is allocated, and the same rules hold before sending and after receiving.
 //! docs/PROTOCOL.md has the byte tables and the order of a session.
 #![forbid(unsafe_code)]
 
 mod batch;
+mod chooser;
 mod coding;
 pub mod control;
+mod decode;
 pub mod digest;
 mod error;
 mod frame;
@@ -18,12 +20,14 @@ mod page;
 pub mod version;
 
 pub use batch::{Coding, PageBatch};
-pub use coding::{CodingChooser, ZstdDecoder, ZstdEncoder};
+pub use chooser::CodingChooser;
+pub use coding::{ZstdDecoder, ZstdEncoder};
 pub use control::{
     AbortCode, ControlMessage, HandoverState, Hello, Part, RegionInfo, RestoreChoices, SpaceInfo, Welcome,
 };
+pub use decode::{Announced, Decoder, Head};
 pub use digest::SpaceDigest;
-pub use error::{DecodeError, EncodeError};
+pub use error::{DecodeError, EncodeError, FrameError};
 pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, SequenceCheck};
 pub use image::ImageChunk;
 pub use limits::PAGE_SIZE;

@@ -10,13 +10,25 @@ pub const MAX_PAGE_NO: u64 = 1 << 52;
 /// Pages of one batch: 1 MiB. Larger batches gain nothing on the link and fall out of a core's cache.
 pub const MAX_BATCH_PAGES: usize = 256;
 
-/// Bytes of a frame's head: a batch of 256 single pages has about 9 KiB, the rest is room for long lists.
+/// Bytes of any frame's head. Each kind has a limit of its own below this one.
 pub const MAX_HEAD_BYTES: usize = 4 << 20;
 
-/// Bytes of a frame's payload: a whole raw batch, or the most that zstd makes of it.
-pub const MAX_PAYLOAD_BYTES: usize = (MAX_BATCH_PAGES * PAGE_SIZE) + (64 << 10);
+/// Bytes of the head of a page batch: what 256 pages have, none of them neighbours and none of them zero.
+pub const MAX_BATCH_HEAD: usize = 20 + MAX_BATCH_PAGES * (12 + 16) + MAX_BATCH_PAGES.div_ceil(8);
 
-/// Bytes of an image file in one frame.
+/// Bytes of the head of a piece of an image: its place, its digest, and the longest name.
+pub const MAX_IMAGE_HEAD: usize = 26 + MAX_IMAGE_NAME;
+
+/// Bytes of the head of a list of owned pages: the longest list of runs.
+pub const MAX_OWNED_HEAD: usize = 12 + MAX_RUNS_PER_FRAME * 16;
+
+/// Bytes of the head of a list of digests: the longest list of runs, and the longest of digests.
+pub const MAX_DIGESTS_HEAD: usize = MAX_OWNED_HEAD + MAX_DIGESTS_PER_FRAME * 16;
+
+/// Bytes of a frame's payload: a whole raw batch. One that compression makes longer is sent raw.
+pub const MAX_PAYLOAD_BYTES: usize = MAX_BATCH_PAGES * PAGE_SIZE;
+
+/// Bytes of an image file in one frame: as much as a batch of pages has.
 pub const MAX_IMAGE_CHUNK: usize = 1 << 20;
 
 /// Bytes of the name of an image file (as file systems have it).
@@ -34,7 +46,8 @@ pub const MAX_DIGESTS_PER_FRAME: usize = 65_536;
 /// Bytes of a control message. The largest is a seal with the regions of a large process.
 pub const MAX_CONTROL_BYTES: usize = MAX_HEAD_BYTES;
 
-/// Regions of one space: the kernel's default limit (vm.max_map_count) is 65 530; some raise it.
+/// Regions of one space: the kernel's default limit (vm.max_map_count) is 65 530; some raise it. As many as these
+/// fit into a control message.
 pub const MAX_REGIONS: usize = 100_000;
 
 /// Spaces that one message announces.
@@ -48,3 +61,6 @@ pub const MAX_NAME_BYTES: usize = 256;
 
 /// Named durations in one message.
 pub const MAX_TIMINGS: usize = 64;
+
+const _: () = assert!(MAX_IMAGE_CHUNK <= MAX_PAYLOAD_BYTES);
+const _: () = assert!(MAX_BATCH_HEAD <= MAX_HEAD_BYTES && MAX_DIGESTS_HEAD <= MAX_HEAD_BYTES);

@@ -40,6 +40,12 @@ impl PageRun {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageDigest(pub [u8; 16]);
 
+impl std::fmt::Display for PageDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:032x}", u128::from_le_bytes(self.0))
+    }
+}
+
 /// Runs must be non-empty, ascending, apart from or next to each other, and below the highest page number.
 /// Returns the number of pages.
 pub(crate) fn check_runs(runs: &[PageRun]) -> Result<u64, DecodeError> {

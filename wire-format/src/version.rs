@@ -37,6 +37,11 @@ pub fn supported() -> Versions {
     Versions { oldest: OLDEST, newest: CURRENT }
 }
 
+/// Whether this implementation speaks `version`.
+pub fn is_spoken(version: u16) -> bool {
+    (OLDEST..=CURRENT).contains(&version)
+}
+
 /// The newest version that both sides speak.
 pub fn negotiate(theirs: &Versions) -> Option<u16> {
     let newest = theirs.newest.min(CURRENT);
