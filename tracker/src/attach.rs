@@ -96,8 +96,15 @@ pub enum AttachError {
 impl AttachError {
     /// Whether the memory that was looked at is gone, which a process survives when it becomes another program.
     fn is_gone(&self) -> bool {
-        matches!(self, AttachError::Io { source, .. } | AttachError::Inject { source: InjectError::Io { source, .. }, .. }
-            if source.raw_os_error() == Some(libc::ESRCH))
+        match self {
+            AttachError::Io { source, .. }
+            | AttachError::Inject { source: InjectError::Io { source, .. }, .. } => {
+                source.raw_os_error() == Some(libc::ESRCH)
+            }
+            // The thread that was chosen ended: by `exec` of another, perhaps.
+            AttachError::Inject { source: InjectError::Gone(_), .. } => true,
+            _ => false,
+        }
     }
 }
 
