@@ -1,6 +1,7 @@
 //! Reads the bytes of a process' pages.
 
-use crate::page_set::Run;
+use crate::page_set::{PageSet, Run};
+use crate::region;
 use crate::target::Target;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
@@ -78,6 +79,7 @@ impl PageReader {
             return Err(ReadError::Buffer { pages, bytes: buffer.len() });
         }
         let mut missing = Vec::new();
+        let mut sealed: Option<PageSet> = None;
         let mut done = 0usize;
         while done < buffer.len() {
             self.remote.clear();
@@ -110,7 +112,18 @@ impl PageReader {
             // The first page of the rest is the one that failed.
             let page = page_at(runs, done);
             if !self.read_one(page, &mut buffer[done..done + PAGE])? {
-                missing.push(page);
+                // Or it is there, and the kernel refuses (`proc_mem.force_override=never`): that is no hole.
+                let sealed = match &mut sealed {
+                    Some(sealed) => sealed,
+                    none => none.insert(sealed_pages(&self.target)?),
+                };
+                if sealed.contains(page) && !self.read_one(page, &mut buffer[done..done + PAGE])? {
+                    let source = io::Error::from(io::ErrorKind::PermissionDenied);
+                    return Err(ReadError::Io { pid, page, source });
+                }
+                if !sealed.contains(page) {
+                    missing.push(page);
+                }
             }
             done += PAGE;
         }
@@ -134,6 +147,17 @@ impl PageReader {
             Err(source) => Err(ReadError::Io { pid, page, source }),
         }
     }
+}
+
+/// Pages of mappings that the process itself may not read.
+fn sealed_pages(target: &Target) -> Result<PageSet, ReadError> {
+    let pid = target.pid();
+    let regions = region::read(target).map_err(|error| match target.is_alive() {
+        true => ReadError::Io { pid, page: 0, source: io::Error::other(error) },
+        false => ReadError::Gone(pid),
+    })?;
+    let sealed = regions.iter().filter(|region| !region.read);
+    Ok(sealed.map(|region| Run { start: region.start / 4096, len: region.pages() }).collect())
 }
 
 /// The page that stands at byte `offset` of the buffer.
