@@ -7,12 +7,11 @@ use crate::probe::{Kernel, TrackerKind};
 use crate::region::{self, Region, RegionError};
 use crate::source::soft_dirty::SoftDirty;
 use crate::source::uffd_wp::UffdWp;
-use crate::source::{DirtySource, lazy_spans, survey};
+use crate::source::{DirtySource, WatchError};
 use crate::sys::ptrace::same_memory;
-use crate::target::Target;
+use crate::target::{Fate, Target};
 use crate::tree::{TreeError, discover};
 
-use std::fs::File;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -82,6 +81,20 @@ pub enum AttachError {
         #[source]
         source: InjectError,
     },
+    /// It is not known whose memory it has.
+    #[error("could not find out whether processes {pid} and {other} share their memory")]
+    Compare {
+        /// One.
+        pid: i32,
+        /// The other.
+        other: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Its mappings could not be read.
+    #[error(transparent)]
+    Region(#[from] RegionError),
     /// The kernel refused.
     #[error("could not watch process {pid}")]
     Io {
@@ -150,6 +163,8 @@ struct Space {
     /// pages that were locked belong to CRIU, and nobody counts their bits meanwhile; and the kernel loses the
     /// soft-dirty mark of new mappings that it merges.
     populated: PageSet,
+    /// What tells that the process is still the same program.
+    layout: [u64; 4],
     returned: bool,
 }
 
@@ -185,7 +200,7 @@ impl Tracker {
             exited: Vec::new(),
         };
         let members = discover(&tracker.root)?;
-        tracker.adopt(&members)?;
+        tracker.adopt(&members, TreeState::Running)?;
         Ok(tracker)
     }
 
@@ -213,11 +228,7 @@ impl Tracker {
             None => discover(&self.root)?,
         };
         self.forget_the_dead(&members);
-        let mut strangers = Vec::new();
-        match state {
-            TreeState::Running => self.adopt(&members)?,
-            TreeState::Frozen => strangers = self.strangers(&members),
-        }
+        self.adopt(&members, state)?;
         let mut spaces = Vec::with_capacity(members.len());
         let mut at = 0;
         while at < self.spaces.len() {
@@ -227,9 +238,6 @@ impl Tracker {
                 at += 1;
             }
         }
-        for stranger in strangers {
-            spaces.push(self.scan_stranger(&stranger)?);
-        }
         // A process that replaced itself is in the tree, and has a new space at the end of the list.
         spaces.sort_by_key(|space| !space.target.is(&self.root));
         drop(frozen);
@@ -237,6 +245,7 @@ impl Tracker {
             (TrackerKind::SoftDirty, TreeState::Running) => start.elapsed(),
             _ => Duration::ZERO,
         };
+        self.spaces.iter_mut().for_each(|space| space.returned = true);
         self.next_ticket += 1;
         let exited = std::mem::take(&mut self.exited);
         Ok(Collected { ticket: Ticket(self.next_ticket), spaces, exited, pause })
@@ -274,52 +283,69 @@ impl Tracker {
         Ok(())
     }
 
-    /// Takes in the processes that are new.
-    fn adopt(&mut self, members: &[Target]) -> Result<(), AttachError> {
-        for stranger in self.strangers(members) {
+    /// Takes in the processes that are new. One that shares its memory with another (`vfork`, `CLONE_VM`) is not
+    /// counted: its pages are the other's.
+    fn adopt(&mut self, members: &[Target], state: TreeState) -> Result<(), AttachError> {
+        for member in members {
+            // One at a time: two new ones may share with each other.
+            if self.spaces.iter().any(|space| space.target.is(member)) || self.is_shared(member)? {
+                continue;
+            }
             let mut tries = 0;
-            while let Err(error) = self.adopt_one(&stranger) {
+            while let Err(error) = self.adopt_one(member, state) {
                 tries += 1;
+                if member.is_alive() && (tries == TRIES || !error.is_gone()) {
+                    return Err(error);
+                }
                 // One that has ended meanwhile is no failure; one that has become another program has memory that
                 // we know nothing of yet.
-                match stranger.is_alive() {
-                    false => break,
-                    true if tries < TRIES && error.is_gone() => {}
-                    true => return Err(error),
+                match member.fate(|| member.has_memory()) {
+                    Fate::Ended => break,
+                    Fate::Back => {}
+                    Fate::Headless => return Err(error),
                 }
             }
         }
         Ok(())
     }
 
-    fn adopt_one(&mut self, target: &Target) -> Result<(), AttachError> {
+    fn adopt_one(&mut self, target: &Target, state: TreeState) -> Result<(), AttachError> {
         let pid = target.pid();
         let failed = |source| AttachError::Io { pid, source };
+        let layout = target.layout().map_err(failed)?;
         let mut source: Box<dyn DirtySource> = match self.kind {
-            TrackerKind::UffdWp => {
-                Box::new(UffdWp::attach(target).map_err(|source| AttachError::Inject { pid, source })?)
-            }
-            TrackerKind::SoftDirty => {
-                Box::new(SoftDirty::attach(target, self.scan_soft_dirty).map_err(failed)?)
-            }
+            TrackerKind::UffdWp => Box::new(UffdWp::new(target).map_err(failed)?),
+            TrackerKind::SoftDirty => Box::new(SoftDirty::new(target, self.scan_soft_dirty).map_err(failed)?),
         };
-        let regions = region::read(target).map_err(|e| failed(io::Error::other(e)))?;
-        source.watch(&regions).map_err(failed)?;
+        // What is found when the tree is frozen is left alone: it is all dirty, and watched when it runs again.
+        if state == TreeState::Running {
+            source.watch(&region::read(target)?).map_err(|error| match error {
+                WatchError::Inject(source) => AttachError::Inject { pid, source },
+                WatchError::Io(source) => failed(source),
+            })?;
+        }
         let key = SpaceKey(self.next_key);
         self.next_key += 1;
         let (pending, populated) = Default::default();
-        self.spaces.push(Space { key, target: target.clone(), source, pending, populated, returned: false });
+        let target = target.clone();
+        self.spaces.push(Space { key, target, source, pending, populated, layout, returned: false });
         Ok(())
     }
 
-    /// Members that are not watched. A process that shares its memory with one that is (`vfork`) is not counted:
-    /// its pages are the other's.
-    fn strangers(&self, members: &[Target]) -> Vec<Target> {
-        let known = |member: &Target| self.spaces.iter().any(|space| space.target.is(member));
-        let shares = |member: &Target| {
-            self.spaces.iter().any(|space| same_memory(space.target.pid(), member.pid()).unwrap_or(false))
-        };
-        members.iter().filter(|member| !known(member) && !shares(member)).cloned().collect()
+    /// Whether the memory of a process is that of a space already.
+    fn is_shared(&self, member: &Target) -> Result<bool, AttachError> {
+        let pid = member.pid();
+        for space in &self.spaces {
+            let other = space.target.pid();
+            match same_memory(other, pid) {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                // One of the two has ended.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                Err(source) => return Err(AttachError::Compare { pid, other, source }),
+            }
+        }
+        Ok(false)
     }
 
     fn forget_the_dead(&mut self, members: &[Target]) {
@@ -342,7 +368,8 @@ impl Tracker {
             match looked {
                 Ok((regions, answer)) => {
                     let first = !space.returned;
-                    space.returned = true;
+                    // The first time, whatever was written before it was watched is dirty too.
+                    let tracked = space.source.watches() && !(first && state == TreeState::Frozen);
                     let dirty = if first {
                         answer.populated.clone()
                     } else {
@@ -358,7 +385,7 @@ impl Tracker {
                         regions,
                         populated: answer.populated,
                         dirty,
-                        tracked: true,
+                        tracked,
                     }));
                 }
                 // Its memory is gone: it has ended, or has become another program.
@@ -367,18 +394,20 @@ impl Tracker {
                     if space.returned {
                         self.exited.push(space.key);
                     }
-                    if space.target.is_alive() && state == TreeState::Running {
-                        match self.adopt_one(&space.target) {
-                            Ok(()) => {
-                                let new = self.spaces.pop().expect("adopted just now");
-                                self.spaces.insert(at, new);
-                                continue;
-                            }
-                            Err(error) if space.target.is_alive() => return Err(error.into()),
-                            Err(_) => {}
-                        }
+                    let target = space.target;
+                    if !target.is_alive() {
+                        return Ok(None);
                     }
-                    return Ok(None);
+                    // Its memory may be another's now: the space, if it has one, is at the end.
+                    let count = self.spaces.len();
+                    self.adopt(&[target], state)?;
+                    if self.spaces.len() == count {
+                        return Ok(None);
+                    }
+                    self.spaces[at..].rotate_right(1);
+                }
+                Err(LookError::Inject(source)) => {
+                    return Err(AttachError::Inject { pid, source }.into());
                 }
                 Err(LookError::Scan(source)) => return Err(CollectError::Scan { pid, source }),
                 Err(LookError::Region(error)) => {
@@ -397,39 +426,11 @@ impl Tracker {
         let source = io::Error::other("it replaces itself faster than it can be looked at");
         Err(CollectError::Scan { pid, source })
     }
-
-    /// A process that was found only when the tree was frozen.
-    fn scan_stranger(&mut self, target: &Target) -> Result<SpaceScan, CollectError> {
-        let pid = target.pid();
-        let failed = |source| CollectError::Scan { pid, source };
-        let regions = region::read(target)?;
-        let spans = lazy_spans(&regions);
-        let populated = match self.kind {
-            TrackerKind::SoftDirty => {
-                let mut source = SoftDirty::attach(target, self.scan_soft_dirty).map_err(failed)?;
-                source.collect(&regions, true).map_err(failed)?.populated
-            }
-            TrackerKind::UffdWp => {
-                let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed)?;
-                survey(&pagemap, &spans, 0).map_err(failed)?.populated
-            }
-        };
-        let key = SpaceKey(self.next_key);
-        self.next_key += 1;
-        Ok(SpaceScan {
-            key,
-            target: target.clone(),
-            is_new: true,
-            regions,
-            dirty: populated.clone(),
-            populated,
-            tracked: false,
-        })
-    }
 }
 
 enum LookError {
     Region(RegionError),
+    Inject(InjectError),
     Scan(io::Error),
 }
 
@@ -438,8 +439,18 @@ enum LookError {
 fn look(space: &mut Space, state: TreeState) -> Result<(Vec<Region>, crate::source::Answer), LookError> {
     let regions = region::read(&space.target).map_err(LookError::Region)?;
     if state == TreeState::Running {
-        space.source.watch(&regions).map_err(LookError::Scan)?;
+        space.source.watch(&regions).map_err(|error| match error {
+            WatchError::Inject(InjectError::Gone(_)) => {
+                LookError::Scan(io::Error::from_raw_os_error(libc::ESRCH))
+            }
+            WatchError::Inject(error) => LookError::Inject(error),
+            WatchError::Io(error) => LookError::Scan(error),
+        })?;
     }
     let answer = space.source.collect(&regions, state == TreeState::Frozen).map_err(LookError::Scan)?;
+    // The memory of before may live on in another process, and look as if nothing had happened.
+    if space.target.layout().map_err(LookError::Scan)? != space.layout {
+        return Err(LookError::Scan(io::Error::from_raw_os_error(libc::ESRCH)));
+    }
     Ok((regions, answer))
 }

@@ -5,6 +5,7 @@ use rustix::fs::{Mode, OFlags, openat};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// A live process.
@@ -239,6 +240,12 @@ impl Target {
         Fate::Headless
     }
 
+    /// Whether there is memory to look at.
+    pub(crate) fn has_memory(&self) -> bool {
+        // Of no memory, no byte can be read.
+        self.open_file("pagemap").and_then(|file| file.read_at(&mut [0; 8], 0)).is_ok_and(|got| got > 0)
+    }
+
     /// A pidfd speaks for all threads: it is readable when the last one has ended.
     fn ends_within(&self, limit: Timespec) -> bool {
         loop {
@@ -259,9 +266,23 @@ impl Target {
         self.pid() == other.pid() && self.start_time() == other.start_time()
     }
 
-    /// Opens a file of its folder in `/proc` for reading. `ESRCH` or `ENOENT` when it has ended.
+    /// Opens a file of its folder in `/proc` for reading; `ESRCH` when it has ended.
     pub(crate) fn open_file(&self, name: &str) -> io::Result<File> {
-        Ok(openat(&self.inner.folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
+        self.open_with(name, OFlags::RDONLY)
+    }
+
+    /// Opens a file of its folder in `/proc` for writing; `ESRCH` when it has ended.
+    pub(crate) fn open_to_write(&self, name: &str) -> io::Result<File> {
+        self.open_with(name, OFlags::WRONLY)
+    }
+
+    fn open_with(&self, name: &str, flags: OFlags) -> io::Result<File> {
+        match openat(&self.inner.folder, name, flags | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(file) => Ok(file.into()),
+            // In the folder of a process (or thread) that has ended, there is nothing any more.
+            Err(rustix::io::Errno::NOENT) => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Reads a file of its folder in `/proc`.
@@ -269,6 +290,21 @@ impl Target {
         let mut bytes = Vec::new();
         self.open_file(name)?.read_to_end(&mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Where the program's code, stack, data and heap begin: another program has others, as has the same one when it is
+    /// started again (addresses are random). Tells that a process has become another program.
+    pub(crate) fn layout(&self) -> io::Result<[u64; 4]> {
+        let text = self.read_file("stat")?;
+        let text = String::from_utf8_lossy(&text);
+        // Fields are counted from 1 in proc(5); the third is the first behind the name.
+        let fields: Vec<&str> =
+            text.rfind(')').map_or(Vec::new(), |at| text[at + 1..].split_whitespace().collect());
+        let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse().ok());
+        match (field(26), field(28), field(45), field(47)) {
+            (Some(code), Some(stack), Some(data), Some(heap)) => Ok([code, stack, data, heap]),
+            _ => Err(io::Error::other(format!("a strange stat: {text:?}"))),
+        }
     }
 
     /// A field of `/proc/PID/status`.

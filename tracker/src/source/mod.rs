@@ -17,12 +17,14 @@
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 
+use crate::inject::InjectError;
 use crate::page_set::{PageSet, Run};
 use crate::region::Region;
-use crate::sys::pagemap::{self, PFNZERO, PRESENT, Query, SWAPPED};
+use crate::sys::pagemap::{self, GUARD, PFNZERO, PRESENT, Query, SWAPPED};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 /// What a source has to say about a space.
 #[derive(Debug, Default)]
@@ -33,10 +35,25 @@ pub(crate) struct Answer {
     pub(crate) dirty: PageSet,
 }
 
-/// A source of dirty pages for one address space.
+/// Why mappings cannot be watched.
+#[derive(Debug)]
+pub(crate) enum WatchError {
+    /// The process could not be prepared.
+    Inject(InjectError),
+    /// The kernel refused; `ESRCH` when the memory is gone.
+    Io(io::Error),
+}
+
+impl From<io::Error> for WatchError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// A source of dirty pages for one address space. All errors are `ESRCH` when that is gone.
 pub(crate) trait DirtySource: std::fmt::Debug + Send {
-    /// Begins to watch mappings that are new. Returns whether all of them can be watched.
-    fn watch(&mut self, regions: &[Region]) -> io::Result<()>;
+    /// Begins to watch mappings that are new. The program may run, and the process may be stopped for it.
+    fn watch(&mut self, regions: &[Region]) -> Result<(), WatchError>;
 
     /// What was written since the last call. `frozen`: nothing runs, and nothing will before this source is
     /// either asked again or dropped; the bits may be left as they are.
@@ -44,6 +61,9 @@ pub(crate) trait DirtySource: std::fmt::Debug + Send {
 
     /// Forgets what was written so far, without looking.
     fn clear(&mut self) -> io::Result<()>;
+
+    /// Whether it watches at all. One that does not calls everything dirty.
+    fn watches(&self) -> bool;
 }
 
 /// Merges the lazy regions that lie next to each other: fewer, longer scans.
@@ -100,7 +120,20 @@ fn still_there<T>(pagemap_file: &File, result: T) -> io::Result<T> {
     }
 }
 
-/// Pages that exist (in memory or in swap, but not the kernel's shared page of zeros), and which of them have the
+/// `PAGE_IS_GUARD` if this kernel knows it, else nothing.
+fn guard_category() -> u64 {
+    static KNOWN: OnceLock<u64> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let query = Query { mask: PRESENT, returned: GUARD, ..Query::default() };
+        let known = File::open("/proc/self/pagemap").and_then(|file| {
+            let here = &raw const query as u64 / 4096 * 4096;
+            pagemap::scan(&file, here, here + 4096, query, |_| {})
+        });
+        if known.is_ok() { GUARD } else { 0 }
+    })
+}
+
+/// Pages that exist (in memory or in swap, but not the kernel's shared page of zeros, nor a guard), and which of them have the
 /// category `mark`: one walk for both.
 ///
 /// Asks for the others and takes the complement: the kernel spends five times as long on a page that it reports as
@@ -110,7 +143,7 @@ pub(crate) fn survey(pagemap_file: &File, spans: &[(u64, u64)], mark: u64) -> io
     let query = Query {
         inverted: PRESENT,
         any_of: PRESENT | PFNZERO | mark,
-        returned: PRESENT | SWAPPED | PFNZERO | mark,
+        returned: PRESENT | SWAPPED | PFNZERO | mark | guard_category(),
         ..Query::default()
     };
     let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
@@ -118,7 +151,7 @@ pub(crate) fn survey(pagemap_file: &File, spans: &[(u64, u64)], mark: u64) -> io
     };
     let (mut others, mut marked) = (PageSet::default(), PageSet::default());
     pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
-        let exists = found.categories & (PRESENT | SWAPPED) != 0 && found.categories & PFNZERO == 0;
+        let exists = found.categories & (PRESENT | SWAPPED) != 0 && found.categories & (PFNZERO | GUARD) == 0;
         let set = match (exists, found.categories & mark != 0) {
             (false, _) => &mut others,
             (true, true) => &mut marked,

@@ -1,19 +1,20 @@
 //! Soft-dirty: bit 55 of pagemap, cleared through `clear_refs`. Reading and clearing are two steps, and a write
 //! between them would be lost: so the tree stands still meanwhile.
 
-use super::{Answer, DirtySource, lazy_spans, still_there, survey};
+use super::{Answer, DirtySource, WatchError, lazy_spans, still_there, survey};
 use crate::page_set::PageSet;
 use crate::region::Region;
 use crate::sys::pagemap::SOFT_DIRTY;
 use crate::target::Target;
 use memmap2::MmapMut;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
 /// The source over one address space.
 #[derive(Debug)]
 pub(crate) struct SoftDirty {
+    target: Target,
     pagemap: File,
     clear_refs: File,
     /// PAGEMAP_SCAN knows soft-dirty here; otherwise the entries are read one by one.
@@ -21,16 +22,19 @@ pub(crate) struct SoftDirty {
     /// The frame of the kernel's page of zeros, as entries show it. `None` where we may not see frames: then it counts
     /// as a page like others.
     zero_frame: Option<u64>,
+    /// Clearing broke off: nobody knows which marks are gone, so everything counts as written.
+    spoiled: bool,
 }
 
 impl SoftDirty {
-    pub(crate) fn attach(target: &Target, scan: bool) -> io::Result<Self> {
-        let pid = target.pid();
+    pub(crate) fn new(target: &Target, scan: bool) -> io::Result<Self> {
         Ok(Self {
-            pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
-            clear_refs: OpenOptions::new().write(true).open(format!("/proc/{pid}/clear_refs"))?,
+            target: target.clone(),
+            pagemap: target.open_file("pagemap")?,
+            clear_refs: target.open_to_write("clear_refs")?,
             scan,
             zero_frame: if scan { None } else { zero_frame()? },
+            spoiled: false,
         })
     }
 
@@ -77,15 +81,21 @@ fn zero_frame() -> io::Result<Option<u64>> {
 }
 
 impl DirtySource for SoftDirty {
-    fn watch(&mut self, _regions: &[Region]) -> io::Result<()> {
+    fn watch(&mut self, _regions: &[Region]) -> Result<(), WatchError> {
         // New mappings carry the bit from their birth.
         Ok(())
     }
 
     fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
+        // The file is of the memory that the process had when it was opened; clearing is of what it has now.
+        still_there(&self.pagemap, ())?;
+        self.pagemap = self.target.open_file("pagemap")?;
         let spans = lazy_spans(regions);
-        let answer =
+        let mut answer =
             if self.scan { survey(&self.pagemap, &spans, SOFT_DIRTY)? } else { self.read_entries(&spans)? };
+        if self.spoiled {
+            answer.dirty = answer.populated.clone();
+        }
         if !frozen {
             self.clear()?;
         }
@@ -93,6 +103,13 @@ impl DirtySource for SoftDirty {
     }
 
     fn clear(&mut self) -> io::Result<()> {
-        self.clear_refs.write_all(b"4")
+        self.spoiled = true;
+        self.clear_refs.write_all(b"4")?;
+        self.spoiled = false;
+        Ok(())
+    }
+
+    fn watches(&self) -> bool {
+        true
     }
 }

@@ -1,9 +1,9 @@
 //! Asynchronous write-protection through userfaultfd (Linux 6.7): a written page loses its protection, and
 //! PAGEMAP_SCAN finds and protects again in one step, page by page, while the program runs.
 
-use super::{Answer, DirtySource, lazy_spans, matching, survey};
-use crate::inject::{self, InjectError};
-use crate::page_set::PageSet;
+use super::{Answer, DirtySource, WatchError, lazy_spans, matching, still_there, survey};
+use crate::inject;
+use crate::page_set::{PageSet, Run};
 use crate::probe::FEATURES;
 use crate::region::Region;
 use crate::sys::pagemap::{PFNZERO, PRESENT, Query, SWAPPED, WP_MATCHING, WPALLOWED, WRITTEN};
@@ -16,8 +16,13 @@ use std::os::fd::OwnedFd;
 /// The source over one address space. Dropping it undoes everything: the descriptor is its only trace.
 #[derive(Debug)]
 pub(crate) struct UffdWp {
+    target: Target,
     pagemap: File,
-    uffd: OwnedFd,
+    /// Made when there is something to watch and the process may be stopped for it.
+    uffd: Option<OwnedFd>,
+    /// Pages that were registered with this descriptor. Protection by somebody else's (a program may track itself) looks
+    /// the same to a scan, but its marks are not ours to rely on: somebody else clears them.
+    ours: PageSet,
     /// Ranges that were registered since the last collect: all of them counts as written. Their pages may carry
     /// the marks of another place (`mremap`), or be others than those that were there before.
     fresh: PageSet,
@@ -26,33 +31,63 @@ pub(crate) struct UffdWp {
 }
 
 impl UffdWp {
-    pub(crate) fn attach(target: &Target) -> Result<Self, InjectError> {
-        let pid = target.pid();
-        let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
-        let uffd = inject::userfaultfd(target)?;
-        uffd::api(&uffd, FEATURES).map_err(failed("enabling asynchronous write-protection"))?;
-        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(failed("opening its pagemap"))?;
-        Ok(Self { pagemap, uffd, fresh: PageSet::default(), spoiled: false })
+    pub(crate) fn new(target: &Target) -> io::Result<Self> {
+        Ok(Self {
+            target: target.clone(),
+            pagemap: target.open_file("pagemap")?,
+            uffd: None,
+            ours: PageSet::default(),
+            fresh: PageSet::default(),
+            spoiled: false,
+        })
     }
 
-    /// Pages of lazy mappings that are not write-protected by this descriptor: mappings that are new, or that
-    /// cannot be registered.
+    /// From here on the pagemap is that of the memory that the process has now. The file was opened for the memory of
+    /// then, which a process that shares it may keep when this one has become another program.
+    fn look_again(&mut self) -> io::Result<()> {
+        still_there(&self.pagemap, ())?;
+        self.pagemap = self.target.open_file("pagemap")?;
+        Ok(())
+    }
+
+    /// Pages of lazy mappings that this descriptor does not protect: mappings that are new, or that cannot be
+    /// registered.
     fn unwatched(&self, spans: &[(u64, u64)]) -> io::Result<PageSet> {
         let query =
             Query { mask: WPALLOWED, inverted: WPALLOWED, returned: WPALLOWED | PRESENT, ..Query::default() };
-        matching(&self.pagemap, spans, query)
+        let all: PageSet =
+            spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect();
+        Ok(matching(&self.pagemap, spans, query)?.union(&all.subtract(&self.ours)))
     }
 }
 
 impl DirtySource for UffdWp {
-    fn watch(&mut self, regions: &[Region]) -> io::Result<()> {
-        for run in self.unwatched(&lazy_spans(regions))?.runs() {
+    fn watch(&mut self, regions: &[Region]) -> Result<(), WatchError> {
+        self.look_again()?;
+        let unwatched = self.unwatched(&lazy_spans(regions))?;
+        let uffd = match self.uffd.take() {
+            Some(uffd) => uffd,
+            None => {
+                let uffd = inject::userfaultfd(&self.target).map_err(WatchError::Inject)?;
+                uffd::api(&uffd, FEATURES)?;
+                uffd
+            }
+        };
+        let uffd = self.uffd.insert(uffd);
+        self.ours = self.ours.subtract(&unwatched);
+        let mut at = 0;
+        for run in unwatched.runs() {
             let (start, end) = (run.start * 4096, run.end() * 4096);
+            at += regions[at..].partition_point(|region| region.end <= start);
             // Mapping by mapping: one that cannot be registered must not take its neighbours with it.
-            for region in regions.iter().filter(|r| r.can_be_lazy() && r.start < end && start < r.end) {
+            let within = regions[at..].iter().take_while(|region| region.start < end);
+            for region in within.filter(|region| region.can_be_lazy()) {
                 let (low, high) = (region.start.max(start), region.end.min(end));
-                match uffd::register(&self.uffd, low, high, uffd::MODE_WP) {
-                    Ok(()) => self.fresh.insert(low / 4096, (high - low) / 4096),
+                match uffd::register(uffd, low, high, uffd::MODE_WP) {
+                    Ok(()) => {
+                        self.ours.insert(low / 4096, (high - low) / 4096);
+                        self.fresh.insert(low / 4096, (high - low) / 4096);
+                    }
                     Err(error) => match error.raw_os_error() {
                         // It cannot be watched (somebody else's userfaultfd, a special mapping), or is gone.
                         Some(libc::EINVAL | libc::EPERM | libc::EBUSY) => {
@@ -60,8 +95,8 @@ impl DirtySource for UffdWp {
                         }
                         // The memory that the descriptor belongs to is gone; the pagemap's may be that of the program
                         // that came after it.
-                        Some(libc::ENOMEM) => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
-                        _ => return Err(error),
+                        Some(libc::ENOMEM) => return Err(io::Error::from_raw_os_error(libc::ESRCH).into()),
+                        _ => return Err(error.into()),
                     },
                 }
             }
@@ -70,6 +105,7 @@ impl DirtySource for UffdWp {
     }
 
     fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
+        self.look_again()?;
         let spans = lazy_spans(regions);
         let before = std::mem::replace(&mut self.spoiled, true);
         let Answer { populated, dirty: written } = match frozen {
@@ -102,5 +138,9 @@ impl DirtySource for UffdWp {
     fn clear(&mut self) -> io::Result<()> {
         // Nothing needs these bits but this source itself.
         Ok(())
+    }
+
+    fn watches(&self) -> bool {
+        self.uffd.is_some()
     }
 }

@@ -15,6 +15,8 @@ pub(crate) const PRESENT: u64 = 1 << 3;
 pub(crate) const SWAPPED: u64 = 1 << 4;
 pub(crate) const PFNZERO: u64 = 1 << 5;
 pub(crate) const SOFT_DIRTY: u64 = 1 << 7;
+/// A guard page (`MADV_GUARD_INSTALL`): known to newer kernels only, which also call it swapped.
+pub(crate) const GUARD: u64 = 1 << 8;
 
 #[repr(C)]
 #[derive(Default)]
