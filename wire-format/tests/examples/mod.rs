@@ -1,0 +1,174 @@
+//! Frames of every kind, for the tests of the protocol.
+
+use pageferry_wire_format::*;
+
+/// A frame without its payload, as it would be taken off a link.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame {
+    /// Pages, and the length of their payload.
+    Pages(PageBatch, usize),
+    /// A piece of an image, and the length of its payload.
+    Image(ImageChunk, usize),
+    Control(ControlMessage),
+    Digests(DigestBatch),
+    Owned(OwnedBatch),
+}
+
+impl Frame {
+    /// The frame's bytes, without its payload.
+    pub fn encode(&self, sequence: u64) -> Result<Vec<u8>, EncodeError> {
+        let mut out = Vec::new();
+        match self {
+            Self::Pages(batch, payload) => batch.encode(*payload, sequence, &mut out),
+            Self::Image(chunk, payload) => chunk.encode(*payload, sequence, &mut out),
+            Self::Control(message) => message.encode(sequence, &mut out),
+            Self::Digests(batch) => batch.encode(sequence, &mut out),
+            Self::Owned(batch) => batch.encode(sequence, &mut out),
+        }?;
+        Ok(out)
+    }
+}
+
+/// Takes the next frame off the front of `bytes`, without its payload. `None`: they end too early.
+pub fn take(decoder: &mut Decoder, bytes: &mut &[u8]) -> Option<Result<Frame, FrameError>> {
+    let (raw, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
+    let announced = match decoder.header(raw) {
+        Ok(announced) => announced,
+        Err(error) => return Some(Err(error)),
+    };
+    let (head, rest) = rest.split_at_checked(announced.head_len())?;
+    *bytes = rest;
+    let mut batch = PageBatch::default();
+    Some(decoder.head(&announced, head, &mut batch).map(|head| match head {
+        Head::Pages { payload_len } => Frame::Pages(batch, payload_len),
+        Head::Image { chunk, payload_len } => Frame::Image(chunk, payload_len),
+        Head::Control(message) => Frame::Control(message),
+        Head::Digests(batch) => Frame::Digests(batch),
+        Head::Owned(batch) => Frame::Owned(batch),
+    }))
+}
+
+/// Reads the one frame that `bytes` are.
+pub fn decode(mut bytes: &[u8]) -> Option<Result<Frame, FrameError>> {
+    let frame = take(&mut Decoder::default(), &mut bytes)?;
+    assert!(frame.is_err() || bytes.is_empty());
+    Some(frame)
+}
+
+/// A batch of pages whose bytes are all `content`.
+pub fn batch(space: u32, coding: Coding, pages: &[(u64, u8)]) -> PageBatch {
+    let mut batch = PageBatch::default();
+    batch.clear(SpaceId(space), 7, coding);
+    for (page, content) in pages {
+        batch.push(PageNo(*page), *content == 0, digest::page(&[*content; PAGE_SIZE]));
+    }
+    batch
+}
+
+fn runs() -> Vec<PageRun> {
+    vec![PageRun { start: PageNo(5), len: 2 }, PageRun { start: PageNo(9), len: 1 }]
+}
+
+/// Frames of every kind and every message, by name.
+pub fn examples() -> Vec<(&'static str, Frame)> {
+    let raw = batch(3, Coding::Raw, &[(0x7f00, 1), (0x7f01, 0), (0x7f05, 2)]);
+    let zstd = batch(0, Coding::Zstd, &[(0x10, 1), (0x11, 2)]);
+    let zeros = batch(1, Coding::Raw, &[(0x10, 0), (0x12, 0)]);
+    let digests = DigestBatch {
+        space: SpaceId(1),
+        runs: runs(),
+        digests: vec![digest::ZERO_PAGE, digest::page(&[1; PAGE_SIZE]), digest::page(&[2; PAGE_SIZE])],
+        more: false,
+    };
+    let mut out = vec![
+        ("pages-raw", Frame::Pages(raw, 2 * PAGE_SIZE)),
+        ("pages-zstd", Frame::Pages(zstd, 100)),
+        ("pages-zero", Frame::Pages(zeros, 0)),
+        ("image", Frame::Image(ImageChunk::new("p0/pagemap-1.img", 1 << 20, b"abc"), 3)),
+        ("image-empty", Frame::Image(ImageChunk::new("fs.img", 0, b""), 0)),
+        ("owned", Frame::Owned(OwnedBatch { space: SpaceId(1), runs: runs(), more: true })),
+        ("digests", Frame::Digests(digests)),
+    ];
+    out.extend(messages().into_iter().map(|(name, message)| (name, Frame::Control(message))));
+    out
+}
+
+fn messages() -> Vec<(&'static str, ControlMessage)> {
+    let mut sum = SpaceDigest::default();
+    sum.insert(PageNo(5), &digest::ZERO_PAGE);
+    vec![
+        (
+            "hello",
+            ControlMessage::Hello(Hello {
+                versions: version::supported(),
+                session: 0x0123_4567_89ab_cdef,
+                engine: "0.1.0".into(),
+                program: "redis-server".into(),
+                verify: true,
+                choices: RestoreChoices {
+                    shell_job: true,
+                    tcp_close: true,
+                    file_locks: false,
+                    ext_unix_sk: false,
+                },
+            }),
+        ),
+        ("welcome", ControlMessage::Welcome(Welcome { version: 1, engine: "0.1.0".into(), memory: 8 << 30 })),
+        (
+            "spaces",
+            ControlMessage::Spaces {
+                round: 2,
+                spaces: vec![SpaceInfo { space: SpaceId(1), vpid: 42, name: "worker".into(), pages: 1000 }],
+            },
+        ),
+        ("space-gone", ControlMessage::SpaceGone { space: SpaceId(1) }),
+        ("discard", ControlMessage::Discard { space: SpaceId(1), runs: runs() }),
+        ("round-end", ControlMessage::RoundEnd { round: 2, pages: 10, bytes: 40960 }),
+        ("round-ack", ControlMessage::RoundAck { round: 2 }),
+        (
+            "space-seal",
+            ControlMessage::SpaceSeal {
+                space: SpaceId(1),
+                vpid: 42,
+                pages: 1,
+                digest: sum,
+                regions: vec![RegionInfo { start: 0x5000, end: 0x6000, comparable: true }],
+            },
+        ),
+        ("seal-end", ControlMessage::SealEnd { spaces: 1 }),
+        ("sealed", ControlMessage::Sealed { pages: 1 }),
+        ("images-end", ControlMessage::ImagesEnd { files: 12, bytes: 123_456 }),
+        ("ready", ControlMessage::Ready { timings: vec![(Part::Restore, 30_000)], verified_pages: 0 }),
+        (
+            "ready-verified",
+            ControlMessage::Ready {
+                timings: [Part::Restore, Part::Prefill, Part::Verify, Part::Resume, Part::Run]
+                    .into_iter()
+                    .zip(1..)
+                    .collect(),
+                verified_pages: 1000,
+            },
+        ),
+        ("commit", ControlMessage::Commit),
+        ("resumed", ControlMessage::Resumed { pid: 42, timings: vec![(Part::Run, 900)] }),
+        (
+            "filled",
+            ControlMessage::Filled {
+                pages: 9,
+                prefilled_pages: 3,
+                faults: 2,
+                max_fault_us: 80,
+                duration_us: 5000,
+            },
+        ),
+        ("abort", ControlMessage::abort(AbortCode::Busy, "another migration is being received")),
+        ("abort-later-code", ControlMessage::abort(AbortCode::Unknown(900), "")),
+        ("query", ControlMessage::Query { session: 0x0123_4567_89ab_cdef }),
+        ("state", ControlMessage::State(HandoverState::Resumed { pid: 42 })),
+        ("state-unknown", ControlMessage::State(HandoverState::Unknown)),
+        ("state-receiving", ControlMessage::State(HandoverState::Receiving)),
+        ("state-ready-to-run", ControlMessage::State(HandoverState::ReadyToRun)),
+        ("state-discarded", ControlMessage::State(HandoverState::Discarded)),
+        ("ping", ControlMessage::Ping { n: 1 }),
+    ]
+}

@@ -1,0 +1,337 @@
+//! What is made of frames that are damaged, that lie, or that come in the wrong order.
+
+mod examples;
+
+use examples::{Frame, batch, decode, examples, take};
+use pageferry_wire_format::*;
+use proptest::prelude::*;
+use xxhash_rust::xxh3::Xxh3Default;
+
+/// Makes the checksum right again, and the length of the head: as a peer with a bug would write the frame.
+fn reseal(frame: &mut [u8]) {
+    let head_len = (frame.len() - HEADER_BYTES) as u32;
+    frame[8..12].copy_from_slice(&head_len.to_le_bytes());
+    let mut check = Xxh3Default::new();
+    check.update(&frame[..24]);
+    check.update(&frame[HEADER_BYTES..]);
+    frame[24..32].copy_from_slice(&check.digest().to_le_bytes());
+}
+
+/// A frame that is understood is exactly the one that its meaning is written as: nothing is overlooked.
+fn understood_or_refused(bytes: &[u8]) -> Result<(), String> {
+    let Some(Ok(frame)) = decode(bytes) else { return Ok(()) };
+    match frame.encode(0) {
+        Ok(again) if again == bytes => Ok(()),
+        Ok(_) => Err(format!("{frame:?} is written in another way")),
+        Err(error) => Err(format!("{frame:?} was understood and cannot be written: {error:?}")),
+    }
+}
+
+#[test]
+fn a_frame_cut_anywhere_is_not_taken() {
+    for (name, frame) in examples() {
+        let bytes = frame.encode(0).unwrap();
+        for len in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..len]), None, "{name} cut at {len}");
+        }
+    }
+}
+
+#[test]
+fn any_flipped_bit_is_an_error() {
+    for (name, frame) in examples() {
+        let bytes = frame.encode(0).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            // A head that is announced as longer is waited for.
+            let longer = (64..96).contains(&bit) && decode(&damaged).is_none();
+            assert!(longer || matches!(decode(&damaged), Some(Err(_))), "{name} with bit {bit} flipped");
+        }
+    }
+}
+
+#[test]
+fn a_head_that_lies_in_one_bit_is_refused_or_means_what_it_says() {
+    for (name, frame) in examples() {
+        let bytes = frame.encode(0).unwrap();
+        for bit in 32..bytes.len() * 8 {
+            let mut lie = bytes.clone();
+            lie[bit / 8] ^= 1 << (bit % 8);
+            reseal(&mut lie);
+            understood_or_refused(&lie).unwrap_or_else(|e| panic!("{name}, bit {bit}: {e}"));
+        }
+    }
+}
+
+#[test]
+fn a_head_of_another_length_is_refused() {
+    for (name, frame) in examples() {
+        let bytes = frame.encode(0).unwrap();
+        for len in HEADER_BYTES..bytes.len() + 20 {
+            let mut lie = bytes.clone();
+            lie.resize(len, 0);
+            reseal(&mut lie);
+            assert!(len == bytes.len() || matches!(decode(&lie), Some(Err(_))), "{name}: {len} bytes");
+        }
+    }
+}
+
+/// Every field of every width, set to its largest and to a large value: lengths of 2^60 among them.
+#[test]
+fn large_numbers_anywhere_are_refused_or_meant() {
+    for (name, frame) in examples() {
+        let bytes = frame.encode(0).unwrap();
+        for width in [1, 2, 4, 8] {
+            for at in 4..bytes.len().saturating_sub(width) {
+                for top in [0xff, 0x10] {
+                    let mut lie = bytes.clone();
+                    lie[at..at + width].fill(0xff);
+                    lie[at + width - 1] = top;
+                    reseal(&mut lie);
+                    understood_or_refused(&lie).unwrap_or_else(|e| panic!("{name}, byte {at}: {e}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn lengths_are_limited_before_anything_is_received_for_them() {
+    let header = |frame: &Frame, at: usize, value: u32| {
+        let bytes = frame.encode(0).unwrap();
+        let mut raw = *bytes.first_chunk::<HEADER_BYTES>().unwrap();
+        raw[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        Header::parse(&raw)
+    };
+    for (name, frame) in examples() {
+        let (head, payload) = match frame {
+            Frame::Pages(..) => (limits::MAX_BATCH_HEAD, limits::MAX_PAYLOAD_BYTES),
+            Frame::Image(..) => (limits::MAX_IMAGE_HEAD, limits::MAX_IMAGE_CHUNK),
+            Frame::Control(_) => (limits::MAX_CONTROL_BYTES, 0),
+            Frame::Digests(_) => (limits::MAX_DIGESTS_HEAD, 0),
+            Frame::Owned(_) => (limits::MAX_OWNED_HEAD, 0),
+        };
+        for (at, most) in [(8, head as u32), (12, payload as u32)] {
+            assert!(header(&frame, at, most).is_ok(), "{name}");
+            for value in [most + 1, u32::MAX] {
+                let refused = header(&frame, at, value);
+                assert!(matches!(refused, Err(DecodeError::Limit { .. })), "{name}: {refused:?}");
+            }
+        }
+    }
+}
+
+/// A list that announces 2^60 entries in a head of some bytes.
+#[test]
+fn announced_counts_are_checked_against_what_is_there() {
+    let discard = ControlMessage::Discard { space: SpaceId(1), runs: vec![] };
+    let mut bytes = Frame::Control(discard).encode(0).unwrap();
+    let count = bytes.len() - 8;
+    for entries in [1, 2, 60_000, 1u64 << 32, 1 << 60, u64::MAX] {
+        bytes[count..].copy_from_slice(&entries.to_le_bytes());
+        reseal(&mut bytes);
+        let Some(Err(error)) = decode(&bytes) else { panic!("{entries} entries were believed") };
+        assert!(matches!(error.source, DecodeError::Control(_)), "{entries}: {error:?}");
+    }
+    let run = |start, len| vec![PageRun { start: PageNo(start), len }];
+    for runs in [run(1, 1 << 60), run(u64::MAX, u64::MAX), run(1 << 52, 1), run((1 << 52) - 1, 2), run(4, 0)]
+    {
+        let owned = Frame::Owned(OwnedBatch { space: SpaceId(1), runs: vec![runs[0]; 1], more: false });
+        assert!(owned.encode(0).is_err(), "{runs:?}");
+        let mut bytes =
+            Frame::Owned(OwnedBatch { space: SpaceId(1), runs: run(4, 1), more: false }).encode(0).unwrap();
+        let at = bytes.len() - 16;
+        bytes[at..at + 8].copy_from_slice(&runs[0].start.0.to_le_bytes());
+        bytes[at + 8..].copy_from_slice(&runs[0].len.to_le_bytes());
+        reseal(&mut bytes);
+        assert!(matches!(decode(&bytes), Some(Err(_))), "{runs:?}");
+    }
+}
+
+#[test]
+fn payloads_that_do_not_fit_their_pages_are_refused() {
+    let raw = batch(1, Coding::Raw, &[(1, 1), (2, 0), (3, 1)]);
+    let zstd = batch(1, Coding::Zstd, &[(1, 1), (2, 0), (3, 1)]);
+    let encode = |batch: &PageBatch, len| batch.encode(len, 0, &mut Vec::new());
+    for len in [0, PAGE_SIZE, 2 * PAGE_SIZE - 1, 2 * PAGE_SIZE + 1, 3 * PAGE_SIZE] {
+        assert!(encode(&raw, len).is_err(), "{len}");
+    }
+    assert!(encode(&raw, 2 * PAGE_SIZE).is_ok());
+    assert!(encode(&zstd, 0).is_err() && encode(&zstd, 2 * PAGE_SIZE + 1).is_err());
+    assert!(encode(&zstd, 1).is_ok() && encode(&zstd, 2 * PAGE_SIZE).is_ok());
+    let zeros = batch(1, Coding::Zstd, &[(1, 0)]);
+    assert!(encode(&zeros, 0).is_err() && encode(&zeros, 9).is_err());
+    assert!(encode(&PageBatch::default(), 0).is_err(), "no pages");
+}
+
+#[test]
+fn pages_out_of_order_are_not_written() {
+    for pages in [&[(5, 1), (4, 1)][..], &[(5, 1), (5, 1)], &[(5, 1), (6, 1), (6, 0)], &[(1 << 52, 1)]] {
+        let batch = batch(1, Coding::Raw, pages);
+        assert!(batch.encode(batch.nonzero() * PAGE_SIZE, 0, &mut Vec::new()).is_err(), "{pages:?}");
+    }
+}
+
+#[test]
+fn image_names_stay_inside_their_folder() {
+    for name in
+        ["", "/etc/passwd", "../x.img", "a/../../x", "a//b", "a/.", "x\n.img", "a/", "..", ".", "a\0b"]
+    {
+        let chunk = ImageChunk::new(name, 0, b"");
+        assert!(chunk.encode(0, 0, &mut Vec::new()).is_err(), "{name:?}");
+    }
+    assert!(ImageChunk::new("x", u64::MAX, b"a").encode(1, 0, &mut Vec::new()).is_err());
+}
+
+#[test]
+fn regions_and_versions_that_make_no_sense_are_refused() {
+    let seal = |regions: &[(u64, u64)]| ControlMessage::SpaceSeal {
+        space: SpaceId(1),
+        vpid: 1,
+        pages: 0,
+        digest: SpaceDigest::default(),
+        regions: regions.iter().map(|&(start, end)| RegionInfo { start, end, comparable: true }).collect(),
+    };
+    assert!(seal(&[(0, 0x1000), (0x1000, 0x3000)]).encode(0, &mut Vec::new()).is_ok());
+    for regions in [
+        &[(0x1000, 0x1000)][..],
+        &[(0x2000, 0x1000)],
+        &[(0x1000, 0x1fff)],
+        &[(1, 0x1000)],
+        &[(0x1000, 0x3000), (0x2000, 0x4000)],
+        &[(0x2000, 0x3000), (0x1000, 0x2000)],
+    ] {
+        assert!(seal(regions).encode(0, &mut Vec::new()).is_err(), "{regions:x?}");
+    }
+    let code = ControlMessage::Abort { code: AbortCode::Unknown(1), detail: String::new() };
+    assert!(code.encode(0, &mut Vec::new()).is_err(), "number 1 has a name");
+    let welcome = |version| ControlMessage::Welcome(Welcome { version, engine: String::new(), memory: 0 });
+    assert!(welcome(version::CURRENT).encode(0, &mut Vec::new()).is_ok());
+    assert!(welcome(version::CURRENT + 1).encode(0, &mut Vec::new()).is_err());
+}
+
+fn payload_len(frame: &Frame) -> usize {
+    match frame {
+        Frame::Pages(_, payload) | Frame::Image(_, payload) => *payload,
+        _ => 0,
+    }
+}
+
+/// Frames with their payloads, as one stream, and where each begins.
+fn stream(frames: &[(u64, &Frame)]) -> (Vec<u8>, Vec<usize>) {
+    let (mut bytes, mut begins) = (Vec::new(), Vec::new());
+    for (sequence, frame) in frames {
+        begins.push(bytes.len());
+        bytes.extend(frame.encode(*sequence).unwrap());
+        bytes.resize(bytes.len() + payload_len(frame), 0x5a);
+    }
+    (bytes, begins)
+}
+
+/// Reads frames until the end or the first error.
+fn read(mut bytes: &[u8]) -> (Vec<Frame>, Option<FrameError>) {
+    let (mut decoder, mut frames) = (Decoder::default(), Vec::new());
+    while let Some(next) = take(&mut decoder, &mut bytes) {
+        match next {
+            Ok(frame) => {
+                bytes = &bytes[payload_len(&frame).min(bytes.len())..];
+                frames.push(frame);
+            }
+            Err(error) => return (frames, Some(error)),
+        }
+    }
+    (frames, None)
+}
+
+#[test]
+fn frames_that_are_lost_repeated_or_swapped_are_named() {
+    let frames: Vec<Frame> = examples().into_iter().map(|(_, frame)| frame).collect();
+    let numbered: Vec<(u64, &Frame)> = (0..).zip(&frames).collect();
+    let (bytes, begins) = stream(&numbered);
+    assert_eq!(read(&bytes), (frames.clone(), None));
+
+    for index in 0..frames.len() - 1 {
+        let (mut lost, mut repeated, mut swapped) = (numbered.clone(), numbered.clone(), numbered.clone());
+        lost.remove(index);
+        repeated.insert(index, numbered[index]);
+        swapped.swap(index, index + 1);
+        for (wrong, at, got) in
+            [(lost, index, index + 1), (repeated, index + 1, index), (swapped, index, index + 1)]
+        {
+            let (understood, error) = read(&stream(&wrong).0);
+            assert_eq!(understood.len(), at);
+            let error = error.expect("the order is wrong");
+            assert_eq!(error.source, DecodeError::Sequence { got: got as u64, wanted: at as u64 });
+            assert_eq!((error.sequence, error.offset), (at as u64, begins[at] as u64));
+        }
+    }
+}
+
+#[test]
+fn errors_name_the_frame_and_the_place() {
+    let ping = Frame::Control(ControlMessage::Ping { n: 1 });
+    let pages = Frame::Pages(batch(1, Coding::Raw, &[(1, 1)]), PAGE_SIZE);
+    let (mut bytes, begins) = stream(&[(0, &pages), (1, &ping)]);
+    bytes[begins[1] + HEADER_BYTES] ^= 1;
+    let error = read(&bytes).1.unwrap();
+    assert_eq!(error.to_string(), "frame 1 (control), at byte 4177 of what was received, is not valid");
+    assert_eq!(error.source.to_string(), "the checksum of frame 1 does not match: it was damaged on the way");
+    bytes[begins[1]] = b'X';
+    let error = read(&bytes).1.unwrap();
+    assert_eq!(error.to_string(), "frame 1, at byte 4177 of what was received, is not valid");
+    assert_eq!(error.source, DecodeError::Magic(u32::from_le_bytes(*b"XGFY")));
+}
+
+#[test]
+fn another_version_is_told_apart_from_garbage() {
+    for spoken in [0, version::CURRENT + 1, 900] {
+        let mut bytes = Frame::Control(ControlMessage::Commit).encode(0).unwrap();
+        bytes[4..6].copy_from_slice(&spoken.to_le_bytes());
+        reseal(&mut bytes);
+        let Some(Err(error)) = decode(&bytes) else { panic!("version {spoken} was understood") };
+        assert_eq!(error.source, DecodeError::Version(spoken));
+    }
+}
+
+proptest! {
+    #[test]
+    fn noise_is_never_a_frame(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        prop_assert!(!matches!(decode(&bytes), Some(Ok(_))));
+    }
+
+    /// Noise behind a header that is right: as a head that nobody meant to be one.
+    #[test]
+    fn noise_with_a_right_checksum_is_refused_or_meant(
+        kind in 1u16..6,
+        payload in prop_oneof![Just(0u32), Just(1), Just(4096), any::<u32>()],
+        head in proptest::collection::vec(prop_oneof![3 => Just(0u8), 1 => 0u8..3, 1 => any::<u8>()], 0..300),
+    ) {
+        let mut bytes = Frame::Control(ControlMessage::Commit).encode(0).unwrap();
+        bytes.truncate(HEADER_BYTES);
+        bytes[6..8].copy_from_slice(&kind.to_le_bytes());
+        bytes[12..16].copy_from_slice(&payload.to_le_bytes());
+        bytes.extend(head);
+        reseal(&mut bytes);
+        if let Err(error) = understood_or_refused(&bytes) {
+            return Err(TestCaseError::fail(error));
+        }
+    }
+
+    #[test]
+    fn a_frame_with_many_wrong_bytes_is_refused_or_meant(
+        which in any::<prop::sample::Index>(),
+        wrong in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let all = examples();
+        let mut bytes = which.get(&all).1.encode(0).unwrap();
+        for (at, byte) in wrong {
+            let at = 4 + at.index(bytes.len() - 4);
+            bytes[at] = byte;
+        }
+        reseal(&mut bytes);
+        if let Err(error) = understood_or_refused(&bytes) {
+            return Err(TestCaseError::fail(error));
+        }
+    }
+}
