@@ -1,8 +1,6 @@
 //! What is made of frames that are damaged, that lie, or that come in the wrong order.
 
-mod examples;
-
-use examples::{Frame, batch, decode, examples, take};
+use crate::examples::{Frame, batch, decode, examples, take};
 use pageferry_wire_format::*;
 use proptest::prelude::*;
 use xxhash_rust::xxh3::Xxh3Default;

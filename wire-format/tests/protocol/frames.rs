@@ -1,9 +1,7 @@
 //! Every frame: its golden bytes, and its way there and back.
 #![expect(clippy::disallowed_methods, reason = "the golden bytes are files")]
 
-mod examples;
-
-use examples::{Frame, batch, decode, examples};
+use crate::examples::{Frame, batch, decode, examples};
 use pageferry_wire_format::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
