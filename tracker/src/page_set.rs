@@ -69,6 +69,13 @@ impl PageSet {
         self.runs.get(at).is_some_and(|run| run.start <= page)
     }
 
+    /// Whether every page of the run is in the set.
+    pub fn contains_run(&self, wanted: Run) -> bool {
+        let at = self.runs.partition_point(|run| run.end() <= wanted.start);
+        wanted.len == 0
+            || self.runs.get(at).is_some_and(|run| run.start <= wanted.start && wanted.end() <= run.end())
+    }
+
     /// Every page, in order.
     pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
         self.runs.iter().flat_map(|run| run.start..run.end())
@@ -167,7 +174,7 @@ mod tests {
     }
 
     fn is_canonical(set: &PageSet) -> bool {
-        set.runs.iter().all(|run| run.len > 0) && set.runs.windows(2).all(|w| w[0].end() <= w[1].start)
+        set.runs.iter().all(|run| run.len > 0) && set.runs.windows(2).all(|w| w[0].end() < w[1].start)
     }
 
     proptest! {
@@ -188,6 +195,10 @@ mod tests {
                 prop_assert_eq!(set.iter().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
                 for page in 0..230 {
                     prop_assert_eq!(set.contains(page), model.contains(&page));
+                    for len in [0, 1, 2, 7] {
+                        let all = (page..page + len).all(|page| model.contains(&page));
+                        prop_assert_eq!(set.contains_run(Run { start: page, len }), all);
+                    }
                 }
             }
         }

@@ -55,10 +55,43 @@ impl UffdWp {
     fn unwatched(&self, spans: &[(u64, u64)]) -> io::Result<PageSet> {
         let query =
             Query { mask: WPALLOWED, inverted: WPALLOWED, returned: WPALLOWED | PRESENT, ..Query::default() };
-        let all: PageSet =
-            spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect();
-        Ok(matching(&self.pagemap, spans, query)?.union(&all.subtract(&self.ours)))
+        Ok(matching(&self.pagemap, spans, query)?.union(&all(spans).subtract(&self.ours)))
     }
+
+    /// The pages that were written, all protected again; and the pages that were asked about. Walks over our own
+    /// mappings only: in one that the program tracks itself, protecting would clear marks that it waits for.
+    fn written(&self, regions: &[Region]) -> io::Result<(PageSet, PageSet)> {
+        // What is not there is not asked for: the kernel would protect that too, and make page tables for it.
+        let query = Query {
+            flags: WP_MATCHING,
+            mask: WRITTEN | PFNZERO,
+            inverted: PFNZERO,
+            any_of: PRESENT | SWAPPED,
+            returned: WRITTEN,
+        };
+        let (mut written, mut scanned) = (PageSet::default(), PageSet::default());
+        let mut walk: Vec<(u64, u64)> = Vec::new();
+        for region in regions.iter().map(Some).chain([None]) {
+            if let Some(region) = region
+                && region.can_be_lazy()
+                && self.ours.contains_run(Run { start: region.start / 4096, len: region.pages() })
+            {
+                scanned.insert(region.start / 4096, region.pages());
+                walk.push((region.start, region.end));
+                continue;
+            }
+            if !walk.is_empty() {
+                let found = matching(&self.pagemap, &walk, query)?;
+                found.runs().iter().for_each(|run| written.insert(run.start, run.len));
+                walk.clear();
+            }
+        }
+        Ok((written, scanned))
+    }
+}
+
+fn all(spans: &[(u64, u64)]) -> PageSet {
+    spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect()
 }
 
 impl DirtySource for UffdWp {
@@ -108,24 +141,19 @@ impl DirtySource for UffdWp {
         self.look_again()?;
         let spans = lazy_spans(regions);
         let before = std::mem::replace(&mut self.spoiled, true);
-        let Answer { populated, dirty: written } = match frozen {
-            true => survey(&self.pagemap, &spans, WRITTEN)?,
+        let (answer, scanned) = match frozen {
+            true => (survey(&self.pagemap, &spans, WRITTEN)?, None),
             false => {
-                // A look of its own: one that protects must not be asked for what is not there, because the kernel
-                // would protect that too, and make page tables for it.
-                let query = Query {
-                    flags: WP_MATCHING,
-                    mask: WRITTEN | PFNZERO,
-                    inverted: PFNZERO,
-                    any_of: PRESENT | SWAPPED,
-                    returned: WRITTEN,
-                };
-                let dirty = matching(&self.pagemap, &spans, query)?;
-                Answer { dirty, ..survey(&self.pagemap, &spans, 0)? }
+                let (dirty, scanned) = self.written(regions)?;
+                (Answer { dirty, ..survey(&self.pagemap, &spans, 0)? }, Some(scanned))
             }
         };
+        let Answer { populated, dirty: written } = answer;
         // After the scan: a mapping that was born in between is in one of the two.
-        let unwatched = self.unwatched(&spans)?;
+        let mut unwatched = self.unwatched(&spans)?;
+        if let Some(scanned) = scanned {
+            unwatched = unwatched.union(&all(&spans).subtract(&scanned));
+        }
         self.spoiled = false;
         let fresh = std::mem::take(&mut self.fresh);
         let dirty = match before {

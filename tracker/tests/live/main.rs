@@ -2,6 +2,7 @@
 
 mod content;
 mod lifecycle;
+mod neighbours;
 mod program;
 mod refusals;
 mod subject;
@@ -46,7 +47,8 @@ fn main() -> ExitCode {
             (_, false) => Some(format!("{needs}: {}", feature.reason)),
             _ => None,
         };
-        let rooms = [content::CASES, lifecycle::CASES, transparency::CASES, refusals::CASES];
+        let rooms =
+            [content::CASES, lifecycle::CASES, transparency::CASES, refusals::CASES, neighbours::CASES];
         for (name, case) in rooms.concat() {
             let obstacle = obstacle.clone();
             trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {

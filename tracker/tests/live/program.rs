@@ -2,6 +2,7 @@
 
 use crate::sys::memory::{self, NO_ACCESS, READ_WRITE};
 use crate::sys::process::{self, PLAIN, QUEUED, QUEUED_SUM, Side};
+use crate::sys::sharing::{self, Guest};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::ptrace;
 use nix::unistd::Pid;
@@ -216,6 +217,29 @@ impl Program {
             }
             "forbid-userfaultfd" => process::forbid_userfaultfd()?,
             "call-userfaultfd" => process::call_userfaultfd(),
+            // `vfork MILLISECONDS`: waits for a child on this memory.
+            "vfork" => {
+                let child = sharing::invite(Guest::Borrows(number(1)?))?;
+                nix::sys::wait::waitpid(Pid::from_raw(child), None)?;
+            }
+            // `share ADDRESS`: a child on this memory writes there, without end.
+            "share" => return Ok(format!("{}", sharing::invite(Guest::Writes(number(1)?))?)),
+            // The only child, whoever made it: it is there also after an exec.
+            "kill-guest" => {
+                let children = std::fs::read_to_string("/proc/thread-self/children")?;
+                let child = Pid::from_raw(children.trim().parse().map_err(io::Error::other)?);
+                nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL)?;
+                nix::sys::wait::waitpid(child, None)?;
+                return Ok("0".to_owned());
+            }
+            "track-yourself" => sharing::track_ourselves(number(1)?, number(2)?)?,
+            "what-you-wrote" => return Ok(format!("{}", sharing::what_we_wrote(number(1)?, number(2)?)?)),
+            // `sequences MILLISECONDS`: how restartable sequences end.
+            "sequences" => {
+                let (start, length) = (Instant::now(), Duration::from_millis(number(1)?));
+                let ends = sharing::run_sequences(|| start.elapsed() < length);
+                return Ok(format!("{} {} {}", ends.finished, ends.restarted, ends.betrayed));
+            }
             "trace" => {
                 ptrace::seize(Pid::from_raw(number(1)? as i32), ptrace::Options::empty())?;
             }
