@@ -1,5 +1,6 @@
 //! Failures, as people read them.
 
+use super::render::printable;
 use pageferry::error::CopyState;
 use pageferry::{FailureKind, MigrationError};
 use std::error::Error;
@@ -28,7 +29,7 @@ pub(super) fn describe(error: &MigrationError) -> String {
     let mut said = String::new();
     let mut cause: Option<&dyn Error> = error.source();
     while let Some(error) = cause {
-        let line = error.to_string();
+        let line = printable(&error.to_string());
         // Transparent errors say the same twice.
         if line != said {
             let _ = writeln!(text, "  because: {}", line.trim_end().replace('\n', "\n           "));
@@ -65,6 +66,14 @@ mod tests {
              at the destination\n  try: start the receiver\n"
         );
         assert_eq!(exit_code(&error, None), 3);
+    }
+
+    #[test]
+    fn what_a_peer_says_does_not_steer_the_terminal() {
+        let error = MigrationError::refused("connecting", "gone\x1b[2J\r\nagain");
+        let text = describe(&error);
+        assert!(!text.contains(['\x1b', '\r']), "{text:?}");
+        assert!(text.contains("again"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What is told while a migration runs: bars on a terminal, plain lines elsewhere, JSON for programs.
 
+use super::render::printable;
 use super::units::{Bytes, Rate, micros};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry::{Event, Observer};
@@ -26,7 +27,7 @@ pub(super) struct Plain;
 impl Observer for Plain {
     fn event(&self, event: &Event) {
         if let Some(line) = sentence(event) {
-            eprintln!("{line}");
+            eprintln!("{}", printable(&line));
         }
     }
 }
@@ -112,7 +113,7 @@ impl Observer for Bars {
                             bar.finish_and_clear();
                         }
                     });
-                    eprintln!("{line}");
+                    eprintln!("{}", printable(&line));
                 }
             }
         }

@@ -28,6 +28,11 @@ pub(super) fn table(header: &[&str], right: &[usize], rows: impl IntoIterator<It
     text
 }
 
+/// A text of the peer without what a terminal would obey: control characters become a mark, but for line ends.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+}
+
 /// Characters of the widest line of a cell.
 fn width(cell: &str) -> usize {
     cell.lines().map(|line| line.chars().count()).max().unwrap_or(0)

@@ -6,7 +6,7 @@ use super::store::StoreError;
 use crate::link::{ChannelError, LinkError};
 use pageferry_criu_glue as criu;
 use pageferry_tracker as tracker;
-use pageferry_wire_format::{AbortCode, SpaceId};
+use pageferry_wire_format::{AbortCode, DecodeError, SpaceId};
 
 /// A failure of a session at the receiving side.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,10 @@ pub(crate) enum ReceiveError {
     },
     #[error("page {page:#x} of process {vpid} differs from the frozen source after the restore")]
     Differs { vpid: i32, page: u64 },
+    #[error(
+        "page {page:#x} of process {vpid} was to be compared with the source, and the source says nothing of it"
+    )]
+    NotCompared { vpid: i32, page: u64 },
     #[error("the regions of process {vpid} differ from the frozen source after the restore: {what}")]
     RegionsDiffer { vpid: i32, what: String },
     #[error("process {vpid} was announced and is not in the restored tree")]
@@ -91,6 +95,11 @@ impl ReceiveError {
         match self {
             ReceiveError::Begin(BeginError::Busy) => AbortCode::Busy,
             ReceiveError::Version { .. } => AbortCode::VersionMismatch,
+            ReceiveError::Channel(ChannelError::Frame(error))
+                if matches!(error.source, DecodeError::Version(_)) =>
+            {
+                AbortCode::VersionMismatch
+            }
             ReceiveError::Store(StoreError::OutOfMemory { .. }) => AbortCode::OutOfMemory,
             ReceiveError::Store(StoreError::DigestMismatch { .. }) | ReceiveError::ImageDigest { .. } => {
                 AbortCode::DigestMismatch
@@ -100,7 +109,9 @@ impl ReceiveError {
             ReceiveError::Restore(_) | ReceiveError::Serve(_) | ReceiveError::NotRestored { .. } => {
                 AbortCode::RestoreFailed
             }
-            ReceiveError::Differs { .. } | ReceiveError::RegionsDiffer { .. } => AbortCode::VerifyFailed,
+            ReceiveError::Differs { .. }
+            | ReceiveError::NotCompared { .. }
+            | ReceiveError::RegionsDiffer { .. } => AbortCode::VerifyFailed,
             ReceiveError::Channel(ChannelError::Frame(_))
             | ReceiveError::Order(_)
             | ReceiveError::Unexpected(_)

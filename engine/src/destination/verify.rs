@@ -6,14 +6,19 @@ use super::receive::Cargo;
 use crate::link::{Channel, Incoming};
 use crate::verify::{blank_rseq, is_comparable};
 use pageferry_criu_glue::{ImageDir, image};
-use pageferry_tracker::{self as tracker, PageReader, Run, Target};
+use pageferry_tracker::{self as tracker, PageReader, PageSet, Run, Target};
 use pageferry_wire_format::{ControlMessage, SpaceId, digest};
 use std::collections::BTreeMap;
+
+/// Pages that are read at a time.
+const STEP: u64 = 256;
 
 struct Restored {
     vpid: i32,
     pid: i32,
     reader: PageReader,
+    /// Pages that were found equal.
+    compared: PageSet,
 }
 
 /// Compares until the source has sent the last digest; says how many pages were compared.
@@ -25,8 +30,7 @@ pub(super) fn compare(
 ) -> Result<u64, ReceiveError> {
     let areas = image::tree::rseq_areas(images)?;
     let mut tree = restored_tree(root, cargo)?;
-    let mut buffer = Vec::new();
-    let mut compared = 0;
+    let mut buffer = vec![0; STEP as usize * 4096];
     loop {
         let batch = match channel.receive()? {
             Incoming::Digests(batch) => batch,
@@ -37,30 +41,49 @@ pub(super) fn compare(
         };
         let restored = tree.get_mut(&batch.space).ok_or(ReceiveError::UnknownSpace(batch.space))?;
         let mut digests = batch.digests.iter();
+        let (vpid, pid) = (restored.vpid, restored.pid);
+        let differs = |page| ReceiveError::Differs { vpid, page };
         for run in &batch.runs {
-            buffer.resize(run.len as usize * 4096, 0);
-            let pid = restored.pid;
-            let missing = restored
-                .reader
-                .read(&[Run { start: run.start.0, len: run.len }], &mut buffer)
-                .map_err(|source| ReceiveError::Read { pid, source })?;
-            let differs = |page| ReceiveError::Differs { vpid: restored.vpid, page };
-            if let Some(page) = missing.first() {
-                return Err(differs(*page));
-            }
-            for (offset, bytes) in buffer.chunks_exact_mut(4096).enumerate() {
-                let page = run.start.0 + offset as u64;
-                blank_rseq(&areas, restored.vpid, page, bytes);
-                if Some(&digest::page(bytes)) != digests.next() {
-                    return Err(differs(page));
+            let mut at = run.start.0;
+            while at < run.end() {
+                let len = (run.end() - at).min(STEP);
+                let bytes = &mut buffer[..len as usize * 4096];
+                let missing = restored
+                    .reader
+                    .read(&[Run { start: at, len }], bytes)
+                    .map_err(|source| ReceiveError::Read { pid, source })?;
+                if let Some(page) = missing.first() {
+                    return Err(differs(*page));
                 }
+                for (page, bytes) in (at..).zip(bytes.chunks_exact_mut(4096)) {
+                    blank_rseq(&areas, vpid, page, bytes);
+                    if Some(&digest::page(bytes)) != digests.next() {
+                        return Err(differs(page));
+                    }
+                }
+                at += len;
             }
-            compared += run.len;
+            restored.compared.insert(run.start.0, run.len);
         }
         if !batch.more {
-            return Ok(compared);
+            break;
         }
     }
+    complete(&tree, cargo)
+}
+
+/// A comparison counts only if nothing that the engine carried was left out of it. Says how many pages it covered.
+fn complete(tree: &BTreeMap<SpaceId, Restored>, cargo: &Cargo) -> Result<u64, ReceiveError> {
+    let mut pages = 0;
+    for (space, restored) in tree {
+        let owned = cargo.spaces.get(space).map_or(&[][..], |incomer| &incomer.owned);
+        let owned: PageSet = owned.iter().map(|run| Run { start: run.start.0, len: run.len }).collect();
+        if let Some(run) = owned.subtract(&restored.compared).runs().first() {
+            return Err(ReceiveError::NotCompared { vpid: restored.vpid, page: run.start });
+        }
+        pages += restored.compared.len();
+    }
+    Ok(pages)
 }
 
 /// Finds every announced process in the restored tree, and checks that its regions are where they were.
@@ -86,7 +109,7 @@ fn restored_tree(root: i32, cargo: &Cargo) -> Result<BTreeMap<SpaceId, Restored>
             return Err(ReceiveError::RegionsDiffer { vpid, what });
         }
         let reader = PageReader::new(target).map_err(|source| ReceiveError::Read { pid, source })?;
-        restored.insert(*space, Restored { vpid, pid, reader });
+        restored.insert(*space, Restored { vpid, pid, reader, compared: PageSet::default() });
     }
     Ok(restored)
 }

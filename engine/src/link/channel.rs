@@ -3,8 +3,8 @@
 use super::{LinkError, TcpLink, shaper::Shaper};
 use crate::fault::{self, Fault};
 use pageferry_wire_format::{
-    AbortCode, ControlMessage, DecodeError, DigestBatch, EncodeError, FrameKind, HEADER_BYTES, Header,
-    ImageChunk, OwnedBatch, PageBatch, SequenceCheck,
+    AbortCode, ControlMessage, Decoder, DigestBatch, EncodeError, FrameError, HEADER_BYTES, Head, ImageChunk,
+    OwnedBatch, PageBatch,
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::time::{Duration, Instant};
@@ -16,8 +16,8 @@ pub(crate) enum ChannelError {
     #[error("the link to the peer failed")]
     Link(#[from] LinkError),
     /// What came is not a valid frame.
-    #[error("the peer sent a frame that is not valid")]
-    Frame(#[from] DecodeError),
+    #[error("what the peer sent cannot be read")]
+    Frame(#[from] FrameError),
     /// What was to be sent is not a valid frame: a bug on this side.
     #[error("a frame could not be written")]
     Encode(#[from] EncodeError),
@@ -59,7 +59,7 @@ pub(crate) enum Incoming {
 pub(crate) struct Channel {
     link: TcpLink,
     next_out: u64,
-    check_in: SequenceCheck,
+    decoder: Decoder,
     head_out: Vec<u8>,
     head_in: Vec<u8>,
     batch: PageBatch,
@@ -72,7 +72,7 @@ impl Channel {
         Self {
             link,
             next_out: 0,
-            check_in: SequenceCheck::default(),
+            decoder: Decoder::default(),
             head_out: Vec::new(),
             head_in: Vec::new(),
             batch: PageBatch::default(),
@@ -187,21 +187,15 @@ impl Channel {
     pub(crate) fn receive(&mut self) -> Result<Incoming, ChannelError> {
         let mut raw = [0; HEADER_BYTES];
         self.link.receive_all(&mut [IoSliceMut::new(&mut raw)])?;
-        let header = Header::parse(&raw)?;
-        self.head_in.resize(header.head_len as usize, 0);
+        let announced = self.decoder.header(&raw)?;
+        self.head_in.resize(announced.head_len(), 0);
         self.link.receive_all(&mut [IoSliceMut::new(&mut self.head_in)])?;
-        header.verify(&raw, &self.head_in)?;
-        self.check_in.check(&header)?;
-        let payload = header.payload_len as usize;
-        Ok(match header.kind {
-            FrameKind::PageBatch => {
-                self.batch.decode_into(&self.head_in, payload)?;
-                Incoming::Pages(payload)
-            }
-            FrameKind::Image => Incoming::Image(ImageChunk::decode(&self.head_in, payload)?, payload),
-            FrameKind::Digests => Incoming::Digests(DigestBatch::decode(&self.head_in)?),
-            FrameKind::Owned => Incoming::Owned(OwnedBatch::decode(&self.head_in)?),
-            FrameKind::Control => Incoming::Control(ControlMessage::decode(&self.head_in)?),
+        Ok(match self.decoder.head(&announced, &self.head_in, &mut self.batch)? {
+            Head::Pages { payload_len } => Incoming::Pages(payload_len),
+            Head::Image { chunk, payload_len } => Incoming::Image(chunk, payload_len),
+            Head::Digests(batch) => Incoming::Digests(batch),
+            Head::Owned(batch) => Incoming::Owned(batch),
+            Head::Control(message) => Incoming::Control(message),
         })
     }
 
