@@ -13,6 +13,7 @@ pub const CASES: &[Case] = &[
     ("an_exec_that_is_found_frozen_is_all_dirty", an_exec_that_is_found_frozen_is_all_dirty),
     ("who_tracks_itself_takes_no_marks_from_us", who_tracks_itself_takes_no_marks_from_us),
     ("a_restartable_sequence_is_restarted", a_restartable_sequence_is_restarted),
+    ("who_has_no_privileges_is_tracked", who_has_no_privileges_is_tracked),
     ("a_tracker_moves_between_threads", a_tracker_moves_between_threads),
 ];
 
@@ -187,6 +188,18 @@ fn a_restartable_sequence_is_restarted(kind: TrackerKind) {
     let ends: Vec<u64> = answer.split(' ').map(|word| word.parse().expect("a number")).collect();
     assert!(ends[0] > 0, "none has finished");
     assert_eq!(ends[2], 0, "{} finished, {} restarted, and of some nobody knew", ends[0], ends[1]);
+}
+
+fn who_has_no_privileges_is_tracked(kind: TrackerKind) {
+    let mut subject = Subject::start_as_nobody();
+    assert_eq!(subject.field("CapEff"), "0000000000000000");
+    let at = subject.number("map 16");
+    subject.tell(&format!("write {at} 1"));
+    let mut tracker = tracked(kind, &subject);
+    subject.tell(&format!("write {at} 2 3"));
+    assert_eq!(dirty(only(&collect(&mut tracker)), at, 16), [2, 3]);
+    tracker.detach().expect("detach");
+    assert!(!subject.is_registered());
 }
 
 fn a_tracker_moves_between_threads(kind: TrackerKind) {

@@ -5,6 +5,7 @@ use pageferry_tracker::{PageSet, SpaceScan, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Ends what hangs; nothing is expected to take a fraction of it.
@@ -26,8 +27,17 @@ impl Subject {
 
     /// Starts the test program with other arguments, which has to say "ready".
     pub fn start_as(arguments: &[&str]) -> Self {
-        let mut child = Command::new("/proc/self/exe")
-            .args(arguments)
+        Self::run(Command::new("/proc/self/exe").args(arguments))
+    }
+
+    /// Starts one that is nobody in particular.
+    pub fn start_as_nobody() -> Self {
+        const NOBODY: u32 = 65534;
+        Self::run(Command::new("/proc/self/exe").arg(ARGUMENT).uid(NOBODY).gid(NOBODY))
+    }
+
+    fn run(command: &mut Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
