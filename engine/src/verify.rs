@@ -11,6 +11,8 @@ const PAGE: u64 = 4096;
 /// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+/// A guard page (Linux 6.15): it has an entry like a page in swap, and no content.
+const GUARD: u64 = 1 << 58;
 
 /// Whether a region's content is the program's: not what the kernel provides, and not a device.
 pub(crate) fn is_comparable(region: &Region) -> bool {
@@ -39,7 +41,7 @@ pub(crate) fn resident(pid: i32, regions: &[Region]) -> io::Result<PageSet> {
             }
             for entry in buffer[..got - got % 8].chunks_exact(8) {
                 let entry = u64::from_le_bytes(entry.try_into().expect("chunks of eight"));
-                let here = entry & (PRESENT | SWAPPED) != 0;
+                let here = entry & (PRESENT | SWAPPED) != 0 && entry & GUARD == 0;
                 match (here, run) {
                     (true, None) => run = Some(page),
                     (false, Some(start)) => {

@@ -60,7 +60,7 @@ impl Migration<'_> {
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
         }
-        let todo = self.take_in(&collected, round)?;
+        let todo = self.take_in(&collected, round, true)?;
         let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
         self.report.downtime_us.collect = laps.lap(self.observer, "collect");
         let tally = self.send_todo(&todo, round, true)?;

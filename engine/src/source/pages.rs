@@ -147,8 +147,16 @@ impl PageSender {
         let pid = place.target.pid();
         let pages: u64 = self.runs.iter().map(|run| run.len).sum();
         let bytes = &mut self.bytes[..pages as usize * PAGE];
-        let vanished =
-            reader.read(&self.runs, bytes).map_err(|source| SendPagesError::Read { pid, pages, source })?;
+        let vanished = match reader.read(&self.runs, bytes) {
+            Ok(vanished) => vanished,
+            // A process of a running tree may end at any time: the next scan does not find it any more. If it was
+            // the root, that scan says so.
+            Err(ReadError::Gone(_)) if !frozen => {
+                tally.gone += pages;
+                return Ok(());
+            }
+            Err(source) => return Err(SendPagesError::Read { pid, pages, source }),
+        };
         if frozen && let Some(page) = vanished.first() {
             return Err(SendPagesError::Vanished { pid, page: *page });
         }

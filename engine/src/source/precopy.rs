@@ -41,7 +41,7 @@ impl Migration<'_> {
             if collected.spaces.is_empty() {
                 return Err(SendError::Exited);
             }
-            let todo = self.take_in(&collected, round)?;
+            let todo = self.take_in(&collected, round, false)?;
             let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
             let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
             self.check_room(resident_pages)?;
@@ -104,31 +104,26 @@ impl Migration<'_> {
 
     /// Brings the spaces in line with what was collected: tells the destination of new ones and of what went
     /// away, and works out which pages have to be sent: dirty ones, and those it was never given.
-    pub(super) fn take_in(&mut self, collected: &Collected, round: u32) -> Result<Vec<Todo>, SendError> {
+    pub(super) fn take_in(
+        &mut self,
+        collected: &Collected,
+        round: u32,
+        frozen: bool,
+    ) -> Result<Vec<Todo>, SendError> {
         for key in &collected.exited {
-            if let Some(place) = self.layout.remove(*key) {
-                self.spaces.remove(&key.0);
+            // Only of those that it heard of: one may have ended before it was announced.
+            if let (Some(place), Some(_)) = (self.layout.remove(*key), self.spaces.remove(&key.0)) {
                 self.control(&ControlMessage::SpaceGone { space: place.id })?;
             }
         }
         let mut fresh = Vec::new();
         let mut todo = Vec::new();
         for scan in &collected.spaces {
-            let pid = scan.target.pid();
-            let (place, _) = self
-                .layout
-                .place(scan.key, &scan.target)
-                .map_err(|source| SendError::Look { pid, source })?;
-            if let Entry::Vacant(vacant) = self.spaces.entry(scan.key.0) {
-                let reader =
-                    PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
-                fresh.push(SpaceInfo {
-                    space: place.id,
-                    vpid: place.vpid,
-                    name: scan.target.name(),
-                    pages: scan.populated.len(),
-                });
-                vacant.insert(Space { place, reader, sent: Default::default() });
+            match self.adopt(scan) {
+                Ok(info) => fresh.extend(info),
+                // It has ended since the scan, which is no failure of a tree that runs.
+                Err(_) if !frozen && !scan.target.is_alive() => continue,
+                Err(error) => return Err(error),
             }
             todo.push(Todo { key: scan.key.0, pages: self.due(scan) });
         }
@@ -136,7 +131,7 @@ impl Migration<'_> {
             self.control(&ControlMessage::Spaces { round, spaces: fresh })?;
         }
         for scan in &collected.spaces {
-            let space = self.space(scan.key.0);
+            let Some(space) = self.spaces.get_mut(&scan.key.0) else { continue };
             let gone = space.sent.retain(&scan.populated);
             let id = space.place.id;
             if !gone.is_empty() {
@@ -146,6 +141,23 @@ impl Migration<'_> {
             }
         }
         Ok(todo)
+    }
+
+    /// Makes a place for what is kept of a space; returns what the destination is to be told if it is new.
+    fn adopt(&mut self, scan: &SpaceScan) -> Result<Option<SpaceInfo>, SendError> {
+        let pid = scan.target.pid();
+        let (place, _) =
+            self.layout.place(scan.key, &scan.target).map_err(|source| SendError::Look { pid, source })?;
+        let Entry::Vacant(vacant) = self.spaces.entry(scan.key.0) else { return Ok(None) };
+        let reader = PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
+        let info = SpaceInfo {
+            space: place.id,
+            vpid: place.vpid,
+            name: scan.target.name(),
+            pages: scan.populated.len(),
+        };
+        vacant.insert(Space { place, reader, sent: Default::default() });
+        Ok(Some(info))
     }
 
     /// A page is due when it is there and was written, or is there and was never given: what the kernel says

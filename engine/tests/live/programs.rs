@@ -23,6 +23,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         }),
         ("compressible memory", |ferry| moves(ferry, &["writer", "--memory", "64MiB", "--compressible"])),
         ("there and back again", there_and_back),
+        ("a tree whose children come and go", children),
         ("redis under writes", redis),
         ("python with a large heap", python),
         ("soft_dirty_vm: the soft-dirty tracker", soft_dirty),
@@ -56,6 +57,35 @@ fn there_and_back(ferry: &Ferry) -> anyhow::Result<()> {
     back.wait()?.moved()?;
     receiver.wait()?;
     ferry.lives_only(Host::Source, &subject)
+}
+
+/// A shell that starts a short-lived child for every line that it counts.
+fn children(ferry: &Ferry) -> anyhow::Result<()> {
+    let out = ferry.scratch.path().join(ferry.name("children"));
+    let path = out.to_str().context("a path of text")?;
+    let script = "i=0; while :; do i=$((i+1)); echo $i >> \"$0\"; sleep 0.004; done";
+    let pid = ferry.program(&["sh", "-c", script, path])?;
+    let count = || std::fs::read_to_string(&out).unwrap_or_default().lines().count();
+    let wait_for = |at_least: usize| -> anyhow::Result<()> {
+        let until = Instant::now() + LIMIT;
+        while count() < at_least {
+            ensure!(Instant::now() < until, "it does not go on: {} lines", count());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    };
+    wait_for(20)?;
+    let receiver = ferry.receiver(None, &["--once"])?;
+    // Slow enough that children end in the middle of rounds.
+    ferry.migrate(pid, None, &["--verify", "--bandwidth", "2MB"])?.moved()?;
+    receiver.wait()?;
+    ensure!(ferry.state(Host::Source, pid)?.is_none(), "it still runs at the source");
+    wait_for(count() + 20)?;
+    let text = std::fs::read_to_string(&out)?;
+    for (index, line) in text.lines().enumerate() {
+        ensure!(line == (index + 1).to_string(), "line {index} is {line:?}: it lost or repeated one");
+    }
+    Ok(())
 }
 
 fn soft_dirty(ferry: &Ferry) -> anyhow::Result<()> {
