@@ -19,6 +19,10 @@ pub(crate) const LOG_FILE: &str = "criu-restore.log";
 
 /// How long killing a half-restored tree may take altogether.
 const KILL: Duration = Duration::from_secs(10);
+/// How long criu gets to notice that the restore is undone, and to clean up.
+const NOTICE: Duration = Duration::from_secs(3);
+/// Between two looks at what is left.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// How to restore.
 #[derive(Clone, Debug)]
@@ -329,51 +333,69 @@ impl Restore {
         let until = Instant::now() + KILL;
         let mut members = Vec::new();
         if before != State::Prepared {
-            self.kill_all(&mut members, until).map_err(of_io("killing the restored tree"))?;
+            self.kill_root(&mut members).map_err(of_io("killing the restored tree"))?;
+            while Instant::now() < until
+                && self.kill_below(&mut members).map_err(of_io("killing the restored tree"))?
+            {
+                std::thread::sleep(LOOK);
+            }
         }
         if before == State::Held(Stage::PostRestore) {
             // criu cleans up what it made for the restore (mount points, remapped files) when it is told.
             let _ = self.service.send(&Request::answer(false), "to undo the restore");
         }
-        let ended = self.service.reap(Duration::from_secs(3)).map_err(of_io("ending criu"))?;
-        if ended.is_none() {
-            tracing::warn!("criu did not undo the restore by itself");
-        }
-        let pids: Vec<i32> =
-            members.iter().filter(|m| !m.ended_by(until).unwrap_or(false)).map(|m| m.pid).collect();
+        self.end_criu(&mut members, matches!(before, State::Held(_))).map_err(of_io("ending criu"))?;
+        let alive = |m: &&Member| !m.ended_by(until).unwrap_or(false);
+        let pids: Vec<i32> = members.iter().filter(alive).map(|m| m.pid).collect();
         if pids.is_empty() { Ok(()) } else { Err(RestoreError::StillAlive { pids }) }
     }
 
-    /// Kills everything below criu, again and again until there is nothing left that lives. criu itself may go on
-    /// making tasks meanwhile: it is stopped before the last look, and killed if it has still made some.
-    fn kill_all(&self, members: &mut Vec<Member>, until: Instant) -> io::Result<()> {
-        let alive = |m: &Member| Ok::<_, io::Error>(!m.ended_by(Instant::now())?);
-        if let Some(root) = &self.root {
-            let mut tree = process::descendants(root.pid)?;
-            tree.extend(Member::open(root.pid)?);
-            // A pid that criu named may be somebody else's by now if the root has ended.
-            if alive(root)? {
-                tree.iter().try_for_each(Member::kill)?;
-                members.append(&mut tree);
+    /// Kills the tree of the root that criu has named. It is below criu, as long as criu is there.
+    fn kill_root(&self, members: &mut Vec<Member>) -> io::Result<()> {
+        let Some(root) = &self.root else { return Ok(()) };
+        let mut tree = process::descendants(root.pid)?;
+        tree.extend(Member::open(root.pid)?);
+        // The pid may be somebody else's by now if the root has ended: looked at after the tree was.
+        if !root.ended_by(Instant::now())? {
+            tree.iter().try_for_each(Member::kill)?;
+            members.append(&mut tree);
+        }
+        Ok(())
+    }
+
+    /// Kills everything that lives below criu now, and says whether there was anything.
+    fn kill_below(&self, members: &mut Vec<Member>) -> io::Result<bool> {
+        let mut living = false;
+        for member in process::descendants(self.service.pid())? {
+            if !member.ended_by(Instant::now())? {
+                living = true;
+                member.kill()?;
+                members.push(member);
             }
         }
-        let criu = Member::open(self.service.pid())?;
+        Ok(living)
+    }
+
+    /// Has criu end. Unless it holds still, it may go on making tasks until it notices that we left: those are killed
+    /// as they come. One that does not end is stopped, so that nothing more can come, and then killed.
+    fn end_criu(&mut self, members: &mut Vec<Member>, holds: bool) -> io::Result<()> {
+        self.service.close();
+        let until = Instant::now() + NOTICE;
         while Instant::now() < until {
-            let mut found = process::descendants(self.service.pid())?;
-            let mut living = false;
-            for member in &found {
-                if alive(member)? {
-                    living = true;
-                    member.kill()?;
-                }
+            if self.service.ended_by(Instant::now() + LOOK)? {
+                self.service.end()?;
+                return Ok(());
             }
-            members.append(&mut found);
-            if !living {
-                break;
+            if !holds {
+                self.kill_below(members)?;
             }
-            std::thread::sleep(Duration::from_millis(1));
         }
-        drop(criu);
+        tracing::warn!("criu does not undo the restore by itself and is killed");
+        self.service.stop()?;
+        while self.kill_below(members)? {
+            std::thread::sleep(LOOK);
+        }
+        self.service.reap(Duration::ZERO)?;
         Ok(())
     }
 }

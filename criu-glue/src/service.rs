@@ -254,6 +254,24 @@ impl Service {
         CallError::Died { awaited, status, log: self.log_tail() }
     }
 
+    /// Closes the socket: criu undoes what it did when it next looks at it.
+    pub(crate) fn close(&mut self) {
+        self.socket = None;
+    }
+
+    /// Waits for criu's end until `deadline`, and does nothing else about it.
+    pub(crate) fn ended_by(&self, deadline: Instant) -> io::Result<bool> {
+        poll_until(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], deadline)
+    }
+
+    /// Stops criu where it is, for good: the only thing to do after this is to kill it.
+    pub(crate) fn stop(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::STOP) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Closes the socket, if that has not happened, and waits for criu's end; kills it when `grace` is over.
     /// `None` says that it had to be killed.
     pub(crate) fn reap(&mut self, grace: Duration) -> io::Result<Option<ExitStatus>> {

@@ -1,7 +1,15 @@
 //! With a real CRIU: what `by_trying` tries, each as a test; and that a tree outlives whoever held it.
 
+mod memory;
+mod restores;
+mod server;
+#[path = "../../src/sys/uffd.rs"]
+mod uffd;
+
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use pageferry_criu_glue::{Criu, Dump, DumpRequest, HideKind, ImageDir, check};
+use pageferry_criu_glue::{
+    Criu, Dump, DumpRequest, HideKind, ImageDir, Restore, RestoreOptions, Stage, check,
+};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -20,8 +28,14 @@ fn main() -> ExitCode {
             let pid = arguments.next().and_then(|pid| pid.parse().ok()).expect("a pid");
             hold(&step, pid);
         }
+        Some(memory::ARGUMENT) => {
+            let mut number = || arguments.next().and_then(|n| n.parse().ok()).expect("a number");
+            return memory::run(number(), number()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        }
+        Some(restores::HOLDER) => restores::hold(),
         _ => {}
     }
+    restores::adopt();
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
     let mut add = |name: &str, test: fn() -> Result<(), Failed>| {
@@ -38,8 +52,27 @@ fn main() -> ExitCode {
     add("an aborted dump leaves the tree running", aborted);
     add("a committed dump ends the tree", committed);
     add("what CRIU cannot dump is refused with its log", refused);
+    add("the shim hides every second page, and no other", restores::exact);
+    add("runs that cannot be hidden are refused", restores::lies);
+    add("a wait is cancelled, and has an end", restores::cancelled);
+    add("a restored process treats signals as before", signals);
+    add("the lazy dump is refused", restores::not_supported);
+    add("a tree moves, and its memory comes from elsewhere", restores::moves);
+    add("a restore is undone at every stage", restores::undone);
+    add("a restored tree dies with its holder before it runs", restores::holder_dies);
     let arguments = Arguments { test_threads: Some(1), ..arguments };
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// An error with its causes, which libtest-mimic leaves out.
+fn explain(error: impl std::error::Error) -> Failed {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text.into()
 }
 
 fn tried(name: &str) -> Result<(), Failed> {
@@ -105,7 +138,7 @@ impl Drop for Sleeper {
 }
 
 fn begin(images: &ImageDir, pid: i32) -> Result<Dump, Failed> {
-    Ok(Dump::start(&Criu::find(None)?, DumpRequest::new(pid, images, HideKind::Shim))?)
+    Dump::start(&Criu::find(None)?, DumpRequest::new(pid, images, HideKind::Shim)).map_err(explain)
 }
 
 fn aborted() -> Result<(), Failed> {
@@ -140,6 +173,34 @@ fn committed() -> Result<(), Failed> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// CRIU ignores SIGPIPE itself, and what it restores must not have that from it.
+fn signals() -> Result<(), Failed> {
+    let of = |pid: i32| -> Result<Vec<String>, Failed> {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        Ok(status
+            .lines()
+            .filter(|l| l.starts_with("Sig") && !l.starts_with("SigQ"))
+            .map(str::to_owned)
+            .collect())
+    };
+    let mut sleeper = Sleeper::start()?;
+    let pid = sleeper.pid();
+    let before = of(pid)?;
+    let images = ImageDir::new()?;
+    let mut dump = begin(&images, pid)?;
+    dump.freeze(PATIENCE)?;
+    dump.dump(&[], PATIENCE).map_err(explain)?;
+    dump.commit(PATIENCE).map_err(explain)?;
+    sleeper.0.wait()?;
+    let options = RestoreOptions { lazy: false, ..RestoreOptions::default() };
+    let mut restore = Restore::prepare(&Criu::find(None)?, &images, options)?;
+    restore.start()?;
+    restore.wait(Stage::PostResume, PATIENCE).map_err(explain)?;
+    let after = of(pid)?;
+    restore.abort().map_err(explain)?;
+    if before != after { Err(format!("{before:?} became {after:?}").into()) } else { Ok(()) }
 }
 
 /// Holds a dump of `pid` at a step, says so, and waits for its end.
@@ -195,15 +256,7 @@ fn refused() -> Result<(), Failed> {
         dump.freeze(PATIENCE)?;
         match dump.dump(&[], PATIENCE) {
             Ok(()) => Err("a dangling socket was dumped".into()),
-            Err(error) => {
-                let mut text = error.to_string();
-                let mut cause = std::error::Error::source(&error);
-                while let Some(error) = cause {
-                    text = format!("{text}: {error}");
-                    cause = error.source();
-                }
-                Ok(text)
-            }
+            Err(error) => Ok(explain(error).message().unwrap_or_default().to_owned()),
         }
     })();
     let alive = child.try_wait()?.is_none();
