@@ -1,8 +1,12 @@
 //! One dump, in steps: held before the freeze, frozen, complete, decided.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::areas::Areas;
 use crate::find::Criu;
 use crate::hide::{Hide, HideError, HideKind, Owned, PARENT_FOLDER, Shim};
 use crate::image::{HiddenError, check_hidden};
@@ -122,6 +126,15 @@ pub enum DumpError {
         #[source]
         source: HiddenError,
     },
+    /// criu was given the flags that memory had before the freeze, and they are others now. Nothing is wrong with the
+    /// tree; the next attempt will find the new ones.
+    #[error("the memory of process {pid} changed its flags just before the freeze: {detail}; try again")]
+    AreasChanged {
+        /// The process.
+        pid: i32,
+        /// Which area, and how.
+        detail: String,
+    },
     /// The steps were called out of order.
     #[error("the dump of process {pid} is {state}, so it cannot {wanted}")]
     Order {
@@ -205,6 +218,10 @@ pub struct Dump {
     state: State,
     /// The whole tree, once it is frozen.
     tree: Vec<Member>,
+    /// What smaps said of the processes before the freeze.
+    known: Vec<(i32, Areas)>,
+    /// Compares what criu was given with what is; `None` when that is done, or was not needed.
+    comparison: Option<JoinHandle<Result<(), DumpError>>>,
     decided: bool,
 }
 
@@ -243,6 +260,8 @@ impl Dump {
             pid,
             state: State::Running,
             tree: Vec::new(),
+            known: Vec::new(),
+            comparison: None,
             decided: false,
         };
         let options = dump.options(&request);
@@ -286,6 +305,17 @@ impl Dump {
         }
     }
 
+    /// Reads, while the tree runs, what criu would have to ask the kernel for inside the freeze: the flags of the areas
+    /// of these processes, 10 ms for each GiB in memory. To be called just before [`Dump::freeze`], or not at all: what
+    /// is not known from here, criu asks for itself. After the dump it is compared with what is ([`Dump::confirm`]).
+    pub fn look_ahead(&mut self, pids: &[i32]) {
+        if !matches!(self.hide, Hide::Shim(_)) {
+            return;
+        }
+        // One that ends meanwhile, or cannot be read, is left to criu.
+        self.known = pids.iter().filter_map(|&pid| Some((pid, Areas::read(pid).ok()?))).collect();
+    }
+
     /// Freezes the whole tree and returns while it is frozen, with nothing of criu inside the tasks yet. Now the
     /// last pages can be read.
     pub fn freeze<'w>(&mut self, wait: impl Into<Wait<'w>>) -> Result<(), DumpError> {
@@ -313,20 +343,67 @@ impl Dump {
     /// Has criu write its images, without the pages in `owned`, and returns while the tree is still frozen and
     /// the images are complete. They have been checked with [`check_hidden`] then.
     ///
-    /// A process of the tree that is not in `owned` is dumped whole by criu.
+    /// A process of the tree that is not in `owned` is dumped whole by criu. Before the tree may be ended,
+    /// [`Dump::confirm`] has to be waited for.
     pub fn dump<'w>(&mut self, owned: &[Owned], wait: impl Into<Wait<'w>>) -> Result<(), DumpError> {
         self.expect(State::Frozen, "be dumped")?;
         let (pid, kind) = (self.pid, self.kind);
         self.guarded(|dump| {
+            let areas = dump.known_areas(owned);
+            let of_io = |source| DumpError::Io { pid, what: "writing down the memory areas", source };
+            let texts = areas
+                .iter()
+                .map(|(pid, areas)| Ok((*pid, text_file(&areas.text())?)))
+                .collect::<io::Result<Vec<_>>>()
+                .map_err(of_io)?;
             let images = &dump.images.0;
-            dump.hide.publish(images, owned).map_err(|source| DumpError::Hide { pid, kind, source })?;
+            dump.hide.publish(images, owned, &texts).map_err(|source| DumpError::Hide {
+                pid,
+                kind,
+                source,
+            })?;
             dump.answer("writing the images")?;
             dump.until("post-dump", wait.into(), "to write the images")?;
             let images = &dump.images.0;
             dump.hide.complete(images, owned).map_err(|source| DumpError::Hide { pid, kind, source })?;
             check_hidden(images, owned).map_err(|source| DumpError::Check { pid, source })?;
+            if !areas.is_empty() {
+                let compare = move || compare(&areas);
+                let thread = std::thread::Builder::new().name("areas".to_owned()).spawn(compare);
+                dump.comparison = Some(thread.map_err(|source| DumpError::Io {
+                    pid,
+                    what: "starting the comparison of memory areas",
+                    source,
+                })?);
+            }
             dump.state = State::Complete;
             Ok(())
+        })
+    }
+
+    /// What is known from before of the areas that the processes have now.
+    fn known_areas(&self, owned: &[Owned]) -> Vec<(i32, Areas)> {
+        let of = |pid: i32| {
+            let (_, before) = self.known.iter().find(|(known, _)| *known == pid)?;
+            before.as_of(pid).ok().flatten()
+        };
+        owned.iter().filter_map(|process| Some((process.pid, of(process.pid)?))).collect()
+    }
+
+    /// Waits until what criu was told of memory areas has been compared with what they are. The tree must still be
+    /// frozen; nobody may rely on the images before.
+    ///
+    /// # Errors
+    /// [`DumpError::AreasChanged`]; the dump can only be undone then.
+    pub fn confirm(&mut self) -> Result<(), DumpError> {
+        self.expect(State::Complete, "be confirmed")?;
+        let pid = self.pid;
+        self.guarded(|dump| match dump.comparison.take() {
+            None => Ok(()),
+            Some(thread) => thread.join().unwrap_or_else(|_| {
+                let source = io::Error::other("the thread has panicked");
+                Err(DumpError::Io { pid, what: "comparing memory areas", source })
+            }),
         })
     }
 
@@ -339,6 +416,7 @@ impl Dump {
     /// dead (its parent may still have to reap it). Should criu fail to do it, it is done here.
     pub fn commit<'w>(mut self, wait: impl Into<Wait<'w>>) -> Result<(), DumpError> {
         self.expect(State::Complete, "be committed")?;
+        self.confirm()?;
         self.decided = true;
         let wait = wait.into();
         let until = deadline(wait.timeout);
@@ -375,6 +453,10 @@ impl Dump {
     fn undo(&mut self) -> Result<(), DumpError> {
         if std::mem::replace(&mut self.decided, true) {
             return Ok(());
+        }
+        if let Some(thread) = self.comparison.take() {
+            // Nobody asks for its result any more; it should not outlive us.
+            let _ = thread.join();
         }
         let awaited = "to undo the dump";
         if self.state != State::Broken && self.service.send(&Request::answer(false), awaited).is_ok() {
@@ -449,6 +531,29 @@ impl Dump {
         };
         run().map_err(|source| DumpError::Call { pid, source })
     }
+}
+
+/// A text in memory, as a file that criu can open through us.
+fn text_file(text: &str) -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("pageferry-areas", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = File::from(fd);
+    file.write_all(text.as_bytes())?;
+    Ok(file.into())
+}
+
+fn compare(areas: &[(i32, Areas)]) -> Result<(), DumpError> {
+    for (pid, areas) in areas {
+        let pid = *pid;
+        let difference = areas.differ(pid).map_err(|source| DumpError::Io {
+            pid,
+            what: "reading the memory areas again",
+            source,
+        })?;
+        if let Some(detail) = difference {
+            return Err(DumpError::AreasChanged { pid, detail });
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Dump {

@@ -153,13 +153,16 @@ impl Shim {
         Ok(u64::from_ne_bytes(word) == table::LOADED)
     }
 
-    fn publish(&self, owned: &[Owned]) -> Result<(), HideError> {
+    fn publish(&self, owned: &[Owned], smaps: &[(i32, OwnedFd)]) -> Result<(), HideError> {
         let mut index = vec![owned.len() as u64];
         let mut pairs: Vec<u64> = Vec::new();
         let first = table::HEADER_WORDS + table::PROCESS_WORDS * owned.len();
         for process in owned {
             let ranges = owned_ranges(process)?;
-            index.extend([process.pid as u64, (first + pairs.len()) as u64, ranges.len() as u64]);
+            let smaps = smaps.iter().find(|(pid, _)| *pid == process.pid);
+            let (owner, fd) =
+                smaps.map_or((0, 0), |(_, text)| (u64::from(std::process::id()), text.as_raw_fd() as u64));
+            index.extend([process.pid as u64, (first + pairs.len()) as u64, ranges.len() as u64, owner, fd]);
             pairs.extend(ranges.iter().flat_map(|&(start, end)| [start, end]));
         }
         index.extend(pairs);
@@ -181,15 +184,21 @@ fn owned_ranges(process: &Owned) -> Result<Vec<Range>, HideError> {
 }
 
 impl Hide {
-    /// Tells criu what to leave out. The tree is frozen, and criu waits for our answer.
-    pub(crate) fn publish(&self, images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> {
+    /// Tells criu what to leave out, and what to read in place of the smaps of some of the processes. The tree is
+    /// frozen, and criu waits for our answer.
+    pub(crate) fn publish(
+        &self,
+        images: &ImageDir,
+        owned: &[Owned],
+        smaps: &[(i32, OwnedFd)],
+    ) -> Result<(), HideError> {
         for (i, process) in owned.iter().enumerate() {
             if owned[..i].iter().any(|other| other.pid == process.pid || other.vpid == process.vpid) {
                 return Err(HideError::NamedTwice { pid: process.pid });
             }
         }
         match self {
-            Self::Shim(shim) => shim.publish(owned),
+            Self::Shim(shim) => shim.publish(owned, smaps),
             Self::Parent => write_parent(images, owned),
         }
     }
@@ -359,8 +368,8 @@ mod tests {
             Owned { pid: 7, vpid: 7, runs: vec![(1, 1), (3, 2)], ..Owned::default() },
             Owned { pid: 9, vpid: 9, runs: vec![(5, 1)], ..Owned::default() },
         ];
-        shim.publish(&owned).unwrap();
-        let mut bytes = vec![0; 8 * 16];
+        shim.publish(&owned, &[]).unwrap();
+        let mut bytes = vec![0; 8 * 32];
         let length = shim.table.read_at(&mut bytes, 0).unwrap();
         let words: Vec<u64> =
             bytes[..length].chunks_exact(8).map(|c| u64::from_ne_bytes(c.try_into().unwrap())).collect();

@@ -12,6 +12,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("pageferry-criu-glue knows criu on x86-64 Linux only");
 
+mod areas;
 pub mod check;
 mod dump;
 mod find;

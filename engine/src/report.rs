@@ -126,6 +126,9 @@ pub struct Downtime {
     pub images: u64,
     /// The destination restores, and compares if asked to, until it is ready to run.
     pub restore: u64,
+    /// What was left, after all that, of comparing the flags of memory areas that were read before the freeze with
+    /// what they are inside it. Zero where there was nothing to compare.
+    pub confirm: u64,
     /// Commit: the source is held for good, the destination lets the program run and says so.
     pub commit: u64,
     /// What the destination did inside `restore` and `commit`, on its own clock.
@@ -134,7 +137,7 @@ pub struct Downtime {
 
 impl Downtime {
     /// Name and length of every part, in order.
-    pub fn parts(&self) -> [(&'static str, u64); 8] {
+    pub fn parts(&self) -> [(&'static str, u64); 9] {
         [
             ("freeze", self.freeze),
             ("collect", self.collect),
@@ -143,6 +146,7 @@ impl Downtime {
             ("dump", self.dump),
             ("images", self.images),
             ("restore", self.restore),
+            ("confirm", self.confirm),
             ("commit", self.commit),
         ]
     }

@@ -4,7 +4,7 @@ use super::hosts::{Host, Hosts};
 use super::stats::Runs;
 use super::subject::Subject;
 use super::table::Table;
-use super::{Common, ensure_memory, machine};
+use super::{Common, machine, prepare_memory};
 use crate::workload::state::realtime_us;
 use anyhow::Context;
 use bytesize::ByteSize;
@@ -49,7 +49,7 @@ struct Row {
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let Options { common, sizes, .. } = options;
     common.medians_need_runs()?;
-    ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
+    prepare_memory(sizes.iter().copied().max().context("no --sizes")?)?;
     let ferry = common.ferry()?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
     let extra: Vec<&str> = options.migrate.iter().map(String::as_str).collect();

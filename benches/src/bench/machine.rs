@@ -25,6 +25,20 @@ pub fn available_memory() -> anyhow::Result<u64> {
     Ok(kib(&meminfo, "MemAvailable").context("/proc/meminfo has no MemAvailable")? * 1024)
 }
 
+/// Uses this much memory once, and gives it back.
+///
+/// # Errors
+/// That the kernel refuses it.
+pub fn touch(bytes: u64) -> anyhow::Result<()> {
+    let length = usize::try_from(bytes).context("more memory than there are addresses")?;
+    memmap2::MmapOptions::new()
+        .len(length)
+        .populate()
+        .map_anon()
+        .with_context(|| format!("touching {bytes} bytes of memory"))?;
+    Ok(())
+}
+
 /// The value of `name: value` in a file of such lines.
 pub fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {

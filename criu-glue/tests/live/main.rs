@@ -33,6 +33,9 @@ fn main() -> ExitCode {
             return memory::run(number(), number()).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
         }
         Some(restores::HOLDER) => restores::hold(),
+        Some(restores::CHANGER) => {
+            return restores::change().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+        }
         _ => {}
     }
     restores::adopt();
@@ -53,6 +56,8 @@ fn main() -> ExitCode {
     add("a committed dump ends the tree", committed);
     add("what CRIU cannot dump is refused with its log", refused);
     add("the shim hides every second page, and no other", restores::exact);
+    add("areas that were read ahead are those of the freeze", restores::looks_ahead);
+    add("areas that changed are found before the commit", restores::areas_changed);
     add("runs that cannot be hidden are refused", restores::lies);
     add("a wait is cancelled, and has an end", restores::cancelled);
     add("a restored process treats signals as before", signals);

@@ -1,7 +1,7 @@
 //! Dumps without their memory, and restores that get it from elsewhere: to the end, undone at every stage, and
 //! with the death of whoever held them.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -9,7 +9,8 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use pageferry_criu_glue::image::{pagemap::Pagemap, tree};
 use pageferry_criu_glue::{
-    Criu, DumpError, HideError, HideKind, ImageDir, Owned, PAGE_SIZE, Restore, RestoreOptions, Stage, Wait,
+    Criu, Dump, DumpError, DumpRequest, HideError, HideKind, ImageDir, Owned, PAGE_SIZE, Restore,
+    RestoreOptions, Stage, Wait,
 };
 
 use crate::memory::{Member, Tree, is_gone};
@@ -18,6 +19,8 @@ use crate::{PATIENCE, begin, explain};
 
 /// The argument by which this program holds a restore until it is killed.
 pub const HOLDER: &str = "__hold-restore";
+/// The argument by which this program is one that changes the flags of its memory.
+pub const CHANGER: &str = "__changer";
 const PAGES: u64 = 2048;
 
 /// Makes what is restored our child once criu ends, so that it can be reaped.
@@ -254,6 +257,89 @@ pub fn lies() -> Result<(), Failed> {
     Ok(())
 }
 
+/// What smaps says is read before the freeze: criu's images are the same as if it had read it itself, and a flag that
+/// changed in between is found before anybody relies on them.
+pub fn looks_ahead() -> Result<(), Failed> {
+    let tree = Tree::start(PAGES)?;
+    let pids: Vec<i32> = tree.members.iter().map(|m| m.pid).collect();
+    let owned = || tree.members.iter().map(Member::owned).collect::<Result<Vec<_>, _>>();
+    let mut seen = Vec::new();
+    for ahead in [false, true] {
+        let images = ImageDir::new()?;
+        let mut dump = begin(&images, tree.root())?;
+        if ahead {
+            dump.look_ahead(&pids);
+        }
+        dump.freeze(PATIENCE)?;
+        dump.dump(&owned()?, PATIENCE).map_err(explain)?;
+        dump.confirm().map_err(explain)?;
+        let mut areas = Vec::new();
+        for pid in &pids {
+            let mut bytes = Vec::new();
+            images.open(&format!("mm-{pid}.img"))?.read_to_end(&mut bytes)?;
+            areas.push(bytes);
+        }
+        seen.push(areas);
+        dump.abort().map_err(explain)?;
+    }
+    if seen[0] != seen[1] {
+        return Err("criu wrote down other areas from what was read before".into());
+    }
+    tree.lives()
+}
+
+/// A program that changes a flag of its memory between the look ahead and the freeze.
+pub fn areas_changed() -> Result<(), Failed> {
+    let mut child = Command::new("/proc/self/exe")
+        .arg(CHANGER)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let result = (|| -> Result<(), Failed> {
+        let mut told = BufReader::new(child.stdout.take().ok_or("no output")?).lines();
+        let mut orders = child.stdin.take().ok_or("no input")?;
+        told.next().ok_or("it did not start")??;
+        let pid = child.id() as i32;
+        let images = ImageDir::new()?;
+        let mut dump = begin(&images, pid)?;
+        dump.look_ahead(&[pid]);
+        writeln!(orders, "change")?;
+        told.next().ok_or("it did not change")??;
+        dump.freeze(PATIENCE).map_err(explain)?;
+        // Only what is owned is told of before.
+        let owned = Owned { pid, vpid: pid, ..Owned::default() };
+        dump.dump(&[owned], PATIENCE).map_err(explain)?;
+        match dump.confirm() {
+            Err(DumpError::AreasChanged { pid: of, detail }) if of == pid && detail.contains("dc") => {}
+            other => return Err(format!("{other:?} instead of changed areas").into()),
+        }
+        if !matches!(dump.commit(PATIENCE), Err(DumpError::Order { .. })) {
+            return Err("it could be committed".into());
+        }
+        writeln!(orders, "again")?;
+        told.next().ok_or("it does not run on")??;
+        Ok(())
+    })();
+    // It may have ended with the pipe already.
+    let _ = child.kill();
+    child.wait()?;
+    result
+}
+
+/// The `main` of the program that changes its flags at every line that it reads.
+pub fn change() -> std::io::Result<()> {
+    let region = memmap2::MmapMut::map_anon(64 * PAGE_SIZE as usize)?;
+    println!("ready");
+    let mut line = String::new();
+    while std::io::stdin().read_line(&mut line)? > 0 {
+        region.advise(memmap2::Advice::DontFork)?;
+        println!("changed");
+        line.clear();
+    }
+    Ok(())
+}
+
 /// A wait ends when its descriptor becomes readable, or its time is up; what it waited for is undone.
 pub fn cancelled() -> Result<(), Failed> {
     let tree = Tree::start(PAGES)?;
@@ -280,8 +366,8 @@ pub fn cancelled() -> Result<(), Failed> {
 /// The lazy dump is refused instead of tried.
 pub fn not_supported() -> Result<(), Failed> {
     let images = ImageDir::new()?;
-    let request = pageferry_criu_glue::DumpRequest::new(1, &images, HideKind::LazyDump);
-    match pageferry_criu_glue::Dump::start(&Criu::find(None)?, request) {
+    let request = DumpRequest::new(1, &images, HideKind::LazyDump);
+    match Dump::start(&Criu::find(None)?, request) {
         Err(DumpError::NotSupported(HideKind::LazyDump)) => Ok(()),
         other => Err(format!("{other:?}").into()),
     }

@@ -123,6 +123,7 @@ mod tests {
             dump: 14_068,
             images: 361,
             restore: 13_646,
+            confirm: 12,
             commit: 607,
             ..Downtime::default()
         };
@@ -183,6 +184,6 @@ mod tests {
     fn the_parts_of_the_downtime_sum_to_it() {
         let downtime = example().downtime_us;
         assert_eq!(downtime.total, downtime.parts().iter().map(|(_, us)| us).sum::<u64>());
-        assert_eq!(downtime.total, 30_760);
+        assert_eq!(downtime.total, 30_772);
     }
 }

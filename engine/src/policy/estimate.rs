@@ -10,7 +10,8 @@ pub struct FreezeCost {
     pub base: Duration,
     /// Every further process of the tree.
     pub per_process: Duration,
-    /// CRIU reads smaps, which walks every resident page: time for a million pages (4 GiB).
+    /// Every resident page is looked at in the last collect, and by the comparison of memory areas as far as it takes
+    /// longer than the restore: time for a million pages (4 GiB).
     pub per_million_pages: Duration,
 }
 

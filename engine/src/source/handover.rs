@@ -46,6 +46,8 @@ impl Migration<'_> {
 
         self.phase = Phase::Freezing;
         crate::fault::point("freeze");
+        let pids: Vec<i32> = tracker::tree::discover(&self.root)?.iter().map(tracker::Target::pid).collect();
+        self.dump_mut().look_ahead(&pids);
         let mut laps = Laps { last: Instant::now() };
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         self.dump_mut().freeze(wait)?;
@@ -120,6 +122,8 @@ impl Migration<'_> {
         self.report.downtime_us.restore = laps.lap(self.observer, "restore");
 
         crate::fault::point("ready");
+        self.dump_mut().confirm()?;
+        self.report.downtime_us.confirm = laps.lap(self.observer, "confirm");
         self.hold_tree()?;
         // The last moment at which anybody can change their mind.
         self.check_cancel()?;

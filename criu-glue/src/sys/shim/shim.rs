@@ -3,7 +3,8 @@
 //! criu asks the kernel which pages of a task exist, with `ioctl(PAGEMAP_SCAN)` on `/proc/PID/pagemap`, or by
 //! reading that file where the kernel is older than 6.7. The shim stands in front of both and removes the ranges
 //! named by the table (see `table.rs`) from the answer, so criu neither maps, copies nor writes those pages.
-//! Everything else goes through untouched; only smaps is read in smaller pieces, because that is quicker.
+//! Everything else goes through untouched, but for smaps: criu reads the flags of areas from there, which the engine has
+//! read before the freeze and puts in its place; or else it is read in smaller pieces, because that is quicker.
 //!
 //! It never guesses. If it is asked about another process and has no complete table, or cannot tell which
 //! process it is asked about, the call fails with EIO, and with it the dump; the frozen tree then runs on.
@@ -35,6 +36,7 @@ const SYS_MMAP: c_long = 9;
 const SYS_IOCTL: c_long = 16;
 const SYS_PREAD64: c_long = 17;
 const SYS_GETPID: c_long = 39;
+const SYS_DUP3: c_long = 292;
 const SYS_READLINK: c_long = 89;
 const SYS_OPEN: c_long = 2;
 
@@ -320,16 +322,81 @@ extern "C" fn __pread64_chk(fd: c_int, buffer: *mut c_void, len: usize, offset: 
     read_without(fd, buffer, len, offset)
 }
 
-/// Bytes of smaps that are asked for at a time: about one mapping's. The kernel makes a mapping's lines by walking all
-/// of its pages (10 ns each), into a buffer of one page; a mapping whose lines do not fit behind the others is walked
-/// again for the next read. A small read has it stop after the first mapping that satisfies it, so that the second
-/// one is never begun, and none is walked twice. What is read stays the same.
-const SMAPS_READ: usize = 512;
+/// Bytes of smaps that are asked for at a time. The kernel makes a mapping's lines by walking all of its pages (10 ns
+/// each), into a buffer of one page; a mapping whose lines do not fit behind the others is walked again for the next
+/// read. A small read has it stop after the first mapping that satisfies it, so that none is walked twice. What is
+/// read stays the same.
+const SMAPS_READ: usize = 2048;
+
+/// Which process a descriptor of a smaps is about: `None` if it is no smaps.
+fn smaps_of(fd: c_int) -> Option<Option<u64>> {
+    let mut buffer = [0u8; 256];
+    let link = link_of(fd, &mut buffer)?;
+    let parent = link.strip_suffix(b"/smaps")?;
+    Some(parse_pid(parent.rsplit(|b| *b == b'/').next()?))
+}
+
+/// What the engine has put in the place of the smaps of a process; `None`: the kernel's own is to be read.
+fn substitute(pid: Option<u64>) -> Option<(u64, u64)> {
+    Table::parse(map_table()?)?.smaps(pid?)
+}
+
+/// Writes `/proc/OWNER/fd/NUMBER`, with a NUL.
+fn path_of(owner: u64, number: u64, into: &mut [u8; 64]) {
+    let mut at = 0;
+    let mut put = |bytes: &[u8]| {
+        for byte in bytes {
+            into[at] = *byte;
+            at += 1;
+        }
+    };
+    let digits = |n: u64| {
+        let mut digits = [b'0'; 20];
+        let (mut rest, mut first) = (n, 20);
+        while rest > 0 || first == 20 {
+            first -= 1;
+            digits[first] = b'0' + (rest % 10) as u8;
+            rest /= 10;
+        }
+        (digits, first)
+    };
+    // Six, twenty, four, twenty and one bytes at most.
+    put(b"/proc/");
+    let (text, first) = digits(owner);
+    put(&text[first..]);
+    put(b"/fd/");
+    let (text, first) = digits(number);
+    put(&text[first..]);
+    put(b"\0");
+}
+
+/// Has the descriptor be of the engine's text from here on.
+fn replace(fd: c_int, owner: u64, number: u64) -> bool {
+    let mut path = [0u8; 64];
+    path_of(owner, number, &mut path);
+    // SAFETY: open(2) reads the NUL-terminated path on our stack and nothing else.
+    let text = unsafe { syscall(SYS_OPEN, path.as_ptr(), O_CLOEXEC) };
+    if text < 0 {
+        return false;
+    }
+    // SAFETY: dup3(2) touches no memory. The caller has just named `fd` to read from it, and goes on with it.
+    let result = unsafe { syscall(SYS_DUP3, text, c_long::from(fd), O_CLOEXEC) };
+    // SAFETY: the descriptor is ours and is not used again.
+    unsafe { syscall(SYS_CLOSE, text) };
+    result >= 0
+}
 
 fn read_gently(fd: c_int, buffer: *mut c_void, len: usize) -> isize {
-    let mut link = [0u8; 256];
-    let smaps = len > SMAPS_READ && link_of(fd, &mut link).is_some_and(|link| link.ends_with(b"/smaps"));
-    let len = if smaps { SMAPS_READ } else { len };
+    let mut len = len;
+    if len > SMAPS_READ
+        && let Some(pid) = smaps_of(fd)
+    {
+        match substitute(pid) {
+            Some((owner, number)) if !replace(fd, owner, number) => return fail() as isize,
+            Some(_) => {}
+            None => len = SMAPS_READ,
+        }
+    }
     // SAFETY: the call that the caller made, or one that fills less of its buffer.
     (unsafe { syscall(SYS_READ, c_long::from(fd), buffer, len) }) as isize
 }

@@ -10,7 +10,8 @@
 //! 1  LOADED once the shim runs inside criu (written by the shim, everything else by the engine)
 //! 2  READY once every other word is in place
 //! 3  number of processes P
-//! 4  P times: pid, index of its first range word, number of ranges
+//! 4  P times: pid, index of its first range word, number of ranges, and the pid and descriptor under which the text
+//!    that stands for its smaps can be opened (0, 0: the kernel's own is read)
 //!    the ranges: start, end (bytes; sorted, disjoint, end exclusive)
 //! ```
 
@@ -27,7 +28,7 @@ pub const AT_READY: usize = 2;
 /// Words before the first process.
 pub const HEADER_WORDS: usize = 4;
 /// Words per process.
-pub const PROCESS_WORDS: usize = 3;
+pub const PROCESS_WORDS: usize = 5;
 /// The environment variable that names the table's file.
 pub const ENVIRONMENT: &str = "PAGEFERRY_HIDE_TABLE";
 
@@ -68,12 +69,21 @@ impl<'a> Table<'a> {
         Some(Self { words, processes })
     }
 
+    /// Where the words of `pid` begin.
+    fn process(&self, pid: u64) -> Option<usize> {
+        (0..self.processes).map(|i| HEADER_WORDS + i * PROCESS_WORDS).find(|&at| self.words[at] == pid)
+    }
+
+    /// The process and its descriptor of what stands for the smaps of `pid`, if anything does.
+    pub fn smaps(&self, pid: u64) -> Option<(u64, u64)> {
+        let at = self.process(pid)?;
+        let (owner, fd) = (self.words[at + 3], self.words[at + 4]);
+        (owner != 0).then_some((owner, fd))
+    }
+
     /// The ranges of `pid`: `Ok(None)` if the table does not know that process, `Err` if the table is damaged.
     pub fn ranges(&self, pid: u64) -> Result<Option<Ranges<'a>>, Damaged> {
-        for at in (0..self.processes).map(|i| HEADER_WORDS + i * PROCESS_WORDS) {
-            if self.words[at] != pid {
-                continue;
-            }
+        if let Some(at) = self.process(pid) {
             let first = usize::try_from(self.words[at + 1]).map_err(|_| Damaged)?;
             let count = usize::try_from(self.words[at + 2]).map_err(|_| Damaged)?;
             let end = count.checked_mul(2).and_then(|n| n.checked_add(first)).ok_or(Damaged)?;
@@ -229,13 +239,14 @@ mod tests {
 
     #[test]
     fn an_incomplete_table_is_no_table() {
-        let mut words = [MAGIC, LOADED, 0, 1, 7, 7, 1, 4096, 8192];
+        let mut words = [MAGIC, LOADED, 0, 1, 7, 9, 1, 300, 12, 4096, 8192];
         assert!(Table::parse(&words).is_none());
         words[AT_READY] = READY;
         let table = Table::parse(&words).unwrap();
         assert!(table.ranges(7).unwrap().unwrap().contains(4096));
         assert!(!table.ranges(7).unwrap().unwrap().contains(8192));
         assert!(table.ranges(8).unwrap().is_none());
+        assert_eq!((table.smaps(7), table.smaps(8)), (Some((300, 12)), None));
         words[6] = 2;
         assert_eq!(Table::parse(&words).unwrap().ranges(7).unwrap_err(), Damaged);
         words[3] = u64::MAX;
