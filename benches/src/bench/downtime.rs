@@ -5,7 +5,7 @@ use super::hosts::{Host, Hosts};
 use super::stats::Runs;
 use super::subject::Subject;
 use super::table::Table;
-use super::{Common, child, machine, prepare_memory};
+use super::{Common, child, ensure_memory, machine};
 use crate::workload::pace::Rate;
 use crate::workload::state::realtime_us;
 use anyhow::Context;
@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     common.medians_need_runs()?;
     let rate: Rate = options.write_rate.parse().map_err(anyhow::Error::msg)?;
     let Rate::Bytes(write_rate) = rate else { anyhow::bail!("--write-rate must be a number of bytes") };
-    prepare_memory(sizes.iter().copied().max().context("no --sizes")?)?;
+    ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
     let ferry = common.ferry()?;
     let criu = if options.no_criu { None } else { Some(find_criu(common.criu.as_deref())?) };
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;

@@ -4,7 +4,7 @@ use super::hosts::{Host, Hosts};
 use super::stats::Runs;
 use super::subject::Subject;
 use super::table::Table;
-use super::{Common, machine, prepare_memory};
+use super::{Common, ensure_memory, machine};
 use crate::workload::state::realtime_us;
 use anyhow::Context;
 use bytesize::ByteSize;
@@ -49,7 +49,7 @@ struct Row {
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let Options { common, sizes, .. } = options;
     common.medians_need_runs()?;
-    prepare_memory(sizes.iter().copied().max().context("no --sizes")?)?;
+    ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
     let ferry = common.ferry()?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
     let extra: Vec<&str> = options.migrate.iter().map(String::as_str).collect();
@@ -62,6 +62,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
             let arguments =
                 ["writer", "--memory", &size.as_u64().to_string(), "--rate", "0"].map(str::to_owned);
             let subject = Subject::start(&hosts, scratch.path(), "writer", &arguments)?;
+            // Room for what arrives, as a machine has it that waits for a migration.
+            machine::touch(size.as_u64() / 4 * 5)?;
             let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
             subject.wait_alive_after(realtime_us())?;
             subject.check()?;
@@ -114,7 +116,7 @@ fn render(rows: &[Row], common: &Common) -> String {
         ]);
     }
     format!(
-        "{}\nincompressible memory, one stream; link: {}; median (smallest..largest) of {} runs; goal: at least \
+        "{}\nincompressible memory, one stream, the receiver's memory at hand; link: {}; median (smallest..largest) of {} runs; goal: at least \
          {GOAL_GB_S} GB/s with at most {GOAL_PERCENT} % of the memory\n\n{}",
         machine::describe(),
         common.link.as_deref().unwrap_or("not shaped"),

@@ -118,10 +118,7 @@ pub fn beside_this(name: &str) -> anyhow::Result<PathBuf> {
 
 /// Refuses sizes whose measurement would not fit: the program, what the destination holds, and the restored
 /// program are in memory side by side.
-///
-/// Then the memory is touched once: a virtual machine that has never used it would measure how its host finds
-/// memory (6-9 us a page), and the same measurement a minute later something else.
-fn prepare_memory(largest: ByteSize) -> anyhow::Result<()> {
+fn ensure_memory(largest: ByteSize) -> anyhow::Result<()> {
     let needed = largest.as_u64().saturating_mul(16) / 5;
     let available = machine::available_memory()?;
     anyhow::ensure!(
@@ -130,7 +127,7 @@ fn prepare_memory(largest: ByteSize) -> anyhow::Result<()> {
         ByteSize(needed),
         ByteSize(available)
     );
-    machine::touch(needed)
+    Ok(())
 }
 
 /// The program whose subcommands are the workloads.

@@ -5,7 +5,7 @@ use super::hosts::{Host, Hosts};
 use super::stats::Runs;
 use super::subject::{Subject, throughput};
 use super::table::Table;
-use super::{Common, child, machine, prepare_memory, workload};
+use super::{Common, child, ensure_memory, machine, workload};
 use crate::redis::verify::VerifyReport;
 use crate::workload::state::{Line, read_lines, realtime_us};
 use anyhow::{Context, ensure};
@@ -68,7 +68,8 @@ struct Row {
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let common = &options.common;
     common.medians_need_runs()?;
-    prepare_memory(options.memory)?;
+    ensure_memory(options.memory)?;
+    let _awake = machine::Awake::new()?;
     let ferry = common.ferry()?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
     let extra: Vec<&str> = options.migrate.iter().map(String::as_str).collect();
