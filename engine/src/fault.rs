@@ -2,8 +2,8 @@
 //!
 //! `PAGEFERRY_FAULT="point=action"` in the environment arms one point, with one of the actions
 //! `kill` (the engine dies by SIGKILL), `hang` (it stops answering), `cut` (the link's socket is shut down),
-//! `delay:MS`, and `flip` (one bit of the next frame that is sent). A number after the action (`cut@3`) waits for the third time that the point is
-//! reached.
+//! `delay:MS`, `flip` (one bit of the next frame that is sent) and `truncate` (half of the next frame is sent, and then the link is cut).
+//! A number after the action (`cut@3`) waits for the third time that the point is reached.
 
 /// What an armed point does to its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub(crate) enum Fault {
     Cut,
     /// Damage the next frame.
     Flip,
+    /// End the link in the middle of the next frame.
+    Truncate,
 }
 
 /// Runs what is armed for `point`: dies, hangs or sleeps here, or tells the caller what to do to its link.
@@ -64,6 +66,7 @@ mod armed {
                 "hang" => Action::Hang,
                 "cut" => Action::Tell(Fault::Cut),
                 "flip" => Action::Tell(Fault::Flip),
+                "truncate" => Action::Tell(Fault::Truncate),
                 _ => return None,
             },
         };

@@ -151,6 +151,11 @@ impl Channel {
         match fault::point("frame") {
             Some(Fault::Cut) => self.link.shutdown(),
             Some(Fault::Flip) => *self.head_out.last_mut().expect("a header is never empty") ^= 0x10,
+            Some(Fault::Truncate) => {
+                let half = self.head_out.len() / 2;
+                let _ = self.link.send_all(&mut [IoSlice::new(&self.head_out[..half])]);
+                self.link.shutdown();
+            }
             None => {}
         }
         let before = self.link.sent();

@@ -70,6 +70,8 @@ pub(crate) enum SendError {
         #[source]
         source: std::io::Error,
     },
+    #[error("could not have somebody watch over the held process tree (a shell, /bin/sh)")]
+    Watchman(#[source] std::io::Error),
     #[error("the receiver asked about something else than it was told: {0}")]
     Protocol(String),
     #[error("cancelled")]

@@ -3,6 +3,7 @@
 use super::failure::SendError;
 use super::precopy::wire_regions;
 use super::sent::wire_runs;
+use super::watchman::Watchman;
 use super::{Migration, Phase};
 use crate::fault::Fault;
 use crate::layout::split_at_regions;
@@ -48,6 +49,7 @@ impl Migration<'_> {
         crate::fault::point("freeze");
         let pids: Vec<i32> = tracker::tree::discover(&self.root)?.iter().map(tracker::Target::pid).collect();
         self.dump_mut().look_ahead(&pids);
+        self.watchman = Some(Watchman::start().map_err(SendError::Watchman)?);
         let mut laps = Laps { last: Instant::now() };
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         self.dump_mut().freeze(wait)?;
@@ -125,9 +127,11 @@ impl Migration<'_> {
         self.dump_mut().confirm()?;
         self.report.downtime_us.confirm = laps.lap(self.observer, "confirm");
         self.hold_tree()?;
+        crate::fault::point("held");
         // The last moment at which anybody can change their mind.
         self.check_cancel()?;
         self.channel().link_mut().set_cancel(None);
+        self.watchman().leave().map_err(SendError::Watchman)?;
         self.phase = Phase::Committing;
         if crate::fault::point("commit") == Some(Fault::Cut) {
             self.channel().link().shutdown();
@@ -243,13 +247,19 @@ impl Migration<'_> {
     /// A SIGSTOP waits in every task from here on: whatever ends now, this engine, CRIU or the link, no task of
     /// the source runs another instruction of the program unless it is told to.
     fn hold_tree(&mut self) -> Result<(), SendError> {
-        for target in tracker::tree::discover(&self.root)? {
+        let tree = tracker::tree::discover(&self.root)?;
+        self.watchman().hold(tree.iter().map(tracker::Target::pid)).map_err(SendError::Watchman)?;
+        for target in tree {
             let pid = target.pid();
             rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::STOP)
                 .map_err(|errno| SendError::Hold { pid, source: errno.into() })?;
             self.held.push(target);
         }
         Ok(())
+    }
+
+    fn watchman(&mut self) -> &mut Watchman {
+        self.watchman.as_mut().expect("the watchman was started before the freeze")
     }
 
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.

@@ -8,6 +8,7 @@ mod precopy;
 mod rollback;
 mod sent;
 mod verify;
+mod watchman;
 
 use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};
@@ -24,6 +25,7 @@ use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices}
 use sent::SentPages;
 use std::collections::BTreeMap;
 use std::time::Instant;
+use watchman::Watchman;
 
 /// Runs in one `Discard` message.
 const RUNS_A_MESSAGE: usize = 4096;
@@ -90,6 +92,8 @@ struct Migration<'a> {
     sender: pages::PageSender,
     /// Tasks in which a SIGSTOP waits.
     held: Vec<Target>,
+    /// Lets them go if this engine dies before the commit.
+    watchman: Option<Watchman>,
     // The order of the fields is the order of undoing: the tree is let go before its tracker is taken away.
     dump: Option<Dump>,
     images: ImageDir,
@@ -157,6 +161,7 @@ impl<'a> Migration<'a> {
             spaces: BTreeMap::new(),
             sender,
             held: Vec::new(),
+            watchman: None,
             dump: None,
             images: ImageDir::new()?,
             tracker: None,

@@ -14,6 +14,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("the sending engine is killed in every phase before the commit", source_killed),
         ("the receiving engine is killed in every phase before the commit", destination_killed),
         ("the link is cut in every phase before the commit", cut),
+        ("a frame ends in the middle, in every phase", truncated),
+        ("the link goes down without a word, in every phase", silent),
         ("a damaged frame is noticed in every phase", flipped),
         ("SIGINT and SIGTERM in every phase before the commit", interrupted),
         ("the receiver is interrupted before the commit", receiver_interrupted),
@@ -26,8 +28,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
 }
 
 /// Phases of the source in which nothing was committed.
-const SOURCE: [&str; 9] =
-    ["attach", "precopy", "freeze", "frozen", "seal", "dump", "images", "restore", "ready"];
+const SOURCE: [&str; 10] =
+    ["attach", "precopy", "freeze", "frozen", "seal", "dump", "images", "restore", "ready", "held"];
 /// The same of the destination.
 const DESTINATION: [&str; 6] =
     ["dest-welcome", "dest-pages", "dest-round", "dest-seal", "dest-restore", "dest-ready"];
@@ -86,6 +88,49 @@ fn cut(ferry: &Ferry) -> anyhow::Result<()> {
         })()
         .with_context(|| format!("cut at frame {frame}"))?;
     }
+    receiver.stop()
+}
+
+fn truncated(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
+    for frame in [1, 2, 3, 20, 66, 70, 74] {
+        (|| {
+            let outcome = ferry.migrate(subject.pid, Some(&format!("frame=truncate@{frame}")), &[])?;
+            rolled_back(ferry, &subject, &outcome)
+        })()
+        .with_context(|| format!("frame {frame} ended in the middle"))?;
+    }
+    // It is none the worse for it.
+    ferry.migrate(subject.pid, None, &["--verify"])?.moved()?;
+    receiver.stop()
+}
+
+/// No reset and no end of file ever arrives: both sides have to find out by themselves.
+fn silent(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = subject(ferry)?;
+    let patience = ["--stall-timeout", "1s"];
+    let receiver = ferry.receiver(None, &patience)?;
+    for phase in ["precopy", "frozen", "dump", "images", "restore", "ready"] {
+        (|| {
+            let fault = format!("{phase}=delay:900");
+            let migration = ferry.migrate_start(subject.pid, Some(&fault), &patience)?;
+            std::thread::sleep(Duration::from_millis(550));
+            let interface =
+                ferry.sh(Host::Source, "ip -o link show up type veth | sed 's/^[0-9]*: //; s/[@:].*//'")?;
+            ferry.sh(Host::Source, &format!("ip link set {interface} down"))?;
+            let outcome = migration.wait();
+            ferry.sh(Host::Source, &format!("ip link set {interface} up"))?;
+            let outcome = outcome?;
+            if ["restore", "ready"].contains(&phase) {
+                // The receiver was ready before. The commit went nowhere, and nobody answers: which copy is the one
+                // cannot be known from here.
+                return in_doubt(ferry, &subject, &outcome);
+            }
+            rolled_back(ferry, &subject, &outcome)
+        })()
+        .with_context(|| format!("down at {phase}"))?;
+    }
+    ferry.migrate(subject.pid, None, &["--verify"])?.moved()?;
     receiver.stop()
 }
 
