@@ -93,11 +93,6 @@ pub enum DumpError {
         #[source]
         source: CallError,
     },
-    /// This way of hiding memory is not there.
-    #[error(
-        "memory cannot be hidden from criu by {0}: it would still map every page while the tree is frozen"
-    )]
-    NotSupported(HideKind),
     /// The memory could not be hidden.
     #[error("hiding memory of the tree of process {pid} from criu by {kind}")]
     Hide {
@@ -239,7 +234,6 @@ impl Dump {
         let hide = match kind {
             HideKind::Shim => Hide::Shim(Shim::new().map_err(of_hide)?),
             HideKind::SyntheticParent => Hide::Parent,
-            HideKind::LazyDump => return Err(DumpError::NotSupported(kind)),
         };
         let images = request.images.duplicate().map_err(of_io("duplicating the image directory"))?;
         let environment = match &hide {

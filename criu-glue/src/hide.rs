@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
@@ -26,8 +26,6 @@ pub enum HideKind {
     SyntheticParent,
     /// A shared object preloaded into criu that cuts the memory out of the kernel's answers.
     Shim,
-    /// criu's own lazy dump. Not supported: it still maps every page while the tree is frozen.
-    LazyDump,
 }
 
 impl fmt::Display for HideKind {
@@ -35,7 +33,6 @@ impl fmt::Display for HideKind {
         f.write_str(match self {
             Self::SyntheticParent => "synthetic-parent",
             Self::Shim => "shim",
-            Self::LazyDump => "lazy-dump",
         })
     }
 }
@@ -78,14 +75,6 @@ pub enum HideError {
         "process {pid}: the pages at {:#x}-{:#x} are not in private anonymous memory and cannot be hidden", .range.0, .range.1
     )]
     NotLazy {
-        /// The process.
-        pid: i32,
-        /// The first such range of addresses.
-        range: Range,
-    },
-    /// criu counts pages as unchanged that nobody owns.
-    #[error("process {pid}: criu left out the pages at {:#x}-{:#x}, which nobody owns", .range.0, .range.1)]
-    LeftOut {
         /// The process.
         pid: i32,
         /// The first such range of addresses.
@@ -212,11 +201,15 @@ impl Hide {
     }
 }
 
+/// Bytes that are copied into criu's pages at a time.
+const PIECE: usize = 256 * 1024;
+
 /// What `/proc/PID/maps` says about one area.
 struct MapsLine {
     range: Range,
     private_anonymous: bool,
-    vdso: bool,
+    /// Whether criu dumps pages of it into the process's own images, and would ask its parent for them.
+    private: bool,
 }
 
 fn read_maps(pid: i32) -> Result<Vec<MapsLine>, HideError> {
@@ -245,13 +238,14 @@ fn parse_maps_line(line: &str) -> Option<MapsLine> {
     Some(MapsLine {
         range,
         private_anonymous: anonymous && permissions.ends_with('p'),
-        vdso: name == "[vdso]",
+        // What is left out is not memory of the process.
+        private: permissions.ends_with('p') && !name.starts_with("[vvar") && name != "[vsyscall]",
     })
 }
 
-/// Writes a parent whose pagemaps cover exactly what is owned, and the vdso, and calls all that clean: then criu
-/// leaves it out. criu skips a page if it is not soft-dirty and the parent's pagemap covers it; the parent's pages
-/// are not looked at. The vdso is dumped whole by other rules, and must be covered too.
+/// Writes a parent whose pagemaps cover all private memory, and calls all that clean: then criu leaves it out. criu
+/// skips a page if it is not soft-dirty and the parent's pagemap covers it, refuses one that is clean and not covered,
+/// and does not look at the parent's pages. What it left out and nobody owns is put in by [`dissolve_parent`].
 fn write_parent(images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> {
     let write = |name: String, bytes: &[u8]| {
         images.create(&name).and_then(|mut f| f.write_all(bytes)).map_err(failed(format!("image {name}")))
@@ -264,11 +258,7 @@ fn write_parent(images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> {
         if let Some(range) = ranges::first_outside(&ranges, &lazy) {
             return Err(HideError::NotLazy { pid, range });
         }
-        let mut borders: Vec<u64> = maps.iter().flat_map(|m| [m.range.0, m.range.1]).collect();
-        borders.dedup();
-        let mut pieces = ranges::cut_at(&ranges, &borders);
-        pieces.extend(maps.iter().filter(|m| m.vdso).map(|m| m.range));
-        pieces.sort_unstable();
+        let pieces: Vec<Range> = maps.iter().filter(|m| m.private).map(|m| m.range).collect();
         let entries = pieces
             .iter()
             .map(|&(start, end)| Entry {
@@ -288,14 +278,16 @@ fn write_parent(images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> {
     write(format!("{PARENT_FOLDER}/inventory.img"), &inventory::parent())
 }
 
-/// Takes the parent away again: owned pages are dropped from criu's pagemaps, and the bytes of the vdso, which
-/// criu left to the parent as well, are put into criu's pages.
+/// Takes the parent away again: owned pages are dropped from criu's pagemaps, and the bytes of what criu left to the
+/// parent and nobody owns (changed pages of private files, the vdso, the pages under stack pointers) are put into
+/// criu's pages. The tree is frozen, so they are those that criu would have written. The other way round, owned pages
+/// that criu has dumped are taken out: it dumps areas that cannot be read whole, whatever their parent has, and its
+/// own code in the tasks has the kernel write to the page with the restartable sequence.
 fn dissolve_parent(images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> {
     for process in owned {
         let pid = process.pid;
         let pagemap = Pagemap::read(images, process.vpid)?;
         let owned = owned_ranges(process)?;
-        let vdso: Vec<Range> = read_maps(pid)?.iter().filter(|m| m.vdso).map(|m| m.range).collect();
         let pages_name = pagemap::pages_name(pagemap.pages_id);
         let new_name = format!("{pages_name}.new");
         let of_pages = || failed(format!("image {pages_name}"));
@@ -303,23 +295,34 @@ fn dissolve_parent(images: &ImageDir, owned: &[Owned]) -> Result<(), HideError> 
         let mut old = images.open(&pages_name).map_err(of_pages())?;
         let mut new = images.create(&new_name).map_err(of_pages())?;
         let mut entries = Vec::new();
+        let mut piece = vec![0; PIECE];
         for entry in &pagemap.entries {
-            let length = entry.pages * PAGE_SIZE;
             if entry.is_present() {
-                let copied = io::copy(&mut io::Read::take(&mut old, length), &mut new).map_err(of_pages())?;
-                if copied != length {
-                    return Err(of_pages()(io::ErrorKind::UnexpectedEof.into()));
+                let mut at = entry.address;
+                let kept = ranges::subtract(&[(entry.address, entry.end())], &owned);
+                for (start, end) in kept.into_iter().chain([(entry.end(), entry.end())]) {
+                    old.seek(SeekFrom::Current((start - at) as i64)).map_err(of_pages())?;
+                    let copied =
+                        io::copy(&mut Read::take(&mut old, end - start), &mut new).map_err(of_pages())?;
+                    if copied != end - start {
+                        return Err(of_pages()(io::ErrorKind::UnexpectedEof.into()));
+                    }
+                    if start < end {
+                        let pages = (end - start) / PAGE_SIZE;
+                        entries.push(Entry { address: start, pages, ..*entry });
+                    }
+                    at = end;
                 }
-                entries.push(*entry);
                 continue;
             }
             for (start, end) in ranges::subtract(&[(entry.address, entry.end())], &owned) {
-                if ranges::first_outside(&[(start, end)], &vdso).is_some() {
-                    return Err(HideError::LeftOut { pid, range: (start, end) });
+                let mut at = start;
+                while at < end {
+                    let piece = &mut piece[..((end - at) as usize).min(PIECE)];
+                    memory.read_exact_at(piece, at).map_err(failed(format!("/proc/{pid}/mem")))?;
+                    new.write_all(piece).map_err(of_pages())?;
+                    at += piece.len() as u64;
                 }
-                let mut bytes = vec![0; (end - start) as usize];
-                memory.read_exact_at(&mut bytes, start).map_err(failed(format!("/proc/{pid}/mem")))?;
-                new.write_all(&bytes).map_err(of_pages())?;
                 let pages = (end - start) / PAGE_SIZE;
                 entries.push(Entry { address: start, pages, flags: pagemap::PRESENT });
             }
@@ -357,7 +360,9 @@ mod tests {
         ];
         assert!(yes.iter().all(|line| parse_maps_line(line).unwrap().private_anonymous));
         assert!(!no.iter().any(|line| parse_maps_line(line).unwrap().private_anonymous));
-        assert!(parse_maps_line(no[1]).unwrap().vdso);
+        let private = |line| parse_maps_line(line).unwrap().private;
+        assert!(yes.iter().all(|line| private(line)));
+        assert_eq!(no.map(private), [false, true, false, true]);
         assert!(parse_maps_line("nonsense").is_none());
     }
 

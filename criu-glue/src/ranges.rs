@@ -86,21 +86,6 @@ pub(crate) fn first_common(a: &[Range], b: &[Range]) -> Option<Range> {
     intersect(a, b).first().copied()
 }
 
-/// Cuts `a` at every `border`, both ascending.
-pub(crate) fn cut_at(a: &[Range], borders: &[u64]) -> Vec<Range> {
-    let mut pieces = Vec::with_capacity(a.len());
-    for &(start, end) in a {
-        let mut at = start;
-        let first = borders.partition_point(|&b| b <= start);
-        for &border in borders[first..].iter().take_while(|&&b| b < end) {
-            pieces.push((at, border));
-            at = border;
-        }
-        pieces.push((at, end));
-    }
-    pieces
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,14 +98,6 @@ mod tests {
         for (start, pages) in [(1, 0), (u64::MAX, 1), (1, u64::MAX), (1 << 52, 1)] {
             assert_eq!(from_runs(&[(start, pages)]), Err(RunError::Impossible { start, pages }));
         }
-    }
-
-    #[test]
-    fn cutting() {
-        assert_eq!(
-            cut_at(&[(0, 10), (20, 30)], &[0, 5, 15, 20, 29, 30]),
-            [(0, 5), (5, 10), (20, 29), (29, 30)]
-        );
     }
 
     fn some() -> impl Strategy<Value = Vec<Range>> {

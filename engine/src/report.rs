@@ -30,7 +30,7 @@ pub struct MigrationReport {
     pub tracker: String,
     /// Why that tracker.
     pub tracker_reason: String,
-    /// How CRIU was kept from the engine's pages: `synthetic-parent`, `shim` or `lazy-dump`.
+    /// How CRIU was kept from the engine's pages: `shim` or `synthetic-parent`.
     pub hide: String,
     /// Why that way.
     pub hide_reason: String,

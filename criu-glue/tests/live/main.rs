@@ -61,7 +61,6 @@ fn main() -> ExitCode {
     add("runs that cannot be hidden are refused", restores::lies);
     add("a wait is cancelled, and has an end", restores::cancelled);
     add("a restored process treats signals as before", signals);
-    add("the lazy dump is refused", restores::not_supported);
     add("a tree moves, and its memory comes from elsewhere", restores::moves);
     add("a restore is undone at every stage", restores::undone);
     add("a restored tree dies with its holder before it runs", restores::holder_dies);

@@ -9,8 +9,7 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use pageferry_criu_glue::image::{pagemap::Pagemap, tree};
 use pageferry_criu_glue::{
-    Criu, Dump, DumpError, DumpRequest, HideError, HideKind, ImageDir, Owned, PAGE_SIZE, Restore,
-    RestoreOptions, Stage, Wait,
+    Criu, DumpError, HideError, ImageDir, Owned, PAGE_SIZE, Restore, RestoreOptions, Stage, Wait,
 };
 
 use crate::memory::{Member, Tree, is_gone};
@@ -361,14 +360,4 @@ pub fn cancelled() -> Result<(), Failed> {
         tree.lives()?;
     }
     Ok(())
-}
-
-/// The lazy dump is refused instead of tried.
-pub fn not_supported() -> Result<(), Failed> {
-    let images = ImageDir::new()?;
-    let request = DumpRequest::new(1, &images, HideKind::LazyDump);
-    match Dump::start(&Criu::find(None)?, request) {
-        Err(DumpError::NotSupported(HideKind::LazyDump)) => Ok(()),
-        other => Err(format!("{other:?}").into()),
-    }
 }

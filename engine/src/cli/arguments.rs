@@ -141,14 +141,12 @@ pub(super) enum TrackerName {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum HideName {
-    /// The shim.
+    /// The shim, and the synthetic parent for a CRIU into which nothing can be preloaded.
     Auto,
     /// CRIU's incremental dump on top of a parent made for it (soft-dirty kernels).
     SyntheticParent,
     /// A preloaded shim that cuts the pages out of the kernel's answers.
     Shim,
-    /// CRIU's lazy dump.
-    LazyDump,
 }
 
 #[derive(Debug, Args)]

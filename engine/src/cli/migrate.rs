@@ -85,7 +85,6 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
         HideName::Auto => None,
         HideName::SyntheticParent => Some(HideKind::SyntheticParent),
         HideName::Shim => Some(HideKind::Shim),
-        HideName::LazyDump => Some(HideKind::LazyDump),
     };
     plan.verify = verb.verify;
     plan.criu = verb.criu.clone();

@@ -19,7 +19,7 @@ use crate::plan::SendPlan;
 use crate::report::{MigrationReport, SCHEMA};
 use failure::SendError;
 use machine::{Aftermath, Phase};
-use pageferry_criu_glue::{Criu, Dump, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
+use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, Target, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
 use sent::SentPages;
@@ -85,6 +85,8 @@ struct Migration<'a> {
     root: Target,
     criu: Criu,
     hide: HideKind,
+    /// Whether the kernel has it: what the synthetic parent needs.
+    soft_dirty: bool,
     tracker_choice: tracker::TrackerKind,
     peer_memory: u64,
     layout: Layout,
@@ -155,6 +157,7 @@ impl<'a> Migration<'a> {
             root,
             criu,
             hide,
+            soft_dirty: kernel.soft_dirty.works,
             tracker_choice,
             peer_memory: u64::MAX,
             layout: Layout::default(),
@@ -230,12 +233,17 @@ impl<'a> Migration<'a> {
         self.check_cancel()?;
         let tracker = Tracker::attach(self.root.clone(), self.tracker_choice)?;
         self.tracker = Some(tracker);
-        let mut request = DumpRequest::new(self.plan.pid, &self.images, self.hide);
-        request.tcp = TcpPolicy::Close;
-        request.shell_job = self.plan.shell_job;
-        request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
-        let dump = Dump::start(&self.criu, request)?;
-        self.dump = Some(dump);
+        let dump = match self.start_dump() {
+            // A CRIU that is linked statically, or started by something that cleans its environment.
+            Err(DumpError::ShimNotLoaded { .. }) if self.plan.hide.is_none() && self.soft_dirty => {
+                self.hide = HideKind::SyntheticParent;
+                self.report.hide = self.hide.to_string();
+                self.report.hide_reason = "the shim could not be loaded into this CRIU".to_owned();
+                self.start_dump()
+            }
+            started => started,
+        };
+        self.dump = Some(dump?);
         let processes = tracker::tree::discover(&self.root)?.len() as u32;
         self.report.processes = processes;
         self.observer.event(&Event::Attached {
@@ -244,6 +252,14 @@ impl<'a> Migration<'a> {
             processes,
         });
         Ok(())
+    }
+
+    fn start_dump(&self) -> Result<Dump, DumpError> {
+        let mut request = DumpRequest::new(self.plan.pid, &self.images, self.hide);
+        request.tcp = TcpPolicy::Close;
+        request.shell_job = self.plan.shell_job;
+        request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
+        Dump::start(&self.criu, request)
     }
 
     fn check_room(&self, resident_pages: u64) -> Result<(), SendError> {

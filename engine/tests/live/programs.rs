@@ -27,6 +27,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("redis under writes", redis),
         ("python with a large heap", python),
         ("soft_dirty_vm: the soft-dirty tracker", soft_dirty),
+        ("a CRIU into which nothing can be preloaded", no_shim),
+        ("soft_dirty_vm: a synthetic parent hides the memory", synthetic_parent),
     ]
 }
 
@@ -88,11 +90,55 @@ fn children(ferry: &Ferry) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn soft_dirty(ferry: &Ferry) -> anyhow::Result<()> {
+fn needs_soft_dirty() -> anyhow::Result<()> {
     let feature = Kernel::probe().soft_dirty;
-    if !feature.works {
-        return Err(Ignored(format!("needs soft-dirty: {}", feature.reason)).into());
+    match feature.works {
+        true => Ok(()),
+        false => Err(Ignored(format!("needs soft-dirty: {}", feature.reason)).into()),
     }
+}
+
+fn synthetic_parent(ferry: &Ferry) -> anyhow::Result<()> {
+    needs_soft_dirty()?;
+    for workload in [&["mixed", "--memory", "8MiB"][..], &["forked", "--memory", "4MiB", "--workers", "2"]] {
+        moves_with(ferry, workload, &["--verify", "--hide", "synthetic-parent"])
+            .with_context(|| format!("{workload:?}"))?;
+    }
+    // It takes over by itself where the shim cannot be loaded.
+    let clean = shimless_criu(ferry)?;
+    let subject = ferry.subject(&["writer", "--memory", "4MiB"])?;
+    let receiver = ferry.receiver(None, &["--once"])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--verify", "--criu", &clean])?;
+    ensure!(outcome.moved()?.hide == "synthetic-parent", "hidden by something else");
+    ferry.lives_only(Host::Destination, &subject)?;
+    receiver.wait().map(drop)
+}
+
+/// A CRIU into which nothing can be preloaded.
+fn shimless_criu(ferry: &Ferry) -> anyhow::Result<String> {
+    let criu = pageferry_criu_glue::Criu::find(None)?;
+    let path = ferry.scratch.path().join("shimless-criu");
+    let script = format!("#!/bin/sh\nunset LD_PRELOAD\nexec '{}' \"$@\"\n", criu.path().display());
+    std::fs::write(&path, script)?;
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    Ok(path.to_str().context("a path of text")?.to_owned())
+}
+
+/// Without soft-dirty there is no other way then.
+fn no_shim(ferry: &Ferry) -> anyhow::Result<()> {
+    if Kernel::probe().soft_dirty.works {
+        return Err(Ignored("needs a kernel without soft-dirty".to_owned()).into());
+    }
+    let subject = ferry.subject(&["writer", "--memory", "4MiB"])?;
+    let receiver = ferry.receiver(None, &[])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--criu", &shimless_criu(ferry)?])?;
+    outcome.failed(3, &["running at the source", "shim"])?;
+    ferry.lives_only(Host::Source, &subject)?;
+    receiver.stop()
+}
+
+fn soft_dirty(ferry: &Ferry) -> anyhow::Result<()> {
+    needs_soft_dirty()?;
     let options = ["--verify", "--tracker", "soft-dirty"];
     moves_with(ferry, &["writer", "--memory", "32MiB", "--rate", "2MB"], &options)?;
     moves_with(ferry, &["forked", "--memory", "8MiB", "--workers", "2"], &options)
