@@ -13,14 +13,25 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 /// Every workload, with memory that is small enough to be checked often.
-const WORKLOADS: [&[&str]; 6] = [
+const WORKLOADS: [&[&str]; 7] = [
     &["count"],
     &["threads", "--threads", "3"],
     &["forked", "--workers", "2"],
     &["mixed"],
     &["churn"],
     &["writer", "--reads", "1"],
+    &["pattern", "--pattern", "hot-set"],
 ];
+
+/// Its arguments, with the log that the pattern workload wants.
+fn complete(workload: &[&str], folder: &Path) -> Vec<String> {
+    let mut arguments: Vec<String> = workload.iter().map(|&word| word.to_owned()).collect();
+    if workload[0] == "pattern" {
+        arguments.extend(["--log".to_owned(), folder.join("writes").display().to_string()]);
+        arguments.extend(["--log-records".to_owned(), (1 << 20).to_string()]);
+    }
+    arguments
+}
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
@@ -48,7 +59,7 @@ impl Workload {
     fn start(folder: &Path, arguments: &[&str]) -> Result<Self, Failed> {
         let state = folder.join("state");
         let child = Command::new(env!("CARGO_BIN_EXE_pageferry-workload"))
-            .args(arguments)
+            .args(complete(arguments, folder))
             .args(["--memory", "8MiB", "--rate", "200KB", "--state"])
             .arg(&state)
             .stdin(Stdio::null())
@@ -152,8 +163,8 @@ fn survives_plain_criu(workload: &[&str]) -> Result<(), Failed> {
         baseline::find_criu(std::env::var_os("PAGEFERRY_CRIU").as_deref().map(Path::new)).map_err(told)?;
     let hosts = Hosts::up_as(&tool, &format!("benches-{}-{}", std::process::id(), workload[0]), None)
         .map_err(told)?;
-    let arguments: Vec<String> =
-        workload.iter().chain(&["--memory", "16MiB"]).map(|&word| word.to_owned()).collect();
+    let mut arguments = complete(workload, folder.path());
+    arguments.extend(["--memory".to_owned(), "16MiB".to_owned()]);
     let subject = Subject::start(&hosts, folder.path(), workload[0], &arguments).map_err(told)?;
     subject.check().map_err(told)?;
     baseline::migrate(&hosts, &criu, subject.pid).map_err(told)?;

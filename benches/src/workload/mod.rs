@@ -18,6 +18,7 @@ pub mod field;
 pub mod forked;
 pub mod mixed;
 pub mod pace;
+pub mod pattern;
 pub mod state;
 pub mod threads;
 pub mod writer;
@@ -62,6 +63,8 @@ enum Workload {
         #[arg(long, default_value_t = 0)]
         reads: u32,
     },
+    /// One region, written in a known pattern, with a log of every write; the truth for working-set estimates
+    Pattern(pattern::Options),
     /// Writes numbered keys to redis, and remembers what was acknowledged
     RedisLoad(crate::redis::load::Options),
     /// Fills redis with values that can be computed again
@@ -134,6 +137,7 @@ impl Command {
             Workload::Mixed(common) => mixed::run(&common),
             Workload::Churn(common) => churn::run(&common),
             Workload::Writer { common, reads } => writer::run(&common, reads),
+            Workload::Pattern(options) => pattern::run(&options),
             Workload::RedisLoad(options) => crate::redis::load::run(&options),
             Workload::RedisFill(options) => crate::redis::fill::run(&options),
             Workload::RedisVerify(options) => crate::redis::verify::run(&options),
