@@ -1,6 +1,6 @@
 //! Watches a process tree and says what it writes, a line a second:
 //!
-//!     track PID [ROUNDS [soft-dirty|userfaultfd]]
+//!     track PID [ROUNDS [userfaultfd|soft-dirty-scan|soft-dirty|compare]]
 //!
 //! The last round stops the process itself (SIGSTOP) and asks as if somebody else had frozen the tree.
 
@@ -15,12 +15,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let Some(pid) = arguments.first() else { return Err("usage: track PID [ROUNDS [KIND]]".into()) };
     let target = Target::open(pid.parse()?)?;
     let rounds: u32 = arguments.get(1).map_or(Ok(5), |rounds| rounds.parse())?;
-    let wanted = match arguments.get(2).map(String::as_str) {
-        Some("soft-dirty") => Some(TrackerKind::SoftDirty),
-        Some("userfaultfd") => Some(TrackerKind::UffdWp),
-        Some(other) => return Err(format!("{other} is no tracker").into()),
-        None => None,
-    };
+    let wanted: Option<TrackerKind> = arguments.get(2).map(|name| name.parse()).transpose()?;
     let (kind, reason) = Kernel::probe().choose(wanted)?;
     println!("{} ({}) by {kind}: {reason}", target.name(), target.pid());
     let root = Pid::from_raw(target.pid());

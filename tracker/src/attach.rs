@@ -3,8 +3,9 @@
 use crate::freeze::{FreezeError, Frozen};
 use crate::inject::InjectError;
 use crate::page_set::PageSet;
-use crate::probe::{Kernel, TrackerKind};
+use crate::probe::TrackerKind;
 use crate::region::{self, Region, RegionError};
+use crate::source::compare::Compare;
 use crate::source::soft_dirty::SoftDirty;
 use crate::source::uffd_wp::UffdWp;
 use crate::source::{DirtySource, WatchError};
@@ -42,7 +43,7 @@ pub struct Collected {
     /// Spaces that were returned before and are gone.
     pub exited: Vec<SpaceKey>,
     /// How long the whole tree was stopped for it: zero for userfaultfd, which stops one thread of a new process for
-    /// some 80 microseconds, and for a tree that somebody else has stopped.
+    /// some 80 microseconds, for the comparison of contents, and for a tree that somebody else has stopped.
     pub pause: Duration,
 }
 
@@ -175,7 +176,6 @@ struct Space {
 pub struct Tracker {
     root: Target,
     kind: TrackerKind,
-    scan_soft_dirty: bool,
     spaces: Vec<Space>,
     next_key: u32,
     next_ticket: u64,
@@ -191,16 +191,8 @@ impl Tracker {
     /// # Errors
     /// [`AttachError`]; nothing is watched then.
     pub fn attach(root: Target, kind: TrackerKind) -> Result<Self, AttachError> {
-        let scan_soft_dirty = kind == TrackerKind::SoftDirty && Kernel::probe().scan_soft_dirty.works;
-        let mut tracker = Self {
-            root,
-            kind,
-            scan_soft_dirty,
-            spaces: Vec::new(),
-            next_key: 0,
-            next_ticket: 0,
-            exited: Vec::new(),
-        };
+        let (spaces, exited) = Default::default();
+        let mut tracker = Self { root, kind, spaces, next_key: 0, next_ticket: 0, exited };
         let members = discover(&tracker.root)?;
         tracker.adopt(&members, TreeState::Running)?;
         Ok(tracker)
@@ -221,10 +213,8 @@ impl Tracker {
     pub fn collect(&mut self, state: TreeState) -> Result<Collected, CollectError> {
         let start = Instant::now();
         // Soft-dirty reads and clears in two steps: nothing may run in between.
-        let frozen = match (self.kind, state) {
-            (TrackerKind::SoftDirty, TreeState::Running) => Some(Frozen::new(&self.root)?),
-            _ => None,
-        };
+        let stop = self.kind.stops_the_tree() && state == TreeState::Running;
+        let frozen = if stop { Some(Frozen::new(&self.root)?) } else { None };
         let members = match &frozen {
             Some(frozen) => frozen.members.clone(),
             None => discover(&self.root)?,
@@ -243,10 +233,7 @@ impl Tracker {
         // A process that replaced itself is in the tree, and has a new space at the end of the list.
         spaces.sort_by_key(|space| !space.target.is(&self.root));
         drop(frozen);
-        let pause = match (self.kind, state) {
-            (TrackerKind::SoftDirty, TreeState::Running) => start.elapsed(),
-            _ => Duration::ZERO,
-        };
+        let pause = if stop { start.elapsed() } else { Duration::ZERO };
         self.spaces.iter_mut().for_each(|space| space.returned = true);
         self.next_ticket += 1;
         let exited = std::mem::take(&mut self.exited);
@@ -317,7 +304,9 @@ impl Tracker {
         let layout = target.layout().map_err(failed)?;
         let mut source: Box<dyn DirtySource> = match self.kind {
             TrackerKind::UffdWp => Box::new(UffdWp::new(target).map_err(failed)?),
-            TrackerKind::SoftDirty => Box::new(SoftDirty::new(target, self.scan_soft_dirty).map_err(failed)?),
+            TrackerKind::SoftDirty => Box::new(SoftDirty::new(target, false).map_err(failed)?),
+            TrackerKind::SoftDirtyScan => Box::new(SoftDirty::new(target, true).map_err(failed)?),
+            TrackerKind::Compare => Box::new(Compare::new(target).map_err(failed)?),
         };
         // What is found when the tree is frozen is left alone: it is all dirty, and watched when it runs again.
         if state == TreeState::Running {

@@ -49,7 +49,7 @@ pub use attach::{
 pub use freeze::FreezeError;
 pub use inject::InjectError;
 pub use page_set::{PageSet, Run};
-pub use probe::{ChooseError, TrackerKind};
+pub use probe::{ChooseError, TrackerKind, UnknownTracker};
 pub use read::{PageReader, ReadError};
 pub use region::{Region, RegionError};
 pub use target::{OpenError, Target};

@@ -3,27 +3,67 @@
 
 use crate::sys::{pagemap, uffd};
 use memmap2::MmapMut;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
+use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 /// How dirty pages are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TrackerKind {
-    /// Bit 55 of pagemap, cleared through `clear_refs`; the tree stands still while that is done.
+    /// Bit 55 of pagemap, read entry by entry and cleared through `clear_refs`; the tree stands still while that is
+    /// done.
     SoftDirty,
+    /// The same bit, read by PAGEMAP_SCAN.
+    SoftDirtyScan,
     /// Asynchronous write-protection through userfaultfd, read by PAGEMAP_SCAN; the tree runs on.
     UffdWp,
+    /// Digests of the pages' contents, read while the tree runs: needs nothing of the kernel, and reads all of the
+    /// memory at every look.
+    Compare,
+}
+
+impl TrackerKind {
+    /// All of them, the one that is preferred first.
+    pub const ALL: [TrackerKind; 4] =
+        [TrackerKind::UffdWp, TrackerKind::SoftDirtyScan, TrackerKind::SoftDirty, TrackerKind::Compare];
+
+    /// Its name, as it is said and understood.
+    pub fn name(self) -> &'static str {
+        match self {
+            TrackerKind::SoftDirty => "soft-dirty",
+            TrackerKind::SoftDirtyScan => "soft-dirty-scan",
+            TrackerKind::UffdWp => "userfaultfd",
+            TrackerKind::Compare => "compare",
+        }
+    }
+
+    /// Whether the tree has to stand still for a look: soft-dirty bits are read and cleared in two steps.
+    pub fn stops_the_tree(self) -> bool {
+        matches!(self, TrackerKind::SoftDirty | TrackerKind::SoftDirtyScan)
+    }
 }
 
 impl fmt::Display for TrackerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            TrackerKind::SoftDirty => "soft-dirty",
-            TrackerKind::UffdWp => "userfaultfd",
-        })
+        f.write_str(self.name())
+    }
+}
+
+/// A name that no tracker has.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is no tracker {0:?}: it is one of userfaultfd, soft-dirty-scan, soft-dirty and compare")]
+pub struct UnknownTracker(pub String);
+
+impl FromStr for TrackerKind {
+    type Err = UnknownTracker;
+
+    fn from_str(name: &str) -> Result<Self, UnknownTracker> {
+        let known = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        known.ok_or_else(|| UnknownTracker(name.to_owned()))
     }
 }
 
@@ -56,6 +96,8 @@ pub struct Kernel {
     pub pagemap_scan: Feature,
     /// PAGEMAP_SCAN that reports soft-dirty.
     pub scan_soft_dirty: Feature,
+    /// Reading the pages of another process.
+    pub read_pages: Feature,
 }
 
 /// No tracker can be used.
@@ -70,12 +112,16 @@ pub enum ChooseError {
         reason: String,
     },
     /// Nothing works.
-    #[error("this kernel can track no dirty pages: soft-dirty: {soft_dirty}; userfaultfd: {uffd}")]
-    Neither {
-        /// Why soft-dirty does not.
-        soft_dirty: String,
+    #[error(
+        "this kernel can track no dirty pages: userfaultfd: {uffd}; soft-dirty: {soft_dirty}; compare: {compare}"
+    )]
+    Nothing {
         /// Why userfaultfd does not.
         uffd: String,
+        /// Why soft-dirty does not.
+        soft_dirty: String,
+        /// Why contents cannot be compared.
+        compare: String,
     },
 }
 
@@ -92,39 +138,51 @@ impl Kernel {
                 soft_dirty()
                     .and_then(|_| pagemap_scan(pagemap::SOFT_DIRTY, "PAGEMAP_SCAN reports soft-dirty pages")),
             ),
+            read_pages: Feature::from(read_pages()),
         }
     }
 
-    /// The tracker to use, and why. Without a wish: userfaultfd where it works, because the program runs on while it
-    /// is scanned; soft-dirty elsewhere.
+    /// What a tracker needs.
+    pub fn feature(&self, kind: TrackerKind) -> &Feature {
+        match kind {
+            TrackerKind::SoftDirty => &self.soft_dirty,
+            TrackerKind::SoftDirtyScan => &self.scan_soft_dirty,
+            TrackerKind::UffdWp if self.pagemap_scan.works => &self.uffd_wp_async,
+            TrackerKind::UffdWp => &self.pagemap_scan,
+            TrackerKind::Compare => &self.read_pages,
+        }
+    }
+
+    /// The tracker to use, and why. Without a wish the first that works: userfaultfd, because the program runs on while
+    /// it is scanned; soft-dirty, the quicker way first; and if the kernel tells nothing, the comparison of contents,
+    /// which costs the reading of all memory at every look.
     ///
     /// # Errors
     /// [`ChooseError`].
     pub fn choose(&self, wanted: Option<TrackerKind>) -> Result<(TrackerKind, String), ChooseError> {
-        let uffd = if self.pagemap_scan.works { &self.uffd_wp_async } else { &self.pagemap_scan };
-        match wanted {
-            Some(kind) => {
-                let feature = match kind {
-                    TrackerKind::SoftDirty => &self.soft_dirty,
-                    TrackerKind::UffdWp => uffd,
-                };
-                match feature.works {
-                    true => Ok((kind, format!("asked for; {}", feature.reason))),
-                    false => Err(ChooseError::Wanted { kind, reason: feature.reason.clone() }),
-                }
-            }
-            None if uffd.works => {
-                Ok((TrackerKind::UffdWp, format!("{}, and nothing has to stand still for it", uffd.reason)))
-            }
-            None if self.soft_dirty.works => Ok((
-                TrackerKind::SoftDirty,
-                format!("{}; userfaultfd: {}", self.soft_dirty.reason, uffd.reason),
-            )),
-            None => Err(ChooseError::Neither {
-                soft_dirty: self.soft_dirty.reason.clone(),
-                uffd: uffd.reason.clone(),
-            }),
+        if let Some(kind) = wanted {
+            let feature = self.feature(kind);
+            return match feature.works {
+                true => Ok((kind, format!("asked for; {}", feature.reason))),
+                false => Err(ChooseError::Wanted { kind, reason: feature.reason.clone() }),
+            };
         }
+        let why = |kind| self.feature(kind).reason.clone();
+        let (uffd, soft_dirty) = (why(TrackerKind::UffdWp), why(TrackerKind::SoftDirty));
+        let Some(kind) = TrackerKind::ALL.into_iter().find(|kind| self.feature(*kind).works) else {
+            return Err(ChooseError::Nothing { uffd, soft_dirty, compare: why(TrackerKind::Compare) });
+        };
+        let reason = match kind {
+            TrackerKind::UffdWp => format!("{uffd}, and nothing has to stand still for it"),
+            TrackerKind::SoftDirtyScan | TrackerKind::SoftDirty => {
+                format!("{}; userfaultfd: {uffd}", why(kind))
+            }
+            TrackerKind::Compare => format!(
+                "the last resort, for which all memory is read at every look; userfaultfd: {uffd}; soft-dirty: \
+                 {soft_dirty}"
+            ),
+        };
+        Ok((kind, reason))
     }
 }
 
@@ -155,6 +213,20 @@ fn soft_dirty() -> Result<&'static str, String> {
     match bit().map_err(read)? {
         true => Ok("a written page shows its soft-dirty bit"),
         false => Err("a written page does not show (the kernel is built without it)".to_owned()),
+    }
+}
+
+fn read_pages() -> Result<&'static str, String> {
+    let (page, address) = our_page()?;
+    let mut copy = vec![0; PAGE];
+    let failed = |e: &dyn fmt::Display| format!("memory cannot be read: {e}");
+    let us = nix::unistd::Pid::this();
+    let remote = [RemoteIoVec { base: address as usize, len: PAGE }];
+    let got = process_vm_readv(us, &mut [IoSliceMut::new(&mut copy)], &remote).map_err(|e| failed(&e))?;
+    File::open("/proc/self/mem").map_err(|e| failed(&e))?;
+    match got == PAGE && copy[..] == page[..] {
+        true => Ok("memory can be read, and compared"),
+        false => Err(format!("of a page {got} bytes were read")),
     }
 }
 
@@ -217,27 +289,51 @@ mod tests {
             soft_dirty: feature(soft_dirty),
             uffd_wp_async: feature(uffd),
             pagemap_scan: feature(uffd),
-            scan_soft_dirty: feature(false),
+            scan_soft_dirty: feature(soft_dirty && uffd),
+            read_pages: feature(true),
         }
     }
 
     #[test]
     fn the_choice_follows_what_works() {
-        assert_eq!(kernel(true, true).choose(None).unwrap().0, TrackerKind::UffdWp);
-        assert_eq!(kernel(true, false).choose(None).unwrap().0, TrackerKind::SoftDirty);
-        assert_eq!(kernel(false, true).choose(None).unwrap().0, TrackerKind::UffdWp);
-        assert!(matches!(kernel(false, false).choose(None), Err(ChooseError::Neither { .. })));
-        assert!(kernel(true, false).choose(Some(TrackerKind::UffdWp)).is_err());
-        assert_eq!(kernel(true, true).choose(Some(TrackerKind::UffdWp)).unwrap().0, TrackerKind::UffdWp);
+        let chosen = |kernel: &Kernel| kernel.choose(None).map(|(kind, _)| kind);
+        assert_eq!(chosen(&kernel(true, true)).unwrap(), TrackerKind::UffdWp);
+        assert_eq!(chosen(&kernel(true, false)).unwrap(), TrackerKind::SoftDirty);
+        assert_eq!(chosen(&kernel(false, true)).unwrap(), TrackerKind::UffdWp);
+        let no_uffd = Kernel { uffd_wp_async: feature(false), ..kernel(true, true) };
+        assert_eq!(chosen(&no_uffd).unwrap(), TrackerKind::SoftDirtyScan);
+        let (kind, reason) = kernel(false, false).choose(None).unwrap();
+        assert_eq!(kind, TrackerKind::Compare);
+        assert!(reason.contains("all memory is read at every look"), "{reason}");
+        let blind = Kernel { read_pages: feature(false), ..kernel(false, false) };
+        assert!(matches!(blind.choose(None), Err(ChooseError::Nothing { .. })));
+    }
+
+    #[test]
+    fn a_wish_is_granted_or_refused_with_its_reason() {
+        for kind in TrackerKind::ALL {
+            let (chosen, reason) = kernel(true, true).choose(Some(kind)).unwrap();
+            assert_eq!((chosen, reason.as_str()), (kind, "asked for; works: true"));
+        }
+        let refused = kernel(true, false).choose(Some(TrackerKind::UffdWp)).unwrap_err().to_string();
+        assert_eq!(refused, "the userfaultfd tracker does not work on this kernel: works: false");
+    }
+
+    #[test]
+    fn names_are_understood() {
+        for kind in TrackerKind::ALL {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        let error = "softdirty".parse::<TrackerKind>().unwrap_err().to_string();
+        assert!(TrackerKind::ALL.iter().all(|kind| error.contains(kind.name())), "{error}");
     }
 
     #[test]
     fn this_kernel_gives_reasons() {
         let kernel = Kernel::probe();
-        for feature in
-            [&kernel.soft_dirty, &kernel.uffd_wp_async, &kernel.pagemap_scan, &kernel.scan_soft_dirty]
-        {
-            assert!(!feature.reason.is_empty());
+        for kind in TrackerKind::ALL {
+            assert!(!kernel.feature(kind).reason.is_empty());
         }
+        assert!(kernel.read_pages.works, "{}", kernel.read_pages.reason);
     }
 }

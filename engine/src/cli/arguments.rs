@@ -133,10 +133,14 @@ pub(super) struct ReceiveVerb {
 pub(super) enum TrackerName {
     /// What works here.
     Auto,
-    /// Soft-dirty bits of pagemap.
-    SoftDirty,
     /// Asynchronous userfaultfd write-protection.
     Userfaultfd,
+    /// Soft-dirty bits, found by PAGEMAP_SCAN.
+    SoftDirtyScan,
+    /// Soft-dirty bits, read from pagemap.
+    SoftDirty,
+    /// Digests of all pages, at every look.
+    Compare,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -46,6 +46,7 @@ fn look(verb: &CheckVerb) -> Answer {
     let kernel = Kernel::probe();
     for (name, feature) in [
         ("soft-dirty", &kernel.soft_dirty),
+        ("soft-dirty-scan", &kernel.scan_soft_dirty),
         ("userfaultfd", &kernel.uffd_wp_async),
         ("pagemap-scan", &kernel.pagemap_scan),
     ] {
@@ -62,8 +63,7 @@ fn look(verb: &CheckVerb) -> Answer {
             Some(kind.to_string())
         }
         Err(error) => {
-            let detail =
-                format!("{error}: a kernel from 6.7 on, or one with CONFIG_MEM_SOFT_DIRTY, is needed");
+            let detail = error.to_string();
             checks.push(Line { name: "tracker", ok: false, needed: true, detail });
             None
         }

@@ -78,8 +78,10 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
     plan.tracker = match verb.tracker {
         TrackerName::Auto => None,
-        TrackerName::SoftDirty => Some(TrackerKind::SoftDirty),
         TrackerName::Userfaultfd => Some(TrackerKind::UffdWp),
+        TrackerName::SoftDirtyScan => Some(TrackerKind::SoftDirtyScan),
+        TrackerName::SoftDirty => Some(TrackerKind::SoftDirty),
+        TrackerName::Compare => Some(TrackerKind::Compare),
     };
     plan.hide = match verb.hide {
         HideName::Auto => None,

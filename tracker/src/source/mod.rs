@@ -14,6 +14,8 @@
 //! question. Against the second stands a rule of whoever sends: a page that the other side was never given is
 //! sent, whatever its bit says.
 
+pub(crate) mod compare;
+mod entries;
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 

@@ -31,17 +31,18 @@ fn main() -> ExitCode {
     if let [_, first, pid, kind] = &arguments[..]
         && first == transparency::ARGUMENT
     {
-        let kinds = [TrackerKind::SoftDirty, TrackerKind::UffdWp];
-        let kind = kinds.into_iter().find(|known| known.to_string() == *kind).expect("a kind");
-        transparency::track(pid.parse().expect("a pid"), kind);
+        transparency::track(pid.parse().expect("a pid"), kind.parse().expect("a kind"));
     }
     let kernel = Kernel::probe();
     let root = rustix::process::geteuid().is_root();
     let mut trials = Vec::new();
-    for (kind, prefix, needs, feature) in [
-        (TrackerKind::SoftDirty, "soft_dirty", "needs soft-dirty", &kernel.soft_dirty),
-        (TrackerKind::UffdWp, "userfaultfd", "needs userfaultfd", &kernel.uffd_wp_async),
+    for (kind, prefix, needs) in [
+        (TrackerKind::SoftDirty, "soft_dirty", "needs soft-dirty"),
+        (TrackerKind::SoftDirtyScan, "soft_dirty_scan", "needs soft-dirty by PAGEMAP_SCAN"),
+        (TrackerKind::UffdWp, "userfaultfd", "needs userfaultfd"),
+        (TrackerKind::Compare, "compare", "needs readable memory"),
     ] {
+        let feature = kernel.feature(kind);
         let obstacle = match (root, feature.works) {
             (false, _) => Some("needs root".to_owned()),
             (_, false) => Some(format!("{needs}: {}", feature.reason)),

@@ -116,6 +116,7 @@ impl Program {
                     memory::store(number(1)? + number(at)? * 4096, value);
                 }
             }
+            "store" => memory::store(number(1)?, number(2)?),
             "write-all" => {
                 for page in 0..number(2)? {
                     let value = NEXT_VALUE.fetch_add(1, Ordering::SeqCst);
