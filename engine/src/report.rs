@@ -26,7 +26,7 @@ pub struct MigrationReport {
     pub to: String,
     /// `pre-copy`.
     pub strategy: String,
-    /// `soft-dirty` or `userfaultfd`.
+    /// `userfaultfd`, `soft-dirty-scan`, `soft-dirty` or `compare`.
     pub tracker: String,
     /// Why that tracker.
     pub tracker_reason: String,

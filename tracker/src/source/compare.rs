@@ -123,7 +123,11 @@ impl DirtySource for Compare {
             self.base = Base::default();
             return Ok(Answer { dirty: populated.clone(), populated });
         }
-        let now = self.digest(&populated)?;
+        let now = match self.digest(&populated) {
+            Ok(now) => now,
+            // What a process that ends says of itself depends on how far it has come.
+            Err(error) => return Err(still_there(&self.pagemap, error)?),
+        };
         let dirty = self.base.changed_to(&now);
         still_there(&self.pagemap, ())?;
         self.base = now;
@@ -161,6 +165,10 @@ fn batches(runs: &[Run]) -> impl Iterator<Item = Vec<Run>> {
 fn refused(error: ReadError) -> io::Error {
     match error {
         ReadError::Gone(_) => io::Error::from_raw_os_error(libc::ESRCH),
+        // Its folder in /proc is gone, or its memory.
+        ReadError::Io { source, .. } if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+            io::Error::from_raw_os_error(libc::ESRCH)
+        }
         other => io::Error::other(other),
     }
 }
