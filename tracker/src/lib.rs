@@ -32,6 +32,7 @@ compile_error!("pageferry-tracker knows x86-64 Linux only");
 mod attach;
 mod freeze;
 mod inject;
+pub mod observation;
 mod page_set;
 pub mod probe;
 mod read;
@@ -42,6 +43,7 @@ mod target;
 mod threads;
 pub mod tree;
 pub mod uffd;
+pub mod working_set;
 
 pub use attach::{
     AttachError, CollectError, Collected, DetachError, SpaceKey, SpaceScan, Ticket, Tracker, TreeState,
