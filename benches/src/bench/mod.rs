@@ -1,4 +1,4 @@
-//! Measurements of live migrations between two hosts on this machine.
+//! Measurements of live migrations between two hosts on this machine, and of what tracking costs.
 
 use anyhow::Context;
 use bytesize::ByteSize;
@@ -13,6 +13,8 @@ pub mod ferry;
 pub mod goodput;
 pub mod hosts;
 pub mod machine;
+pub mod puppet;
+pub mod scan;
 pub mod slowdown;
 pub mod stats;
 pub mod subject;
@@ -34,6 +36,11 @@ enum Bench {
     Goodput(goodput::Options),
     /// What a program feels while its memory is copied
     Slowdown(slowdown::Options),
+    /// How long a scan for dirty pages takes, beside a bare loop over the same system call
+    Scan(scan::Options),
+    /// A program whose memory a measurement controls, a line of input at a time
+    #[command(hide = true)]
+    Puppet(puppet::Options),
     /// Plain CRIU, source side: dump, send the images, wait for the restore
     CriuSource(baseline::source::Options),
     /// Plain CRIU, destination side: receive images, restore
@@ -97,6 +104,8 @@ impl Command {
             Bench::Downtime(options) => downtime::run(&options),
             Bench::Goodput(options) => goodput::run(&options),
             Bench::Slowdown(options) => slowdown::run(&options),
+            Bench::Scan(options) => scan::run(&options),
+            Bench::Puppet(options) => puppet::run(&options),
             Bench::CriuSource(options) => baseline::source::run(&options),
             Bench::CriuDestination(options) => baseline::destination::run(&options),
         }

@@ -157,6 +157,15 @@ impl Mapping {
         Ok(unsafe { mm::madvise(self.pointer(), self.bytes, Advice::LinuxHugepage) }?)
     }
 
+    /// Asks for no transparent huge pages, whatever the machine's default.
+    ///
+    /// # Errors
+    /// What madvise says.
+    pub fn avoid_huge_pages(&self) -> io::Result<()> {
+        // SAFETY: the range is ours; this advice does not change its content.
+        Ok(unsafe { mm::madvise(self.pointer(), self.bytes, Advice::LinuxNoHugepage) }?)
+    }
+
     /// Gives `pages` pages from page `start` on back to the kernel: private anonymous ones read as zeros then.
     ///
     /// # Errors
