@@ -36,6 +36,7 @@ pub mod observation;
 mod page_set;
 pub mod probe;
 mod read;
+pub mod recording;
 pub mod region;
 mod source;
 mod sys;

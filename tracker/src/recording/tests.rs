@@ -1,0 +1,219 @@
+use super::*;
+use crate::attach::SpaceKey;
+use crate::observation::{Observation, ObservedRegion, ObservedSpace, RegionKind};
+use crate::page_set::{PageSet, Run};
+use proptest::prelude::*;
+
+pub(super) fn header() -> Header {
+    Header {
+        version: VERSION,
+        started_unix_ms: 1_700_000_000_000,
+        interval: Duration::from_millis(100),
+        source: "userfaultfd".into(),
+        root_pid: 4711,
+        root_name: "program".into(),
+    }
+}
+
+pub(super) fn pages(runs: &[(u64, u64)]) -> PageSet {
+    runs.iter().map(|(start, len)| Run { start: *start, len: *len }).collect()
+}
+
+fn record(observations: &[Observation]) -> Vec<u8> {
+    let mut writer = Writer::new(Vec::new(), &header()).unwrap();
+    observations.iter().for_each(|observation| writer.write(observation).unwrap());
+    writer.finish().unwrap()
+}
+
+fn read(file: &[u8]) -> Result<(Vec<Observation>, Ending), ReadError> {
+    let mut reader = Reader::new(file)?;
+    assert_eq!(*reader.header(), header());
+    let observations = reader.by_ref().collect::<Result<_, _>>()?;
+    assert!(reader.next().is_none());
+    Ok((observations, reader.ending()))
+}
+
+fn region(start: u64, end: u64, kind: RegionKind, name: &str) -> ObservedRegion {
+    ObservedRegion { start, end, kind, name: name.into() }
+}
+
+/// A process that grows, forks, loses a mapping, and is looked into.
+fn story() -> Vec<Observation> {
+    let heap = region(0x100, 0x200, RegionKind::Heap, "[heap]");
+    let data = region(0x1000, 0x9000, RegionKind::Anonymous, "");
+    let stack = region(0x7fff_f000, 0x7fff_ff00, RegionKind::Stack, "[stack]");
+    let vsyscall = region(0xf_ffff_ffff_f600, 0xf_ffff_ffff_f601, RegionKind::Other, "[vsyscall]");
+    let first = ObservedSpace {
+        key: SpaceKey(0),
+        pid: 4711,
+        name: "program".into(),
+        is_new: true,
+        regions: vec![heap.clone(), stack.clone(), vsyscall.clone()],
+        populated: pages(&[(0x100, 0x80), (0x7fff_fe00, 0x100)]),
+        dirty: pages(&[(0x100, 0x80), (0x7fff_fe00, 0x100)]),
+        unchanged: None,
+    };
+    let grown = ObservedSpace {
+        is_new: false,
+        regions: vec![heap, data.clone(), stack, vsyscall],
+        populated: pages(&[(0x100, 0x90), (0x1000, 0x4000), (0x7fff_fe00, 0x100)]),
+        dirty: pages(&[(0x170, 0x20), (0x1000, 0x4000)]),
+        unchanged: Some(pages(&[(0x170, 4)])),
+        ..first.clone()
+    };
+    let child =
+        ObservedSpace { key: SpaceKey(1), pid: 4712, name: "child é".into(), is_new: true, ..grown.clone() };
+    let shrunk = ObservedSpace {
+        populated: pages(&[(0x100, 0x90)]),
+        dirty: PageSet::default(),
+        regions: vec![data],
+        unchanged: Some(PageSet::default()),
+        ..grown.clone()
+    };
+    let at = |ms: u64, spaces, exited| Observation {
+        at: Duration::from_millis(ms),
+        took: Duration::from_micros(731),
+        pause: Duration::from_micros(17),
+        spaces,
+        exited,
+    };
+    vec![
+        at(1, vec![first], vec![]),
+        at(101, vec![grown.clone(), child], vec![]),
+        at(203, vec![ObservedSpace { pid: 5000, ..grown }], vec![SpaceKey(1)]),
+        at(300, vec![shrunk], vec![]),
+        at(400, vec![], vec![SpaceKey(0)]),
+    ]
+}
+
+#[test]
+fn a_recording_comes_back() {
+    let (observations, ending) = read(&record(&story())).unwrap();
+    assert_eq!(observations, story());
+    assert_eq!(ending, Ending::Finished);
+}
+
+#[test]
+fn an_interrupted_recording_is_read_up_to_its_last_whole_frame() {
+    let file = record(&story());
+    let mut seen = std::collections::BTreeSet::new();
+    for len in 0..file.len() {
+        match read(&file[..len]) {
+            Ok((observations, ending)) => {
+                assert_eq!(observations, story()[..observations.len()], "{len} bytes");
+                let whole_frames = observations.len() as u64;
+                assert_eq!(ending, Ending::Interrupted { whole_frames }, "{len} bytes");
+                seen.insert(whole_frames);
+            }
+            Err(ReadError::NoHeader) => assert!(seen.is_empty(), "{len} bytes"),
+            Err(error) => panic!("{len} bytes: {error}"),
+        }
+    }
+    assert_eq!(seen.len(), story().len() + 1);
+}
+
+#[test]
+fn a_flipped_bit_is_never_taken_for_data() {
+    let file = record(&story());
+    for at in 0..file.len() {
+        for bit in 0..8 {
+            let mut file = file.clone();
+            file[at] ^= 1 << bit;
+            let error = read(&file).expect_err("a flipped bit must show");
+            match error {
+                ReadError::NotARecording => assert!(at < 8),
+                ReadError::Newer { version } => {
+                    assert!((8..12).contains(&at));
+                    assert!(error.to_string().contains(&format!("version {version}")));
+                }
+                ReadError::Damaged { offset, .. } => assert!(offset <= at as u64, "{at}: {error}"),
+                other => panic!("byte {at}: {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn frames_that_are_lost_or_doubled_or_follow_the_end_show() {
+    let file = record(&story());
+    let mut reader = Reader::new(&file[..]).unwrap();
+    let mut offsets = vec![reader.offset as usize];
+    while reader.next().is_some_and(|observation| observation.is_ok()) {
+        offsets.push(reader.offset as usize);
+    }
+    let (second, third) = (offsets[1], offsets[2]);
+    let lost = [&file[..second], &file[third..]].concat();
+    let doubled = [&file[..third], &file[second..]].concat();
+    let longer = [&file[..], &[0]].concat();
+    for (file, frame) in [(lost, 2), (doubled, 3), (longer, 6)] {
+        match read(&file) {
+            Err(ReadError::Damaged { frame: found, .. }) => assert_eq!(found, frame),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_no_recording_is_refused_by_name() {
+    assert!(matches!(read(b"{\"json\": 1}"), Err(ReadError::NotARecording)));
+    let mut newer = record(&story());
+    newer[8..12].copy_from_slice(&9u32.to_le_bytes());
+    // The version is read before anything else: what follows may be anything.
+    newer.truncate(12);
+    let error = read(&newer).unwrap_err();
+    assert!(matches!(error, ReadError::Newer { version: 9 }), "{error}");
+    let other = Header { version: 9, ..header() };
+    assert!(matches!(Writer::new(Vec::new(), &other), Err(WriteError::Version(9))));
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_leaves_what_was_written() {
+    struct Disk<'a>(&'a mut Vec<u8>, usize);
+    impl io::Write for Disk<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let room = self.1.saturating_sub(self.0.len()).min(bytes.len());
+            if room == 0 && !bytes.is_empty() {
+                return Err(io::Error::from(io::ErrorKind::StorageFull));
+            }
+            self.0.extend_from_slice(&bytes[..room]);
+            Ok(room)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let size = record(&story()[..3]).len();
+    let mut disk = Vec::new();
+    let mut writer = Writer::new(Disk(&mut disk, size), &header()).unwrap();
+    for observation in &story()[..3] {
+        writer.write(observation).unwrap();
+    }
+    let error = writer.write(&story()[3]).unwrap_err();
+    assert!(matches!(error, WriteError::Io { whole_frames: 3, .. }), "{error}");
+    assert!(matches!(writer.write(&story()[4]), Err(WriteError::Broken)));
+    assert!(matches!(writer.finish(), Err(WriteError::Broken)));
+    let (observations, ending) = read(&disk).unwrap();
+    assert_eq!(observations, story()[..3]);
+    assert_eq!(ending, Ending::Interrupted { whole_frames: 3 });
+}
+
+proptest! {
+    /// Whatever a payload says: an observation or an error, and no more memory than its bytes account for.
+    #[test]
+    fn any_payload_is_an_observation_or_an_error(payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let mut memory = content::Memory::default();
+        let _ = memory.observation(&payload);
+    }
+
+    #[test]
+    fn a_damaged_payload_is_an_observation_or_an_error(at in any::<prop::sample::Index>(), to in any::<u8>()) {
+        let (mut written, mut memory) = (content::Memory::default(), content::Memory::default());
+        for observation in story() {
+            let mut payload = Vec::new();
+            written.put(&mut payload, &observation);
+            let at = at.index(payload.len());
+            payload[at] = to;
+            let _ = memory.observation(&payload);
+        }
+    }
+}
