@@ -125,6 +125,11 @@ impl Running {
         Ok(Self { name: name.to_owned(), child, readers, stdout, stderr, ended: false })
     }
 
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
     /// What it printed so far.
     pub fn lines(&self) -> Vec<TimedLine> {
         lock(&self.stdout).clone()

@@ -19,6 +19,7 @@ pub mod slowdown;
 pub mod stats;
 pub mod subject;
 pub mod table;
+pub mod wws_accuracy;
 
 /// Moves programs between two hosts on this machine and measures.
 #[derive(Debug, Parser)]
@@ -41,6 +42,8 @@ enum Bench {
     /// A program whose memory a measurement controls, a line of input at a time
     #[command(hide = true)]
     Puppet(puppet::Options),
+    /// How near the estimated working set is to the true one
+    WwsAccuracy(wws_accuracy::Options),
     /// Plain CRIU, source side: dump, send the images, wait for the restore
     CriuSource(baseline::source::Options),
     /// Plain CRIU, destination side: receive images, restore
@@ -106,6 +109,7 @@ impl Command {
             Bench::Slowdown(options) => slowdown::run(&options),
             Bench::Scan(options) => scan::run(&options),
             Bench::Puppet(options) => puppet::run(&options),
+            Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
             Bench::CriuSource(options) => baseline::source::run(&options),
             Bench::CriuDestination(options) => baseline::destination::run(&options),
         }
