@@ -2,13 +2,16 @@
 
 use crate::freeze::{FreezeError, Frozen};
 use crate::inject::InjectError;
+use crate::objects::{ObjectScan, Objects, Parts, parts};
 use crate::page_set::PageSet;
+use crate::pinned::{Pinned, pinned};
 use crate::probe::TrackerKind;
 use crate::region::{self, Region, RegionError};
+use crate::scope::{Backing, Files, Scope, Untracked, View};
 use crate::source::compare::Compare;
 use crate::source::soft_dirty::SoftDirty;
 use crate::source::uffd_wp::UffdWp;
-use crate::source::{DirtySource, WatchError};
+use crate::source::{Answer, DirtySource, WatchError};
 use crate::sys::ptrace::same_memory;
 use crate::target::{Fate, Target};
 use crate::tree::{TreeError, discover};
@@ -40,6 +43,8 @@ pub struct Collected {
     pub ticket: Ticket,
     /// Every address space of the tree, the root's first.
     pub spaces: Vec<SpaceScan>,
+    /// Memory that is mapped as shared, which [`Tracker::attach_all`] watches: each once, whoever has it.
+    pub objects: Vec<ObjectScan>,
     /// Spaces that were returned before and are gone.
     pub exited: Vec<SpaceKey>,
     /// How long the whole tree was stopped for it: zero for userfaultfd, which stops one thread of a new process for
@@ -59,11 +64,16 @@ pub struct SpaceScan {
     /// Its mappings.
     pub regions: Vec<Region>,
     /// Pages of the mappings that can be lazy ([`Region::can_be_lazy`]) that are in memory or in swap, without the
-    /// kernel's shared page of zeros.
+    /// kernel's shared page of zeros. With [`Tracker::attach_all`] the pages of every private mapping: of a file those
+    /// that were changed. What is shared is among the [`Collected::objects`].
     pub populated: PageSet,
     /// Of these, the pages that may have been written since the last acknowledged collect. Everything, the first
-    /// time.
+    /// time. Buffers that the program has registered with io_uring, at every collect: the kernel's writes leave no mark.
+    /// In a frozen tree also all changed pages of files that are mapped privately; a comparison of digests
+    /// takes out what did not change.
     pub dirty: PageSet,
+    /// Mappings in which writes cannot be seen, and why.
+    pub untracked: Vec<Untracked>,
     /// Whether it is watched. A process that is found only when the tree is frozen is not, and all of it is dirty; it
     /// keeps its key, and is watched from the next collect on that finds the tree running.
     pub tracked: bool,
@@ -166,6 +176,10 @@ struct Space {
     /// pages that were locked belong to CRIU, and nobody counts their bits meanwhile; and the kernel loses the
     /// soft-dirty mark of new mappings that it merges.
     populated: PageSet,
+    /// What it has of shared memory.
+    parts: Parts,
+    /// What the kernel may have written to behind the page tables since the last look.
+    pinned: Pinned,
     /// What tells that the process is still the same program.
     layout: [u64; 4],
     returned: bool,
@@ -176,6 +190,9 @@ struct Space {
 pub struct Tracker {
     root: Target,
     kind: TrackerKind,
+    scope: Scope,
+    files: Files,
+    objects: Objects,
     spaces: Vec<Space>,
     next_key: u32,
     next_ticket: u64,
@@ -186,13 +203,31 @@ pub struct Tracker {
 const TRIES: u32 = 20;
 
 impl Tracker {
-    /// Begins to watch every process of the tree of `root`. From here on every write is seen.
+    /// Begins to watch every process of the tree of `root`. From here on every write is seen to the memory that a
+    /// migration can send by itself ([`Region::can_be_lazy`]).
     ///
     /// # Errors
     /// [`AttachError`]; nothing is watched then.
     pub fn attach(root: Target, kind: TrackerKind) -> Result<Self, AttachError> {
-        let (spaces, exited) = Default::default();
-        let mut tracker = Self { root, kind, spaces, next_key: 0, next_ticket: 0, exited };
+        Self::attach_scope(root, kind, Scope::Lazy)
+    }
+
+    /// As [`Tracker::attach`], for all memory that the programs can write or have written: also shared anonymous memory,
+    /// memfd, System V and POSIX shared memory, private and shared mappings of files, locked memory, and hugetlbfs.
+    ///
+    /// What changes shared memory without touching a mapping of the tree (a write to its descriptor, a hole that is
+    /// punched, a process outside of the tree) shows in a frozen collect only, which names all of it.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing is watched then.
+    pub fn attach_all(root: Target, kind: TrackerKind) -> Result<Self, AttachError> {
+        Self::attach_scope(root, kind, Scope::All)
+    }
+
+    fn attach_scope(root: Target, kind: TrackerKind, scope: Scope) -> Result<Self, AttachError> {
+        let (files, objects, spaces, exited) = Default::default();
+        let mut tracker =
+            Self { root, kind, scope, files, objects, spaces, next_key: 0, next_ticket: 0, exited };
         let members = discover(&tracker.root)?;
         tracker.adopt(&members, TreeState::Running)?;
         Ok(tracker)
@@ -201,6 +236,11 @@ impl Tracker {
     /// Which source is used.
     pub fn kind(&self) -> TrackerKind {
         self.kind
+    }
+
+    /// Which mappings are watched.
+    pub fn scope(&self) -> Scope {
+        self.scope
     }
 
     /// What was written since the last acknowledged collect, in every process of the tree; processes that were
@@ -230,6 +270,8 @@ impl Tracker {
                 at += 1;
             }
         }
+        let known = self.spaces.iter().map(|space| (space.key, &space.target, &space.parts));
+        let objects = self.objects.finish(known, state == TreeState::Frozen);
         // A process that replaced itself is in the tree, and has a new space at the end of the list.
         spaces.sort_by_key(|space| !space.target.is(&self.root));
         drop(frozen);
@@ -237,7 +279,7 @@ impl Tracker {
         self.spaces.iter_mut().for_each(|space| space.returned = true);
         self.next_ticket += 1;
         let exited = std::mem::take(&mut self.exited);
-        Ok(Collected { ticket: Ticket(self.next_ticket), spaces, exited, pause })
+        Ok(Collected { ticket: Ticket(self.next_ticket), spaces, objects, exited, pause })
     }
 
     /// The other side has everything that the collect of `ticket` returned. Only the latest can be acknowledged:
@@ -247,6 +289,7 @@ impl Tracker {
             for space in &mut self.spaces {
                 space.pending = PageSet::default();
             }
+            self.objects.acknowledge();
         }
     }
 
@@ -303,23 +346,25 @@ impl Tracker {
         let failed = |source| AttachError::Io { pid, source };
         let layout = target.layout().map_err(failed)?;
         let mut source: Box<dyn DirtySource> = match self.kind {
-            TrackerKind::UffdWp => Box::new(UffdWp::new(target).map_err(failed)?),
+            TrackerKind::UffdWp => Box::new(UffdWp::new(target, self.scope).map_err(failed)?),
             TrackerKind::SoftDirty => Box::new(SoftDirty::new(target, false).map_err(failed)?),
             TrackerKind::SoftDirtyScan => Box::new(SoftDirty::new(target, true).map_err(failed)?),
             TrackerKind::Compare => Box::new(Compare::new(target).map_err(failed)?),
         };
         // What is found when the tree is frozen is left alone: it is all dirty, and watched when it runs again.
         if state == TreeState::Running {
-            source.watch(&region::read(target)?).map_err(|error| match error {
+            let view = View::new(target, region::read(target)?, self.scope, &mut self.files);
+            source.watch(&view).map_err(|error| match error {
                 WatchError::Inject(source) => AttachError::Inject { pid, source },
                 WatchError::Io(source) => failed(source),
             })?;
         }
         let key = SpaceKey(self.next_key);
         self.next_key += 1;
-        let (pending, populated) = Default::default();
+        let (pending, populated, parts, pinned) = Default::default();
         let target = target.clone();
-        self.spaces.push(Space { key, target, source, pending, populated, layout, returned: false });
+        let space = Space { key, target, source, pending, populated, parts, pinned, layout, returned: false };
+        self.spaces.push(space);
         Ok(())
     }
 
@@ -340,14 +385,24 @@ impl Tracker {
     }
 
     fn forget_the_dead(&mut self, members: &[Target]) {
-        let exited = &mut self.exited;
-        self.spaces.retain(|space| {
-            let lives = members.iter().any(|member| member.is(&space.target));
-            if !lives && space.returned {
-                exited.push(space.key);
+        let mut at = 0;
+        while let Some(space) = self.spaces.get(at) {
+            if members.iter().any(|member| member.is(&space.target)) {
+                at += 1;
+            } else {
+                self.forget(at);
             }
-            lives
-        });
+        }
+    }
+
+    /// A space is gone. What it could write of shared memory may be written.
+    fn forget(&mut self, at: usize) -> Target {
+        let space = self.spaces.remove(at);
+        self.objects.changed(&space.parts, &Parts::new());
+        if space.returned {
+            self.exited.push(space.key);
+        }
+        space.target
     }
 
     /// Scans the space at `at`; `None` when it is gone, and removed.
@@ -355,9 +410,17 @@ impl Tracker {
         for _ in 0..TRIES {
             let space = &mut self.spaces[at];
             let pid = space.target.pid();
-            let looked = look(space, state);
+            let looked = look(space, state, self.scope, &mut self.files);
             match looked {
-                Ok((regions, answer)) => {
+                Ok((view, mut answer)) => {
+                    if self.scope == Scope::All {
+                        let parts = parts(&view, &answer.populated, &answer.dirty);
+                        self.objects.changed(&space.parts, &parts);
+                        space.parts = parts;
+                        let shared = view.pages(|_, care| care.backing == Backing::Shared);
+                        answer.populated = answer.populated.subtract(&shared);
+                        answer.dirty = answer.dirty.subtract(&shared);
+                    }
                     let first = !space.returned;
                     // The first time, whatever was written before it was watched is dirty too.
                     let tracked = space.source.watches() && !(first && state == TreeState::Frozen);
@@ -373,19 +436,16 @@ impl Tracker {
                         key: space.key,
                         target: space.target.clone(),
                         is_new: first,
-                        regions,
+                        regions: view.regions,
                         populated: answer.populated,
                         dirty,
+                        untracked: view.untracked.into_iter().chain(answer.untracked).collect(),
                         tracked,
                     }));
                 }
                 // Its memory is gone: it has ended, or has become another program.
                 Err(LookError::Scan(error)) if error.raw_os_error() == Some(libc::ESRCH) => {
-                    let space = self.spaces.remove(at);
-                    if space.returned {
-                        self.exited.push(space.key);
-                    }
-                    let target = space.target;
+                    let target = self.forget(at);
                     if !target.is_alive() {
                         return Ok(None);
                     }
@@ -403,10 +463,7 @@ impl Tracker {
                 Err(LookError::Scan(source)) => return Err(CollectError::Scan { pid, source }),
                 Err(LookError::Region(error)) => {
                     if !space.target.is_alive() {
-                        let space = self.spaces.remove(at);
-                        if space.returned {
-                            self.exited.push(space.key);
-                        }
+                        self.forget(at);
                         return Ok(None);
                     }
                     return Err(error.into());
@@ -427,10 +484,16 @@ enum LookError {
 
 /// One look at a space. In a running one the mappings may change between the steps: what is missed is found by the
 /// next look.
-fn look(space: &mut Space, state: TreeState) -> Result<(Vec<Region>, crate::source::Answer), LookError> {
+fn look(
+    space: &mut Space,
+    state: TreeState,
+    scope: Scope,
+    files: &mut Files,
+) -> Result<(View, Answer), LookError> {
     let regions = region::read(&space.target).map_err(LookError::Region)?;
+    let view = View::new(&space.target, regions, scope, files);
     if state == TreeState::Running {
-        space.source.watch(&regions).map_err(|error| match error {
+        space.source.watch(&view).map_err(|error| match error {
             WatchError::Inject(InjectError::Gone(_)) => {
                 LookError::Scan(io::Error::from_raw_os_error(libc::ESRCH))
             }
@@ -438,10 +501,41 @@ fn look(space: &mut Space, state: TreeState) -> Result<(Vec<Region>, crate::sour
             WatchError::Io(error) => LookError::Scan(error),
         })?;
     }
-    let answer = space.source.collect(&regions, state == TreeState::Frozen).map_err(LookError::Scan)?;
+    // Before the marks are taken away: whatever fails after that loses them.
+    let pinned = buffers(&space.target, &view, scope).map_err(LookError::Scan)?;
+    let mut answer = space.source.collect(&view, state == TreeState::Frozen).map_err(LookError::Scan)?;
+    // What was given back since the last look was written until then.
+    let before = std::mem::replace(&mut space.pinned, pinned);
+    for pages in [&before, &space.pinned] {
+        answer.dirty = match pages {
+            Pinned::Pages(pages) => answer.dirty.union(&pages.intersect(&answer.populated)),
+            Pinned::Unknown => answer.populated.clone(),
+        };
+    }
+    if state == TreeState::Frozen {
+        // They change in ways that leave no mark: the file is written or cut off.
+        let of_files = view.pages(|_, care| care.backing == Backing::File);
+        answer.dirty = answer.dirty.union(&of_files.intersect(&answer.populated));
+    }
     // The memory of before may live on in another process, and look as if nothing had happened.
     if space.target.layout().map_err(LookError::Scan)? != space.layout {
         return Err(LookError::Scan(io::Error::from_raw_os_error(libc::ESRCH)));
     }
-    Ok((regions, answer))
+    Ok((view, answer))
+}
+
+/// Buffers that the program has registered with io_uring.
+fn buffers(target: &Target, view: &View, scope: Scope) -> io::Result<Pinned> {
+    let is_ring = |region: &Region| {
+        region.path.as_ref().is_some_and(|path| path.as_os_str() == "anon_inode:[io_uring]")
+    };
+    // Who uses io_uring has its rings mapped, as a rule; looking through all descriptors takes longer.
+    if scope == Scope::Lazy && !view.regions.iter().any(is_ring) {
+        return Ok(Pinned::default());
+    }
+    pinned(target).map_err(|error| match error.kind() {
+        // Its folder in /proc goes with it.
+        io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
+        _ => error,
+    })
 }

@@ -344,6 +344,39 @@ impl Target {
         matches!(number, Some(libc::SYS_vfork | libc::SYS_clone | libc::SYS_clone3))
     }
 
+    /// Its descriptors that refer to `name`.
+    pub(crate) fn descriptors_of(&self, name: &str) -> io::Result<Vec<i32>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = openat(&self.inner.folder, "fd", flags, Mode::empty())?;
+        let mut found = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&folder)? {
+            let entry = entry?;
+            let number = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok());
+            let Some(number) = number else { continue };
+            // One that cannot be read was closed meanwhile.
+            let link = rustix::fs::readlinkat(&folder, entry.file_name(), Vec::new());
+            if link.is_ok_and(|link| link.as_bytes() == name.as_bytes()) {
+                found.push(number);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The file of a mapping, named and not opened.
+    pub(crate) fn name_mapped_file(&self, start: u64, end: u64) -> io::Result<OwnedFd> {
+        self.mapped_file(start, end, OFlags::PATH)
+    }
+
+    /// The file of a mapping, to be looked at. Not for devices.
+    pub(crate) fn open_mapped_file(&self, start: u64, end: u64) -> io::Result<OwnedFd> {
+        self.mapped_file(start, end, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)
+    }
+
+    fn mapped_file(&self, start: u64, end: u64, flags: OFlags) -> io::Result<OwnedFd> {
+        let name = format!("map_files/{start:x}-{end:x}");
+        Ok(openat(&self.inner.folder, name, flags | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
     /// Its threads that have not ended.
     pub(crate) fn threads(&self) -> io::Result<Vec<i32>> {
         let folder = openat(

@@ -18,10 +18,10 @@
 //! cryptographic hash, and a program that searches for such pages can find them; it harms itself only.
 
 use super::entries::Entries;
-use super::{Answer, DirtySource, WatchError, lazy_spans, still_there, survey};
+use super::{Answer, DirtySource, WatchError, still_there, survey};
 use crate::page_set::{PageSet, Run};
 use crate::read::{PageReader, ReadError};
-use crate::region::Region;
+use crate::scope::View;
 use crate::sys::pagemap::{self, PRESENT, Query};
 use crate::target::Target;
 use std::fs::File;
@@ -61,11 +61,10 @@ impl Compare {
         })
     }
 
-    fn populated(&self, regions: &[Region]) -> io::Result<PageSet> {
-        let spans = lazy_spans(regions);
+    fn populated(&self, view: &View) -> io::Result<PageSet> {
         let answer = match &self.entries {
-            Some(entries) => entries.read(&self.pagemap, &spans)?,
-            None => survey(&self.pagemap, &spans, 0)?,
+            Some(entries) => entries.read(&self.pagemap, &view.spans())?,
+            None => survey(&self.pagemap, view, 0)?,
         };
         Ok(answer.populated)
     }
@@ -109,19 +108,19 @@ impl Base {
 }
 
 impl DirtySource for Compare {
-    fn watch(&mut self, _regions: &[Region]) -> Result<(), WatchError> {
+    fn watch(&mut self, _view: &View) -> Result<(), WatchError> {
         // What is not in the base is new, wherever it lies.
         Ok(())
     }
 
-    fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
+    fn collect(&mut self, view: &View, frozen: bool) -> io::Result<Answer> {
         // The file is of the memory that the process had when it was opened; reading is of what it has now.
         still_there(&self.pagemap, ())?;
         self.pagemap = self.target.open_file("pagemap")?;
-        let populated = self.populated(regions)?;
+        let populated = self.populated(view)?;
         if frozen {
             self.base = Base::default();
-            return Ok(Answer { dirty: populated.clone(), populated });
+            return Ok(Answer { dirty: populated.clone(), populated, ..Answer::default() });
         }
         let now = match self.digest(&populated) {
             Ok(now) => now,
@@ -131,7 +130,7 @@ impl DirtySource for Compare {
         let dirty = self.base.changed_to(&now);
         still_there(&self.pagemap, ())?;
         self.base = now;
-        Ok(Answer { populated: self.base.pages.clone(), dirty })
+        Ok(Answer { populated: self.base.pages.clone(), dirty, ..Answer::default() })
     }
 
     fn clear(&mut self) -> io::Result<()> {

@@ -21,8 +21,8 @@ pub(crate) mod uffd_wp;
 
 use crate::inject::InjectError;
 use crate::page_set::{PageSet, Run};
-use crate::region::Region;
-use crate::sys::pagemap::{self, GUARD, PFNZERO, PRESENT, Query, SWAPPED};
+use crate::scope::{Backing, Span, Untracked, View};
+use crate::sys::pagemap::{self, FILE, GUARD, PFNZERO, PRESENT, Query, SWAPPED};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -31,10 +31,13 @@ use std::sync::OnceLock;
 /// What a source has to say about a space.
 #[derive(Debug, Default)]
 pub(crate) struct Answer {
-    /// Pages of lazy regions that are in memory or in swap.
+    /// Pages of watched mappings, by address: of private ones those that are the program's own, in memory or in swap; of
+    /// shared ones those that it has mapped in.
     pub(crate) populated: PageSet,
     /// Of these, the ones that may have been written.
     pub(crate) dirty: PageSet,
+    /// Mappings that this source cannot watch; their pages are all dirty.
+    pub(crate) untracked: Vec<Untracked>,
 }
 
 /// Why mappings cannot be watched.
@@ -55,11 +58,11 @@ impl From<io::Error> for WatchError {
 /// A source of dirty pages for one address space. All errors are `ESRCH` when that is gone.
 pub(crate) trait DirtySource: std::fmt::Debug + Send {
     /// Begins to watch mappings that are new. The program may run, and the process may be stopped for it.
-    fn watch(&mut self, regions: &[Region]) -> Result<(), WatchError>;
+    fn watch(&mut self, view: &View) -> Result<(), WatchError>;
 
     /// What was written since the last call. `frozen`: nothing runs, and nothing will before this source is
     /// either asked again or dropped; the bits may be left as they are.
-    fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer>;
+    fn collect(&mut self, view: &View, frozen: bool) -> io::Result<Answer>;
 
     /// Forgets what was written so far, without looking.
     fn clear(&mut self) -> io::Result<()>;
@@ -68,35 +71,23 @@ pub(crate) trait DirtySource: std::fmt::Debug + Send {
     fn watches(&self) -> bool;
 }
 
-/// Merges the lazy regions that lie next to each other: fewer, longer scans.
-pub(crate) fn lazy_spans(regions: &[Region]) -> Vec<(u64, u64)> {
-    let mut spans: Vec<(u64, u64)> = Vec::new();
-    for region in regions.iter().filter(|region| region.can_be_lazy()) {
-        match spans.last_mut() {
-            Some(last) if last.1 == region.start => last.1 = region.end,
-            _ => spans.push((region.start, region.end)),
-        }
-    }
-    spans
-}
-
 /// Runs `query` over the spans, and returns the pages that match. One walk from the first to the last span: the
 /// kernel skips what is not mapped quicker than we could ask again.
-pub(crate) fn matching(pagemap_file: &File, spans: &[(u64, u64)], query: Query) -> io::Result<PageSet> {
+pub(crate) fn matching(pagemap_file: &File, spans: &[Span], query: Query) -> io::Result<PageSet> {
     let mut pages = PageSet::default();
     let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
         return still_there(pagemap_file, pages);
     };
     let mut at = 0;
-    pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
+    pagemap::scan(pagemap_file, first.start, last.end, query, |found| {
         let mut start = found.start;
         // A scan may go back (see `pagemap::scan`), and what it reports then counts like everything else: a page
         // that was reported is protected again, and would not be reported twice.
-        if at > 0 && (at >= spans.len() || spans[at - 1].1 > start) {
-            at = spans.partition_point(|span| span.1 <= start);
+        if at > 0 && (at >= spans.len() || spans[at - 1].end > start) {
+            at = spans.partition_point(|span| span.end <= start);
         }
         while start < found.end && at < spans.len() {
-            let (from, to) = spans[at];
+            let Span { start: from, end: to, .. } = spans[at];
             if to <= start {
                 at += 1;
                 continue;
@@ -136,34 +127,57 @@ fn guard_category() -> u64 {
 }
 
 /// Pages that exist (in memory or in swap, but not the kernel's shared page of zeros, nor a guard), and which of them have the
-/// category `mark`: one walk for both.
+/// category `mark`: one walk for both. Of a private mapping of a file only the pages count that were changed: they are
+/// the file's no more. Of a shared one only those that are mapped in: the kernel says "swapped" also of notes that it
+/// keeps where no page is.
 ///
 /// Asks for the others and takes the complement: the kernel spends five times as long on a page that it reports as
 /// on one that it passes by (11 ns and 2 ns), and most pages of a program exist, and were not written lately.
 /// What is unmapped while a program runs counts as existing until the next look.
-pub(crate) fn survey(pagemap_file: &File, spans: &[(u64, u64)], mark: u64) -> io::Result<Answer> {
+pub(crate) fn survey(pagemap_file: &File, view: &View, mark: u64) -> io::Result<Answer> {
+    let file = if view.has_files() { FILE } else { 0 };
     let query = Query {
         inverted: PRESENT,
-        any_of: PRESENT | PFNZERO | mark,
-        returned: PRESENT | SWAPPED | PFNZERO | mark | guard_category(),
+        any_of: PRESENT | PFNZERO | file | mark,
+        returned: PRESENT | SWAPPED | PFNZERO | file | mark | guard_category(),
         ..Query::default()
     };
+    let spans = view.spans();
     let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
         return still_there(pagemap_file, Answer::default());
     };
-    let (mut others, mut marked) = (PageSet::default(), PageSet::default());
-    pagemap::scan(pagemap_file, first.0, last.1, query, |found| {
+    let (mut others, mut marked, mut of_files) = <(PageSet, PageSet, PageSet)>::default();
+    let mut swapped = PageSet::default();
+    pagemap::scan(pagemap_file, first.start, last.end, query, |found| {
         let exists = found.categories & (PRESENT | SWAPPED) != 0 && found.categories & (PFNZERO | GUARD) == 0;
-        let set = match (exists, found.categories & mark != 0) {
-            (false, _) => &mut others,
-            (true, true) => &mut marked,
-            (true, false) => return,
-        };
-        set.insert(found.start / 4096, (found.end - found.start) / 4096);
+        let (start, len) = (found.start / 4096, (found.end - found.start) / 4096);
+        if !exists {
+            return others.insert(start, len);
+        }
+        if found.categories & mark != 0 {
+            marked.insert(start, len);
+        }
+        if found.categories & file != 0 {
+            of_files.insert(start, len);
+        } else if file != 0 && found.categories & SWAPPED != 0 {
+            swapped.insert(start, len);
+        }
     })?;
-    let all: PageSet =
-        spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect();
-    let populated = all.subtract(&others);
+    let of = |shared| all(spans.iter().filter(|span| span.shared == shared));
+    let mut populated = of(false).subtract(&others).subtract(&of_files);
+    // Where a protected page of a file's mapping was given back the kernel keeps a note, and calls that swapped too.
+    let doubtful = swapped.intersect(&view.pages(|_, care| care.backing == Backing::File));
+    populated = populated.subtract(&entries::notes(pagemap_file, &doubtful)?);
+    let shared = of(true);
+    if !shared.is_empty() {
+        populated = populated.union(&of_files.intersect(&shared));
+    }
     let dirty = marked.intersect(&populated);
-    still_there(pagemap_file, Answer { populated, dirty })
+    still_there(pagemap_file, Answer { populated, dirty, ..Answer::default() })
+}
+
+/// The pages of spans.
+pub(crate) fn all<'a>(spans: impl IntoIterator<Item = &'a Span>) -> PageSet {
+    let run = |span: &Span| Run { start: span.start / 4096, len: (span.end - span.start) / 4096 };
+    spans.into_iter().map(run).collect()
 }

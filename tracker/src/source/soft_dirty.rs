@@ -2,8 +2,8 @@
 //! between them would be lost: so the tree stands still meanwhile.
 
 use super::entries::Entries;
-use super::{Answer, DirtySource, WatchError, lazy_spans, still_there, survey};
-use crate::region::Region;
+use super::{Answer, DirtySource, WatchError, still_there, survey};
+use crate::scope::{Untracked, View};
 use crate::sys::pagemap::SOFT_DIRTY;
 use crate::target::Target;
 use std::fs::File;
@@ -34,23 +34,29 @@ impl SoftDirty {
 }
 
 impl DirtySource for SoftDirty {
-    fn watch(&mut self, _regions: &[Region]) -> Result<(), WatchError> {
+    fn watch(&mut self, _view: &View) -> Result<(), WatchError> {
         // New mappings carry the bit from their birth.
         Ok(())
     }
 
-    fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
+    fn collect(&mut self, view: &View, frozen: bool) -> io::Result<Answer> {
         // The file is of the memory that the process had when it was opened; clearing is of what it has now.
         still_there(&self.pagemap, ())?;
         self.pagemap = self.target.open_file("pagemap")?;
-        let spans = lazy_spans(regions);
         let mut answer = match &self.entries {
-            Some(entries) => entries.read(&self.pagemap, &spans)?,
-            None => survey(&self.pagemap, &spans, SOFT_DIRTY)?,
+            Some(entries) => entries.read(&self.pagemap, &view.spans())?,
+            None => survey(&self.pagemap, view, SOFT_DIRTY)?,
         };
         if self.spoiled {
             answer.dirty = answer.populated.clone();
         }
+        for (region, _) in view.watched().filter(|(_, care)| care.huge) {
+            let (start, end, reason) =
+                (region.start, region.end, "soft-dirty knows no pages of hugetlbfs".to_owned());
+            answer.untracked.push(Untracked { start, end, reason, named: true });
+        }
+        let blind = view.pages(|_, care| care.huge);
+        answer.dirty = answer.dirty.union(&blind.intersect(&answer.populated));
         if !frozen {
             self.clear()?;
         }

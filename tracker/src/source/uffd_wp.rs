@@ -1,12 +1,12 @@
 //! Asynchronous write-protection through userfaultfd (Linux 6.7): a written page loses its protection, and
 //! PAGEMAP_SCAN finds and protects again in one step, page by page, while the program runs.
 
-use super::{Answer, DirtySource, WatchError, lazy_spans, matching, still_there, survey};
+use super::{Answer, DirtySource, WatchError, all, matching, still_there, survey};
 use crate::inject;
 use crate::page_set::{PageSet, Run};
 use crate::probe::FEATURES;
-use crate::region::Region;
-use crate::sys::pagemap::{PFNZERO, PRESENT, Query, SWAPPED, WP_MATCHING, WPALLOWED, WRITTEN};
+use crate::scope::{Backing, Scope, Span, Untracked, View};
+use crate::sys::pagemap::{FILE, PFNZERO, PRESENT, Query, SWAPPED, WP_MATCHING, WPALLOWED, WRITTEN};
 use crate::sys::uffd;
 use crate::target::Target;
 use std::fs::File;
@@ -26,18 +26,31 @@ pub(crate) struct UffdWp {
     /// Ranges that were registered since the last collect: all of them counts as written. Their pages may carry
     /// the marks of another place (`mremap`), or be others than those that were there before.
     fresh: PageSet,
+    /// Registration was refused, and why; their pages are all dirty.
+    refused: Vec<Untracked>,
+    /// Shared mappings that can never be written, which are not registered either.
+    sealed: PageSet,
+    /// Shared memory and hugetlbfs need a feature of their own.
+    features: u64,
     /// A scan broke off after it had cleared some marks: nobody knows which, so everything counts as written.
     spoiled: bool,
 }
 
 impl UffdWp {
-    pub(crate) fn new(target: &Target) -> io::Result<Self> {
+    pub(crate) fn new(target: &Target, scope: Scope) -> io::Result<Self> {
+        let features = match scope {
+            Scope::Lazy => FEATURES,
+            Scope::All => FEATURES | uffd::FEATURE_WP_HUGETLBFS_SHMEM,
+        };
         Ok(Self {
             target: target.clone(),
             pagemap: target.open_file("pagemap")?,
             uffd: None,
             ours: PageSet::default(),
             fresh: PageSet::default(),
+            refused: Vec::new(),
+            sealed: PageSet::default(),
+            features,
             spoiled: false,
         })
     }
@@ -50,9 +63,9 @@ impl UffdWp {
         Ok(())
     }
 
-    /// Pages of lazy mappings that this descriptor does not protect: mappings that are new, or that cannot be
+    /// Pages of watched mappings that this descriptor does not protect: mappings that are new, or that cannot be
     /// registered.
-    fn unwatched(&self, spans: &[(u64, u64)]) -> io::Result<PageSet> {
+    fn unwatched(&self, spans: &[Span]) -> io::Result<PageSet> {
         let query =
             Query { mask: WPALLOWED, inverted: WPALLOWED, returned: WPALLOWED | PRESENT, ..Query::default() };
         Ok(matching(&self.pagemap, spans, query)?.union(&all(spans).subtract(&self.ours)))
@@ -60,61 +73,68 @@ impl UffdWp {
 
     /// The pages that were written, all protected again; and the pages that were asked about. Walks over our own
     /// mappings only: in one that the program tracks itself, protecting would clear marks that it waits for.
-    fn written(&self, regions: &[Region]) -> io::Result<(PageSet, PageSet)> {
-        // What is not there is not asked for: the kernel would protect that too, and make page tables for it.
-        let query = Query {
-            flags: WP_MATCHING,
-            mask: WRITTEN | PFNZERO,
-            inverted: PFNZERO,
-            any_of: PRESENT | SWAPPED,
-            returned: WRITTEN,
-        };
+    fn written(&self, view: &View) -> io::Result<(PageSet, PageSet)> {
         let (mut written, mut scanned) = (PageSet::default(), PageSet::default());
-        let mut walk: Vec<(u64, u64)> = Vec::new();
-        for region in regions.iter().map(Some).chain([None]) {
-            if let Some(region) = region
-                && region.can_be_lazy()
-                && self.ours.contains_run(Run { start: region.start / 4096, len: region.pages() })
-            {
-                scanned.insert(region.start / 4096, region.pages());
-                walk.push((region.start, region.end));
-                continue;
-            }
-            if !walk.is_empty() {
-                let found = matching(&self.pagemap, &walk, query)?;
+        let mut walk: Vec<Span> = Vec::new();
+        let mut kind = Backing::Anonymous;
+        for (region, care) in view.every().map(|(region, care)| (Some(region), care)).chain([(None, None)]) {
+            let ours = region.filter(|region| {
+                self.ours.contains_run(Run { start: region.start / 4096, len: region.pages() })
+            });
+            let next = care.filter(|_| ours.is_some()).map(|care| care.backing);
+            if !walk.is_empty() && next != Some(kind) {
+                let found = matching(&self.pagemap, &walk, Self::written_query(kind))?;
                 found.runs().iter().for_each(|run| written.insert(run.start, run.len));
                 walk.clear();
+            }
+            if let (Some(backing), Some(region)) = (next, ours) {
+                kind = backing;
+                scanned.insert(region.start / 4096, region.pages());
+                let shared = backing == Backing::Shared;
+                walk.push(Span { start: region.start, end: region.end, shared });
             }
         }
         Ok((written, scanned))
     }
-}
 
-fn all(spans: &[(u64, u64)]) -> PageSet {
-    spans.iter().map(|(start, end)| Run { start: start / 4096, len: (end - start) / 4096 }).collect()
+    /// What is not there is not asked for: the kernel would protect that too, and make page tables for it. Nor are pages
+    /// of a file that is mapped privately: a write makes them others, which are not protected; and where the kernel drops a
+    /// protected one of the file's it leaves a note, which looks like a page in swap.
+    fn written_query(kind: Backing) -> Query {
+        let not = if kind == Backing::File { PFNZERO | FILE } else { PFNZERO };
+        Query {
+            flags: WP_MATCHING,
+            mask: WRITTEN | not,
+            inverted: not,
+            any_of: PRESENT | SWAPPED,
+            returned: WRITTEN,
+        }
+    }
 }
 
 impl DirtySource for UffdWp {
-    fn watch(&mut self, regions: &[Region]) -> Result<(), WatchError> {
+    fn watch(&mut self, view: &View) -> Result<(), WatchError> {
         self.look_again()?;
-        let unwatched = self.unwatched(&lazy_spans(regions))?;
+        let unwatched = self.unwatched(&view.spans())?;
         let uffd = match self.uffd.take() {
             Some(uffd) => uffd,
             None => {
                 let uffd = inject::userfaultfd(&self.target).map_err(WatchError::Inject)?;
-                uffd::api(&uffd, FEATURES)?;
+                uffd::api(&uffd, self.features)?;
                 uffd
             }
         };
         let uffd = self.uffd.insert(uffd);
         self.ours = self.ours.subtract(&unwatched);
+        self.refused.clear();
+        self.sealed = PageSet::default();
+        let watched: Vec<_> = view.watched().map(|(region, _)| region).collect();
         let mut at = 0;
         for run in unwatched.runs() {
             let (start, end) = (run.start * 4096, run.end() * 4096);
-            at += regions[at..].partition_point(|region| region.end <= start);
+            at += watched[at..].partition_point(|region| region.end <= start);
             // Mapping by mapping: one that cannot be registered must not take its neighbours with it.
-            let within = regions[at..].iter().take_while(|region| region.start < end);
-            for region in within.filter(|region| region.can_be_lazy()) {
+            for region in watched[at..].iter().take_while(|region| region.start < end) {
                 let (low, high) = (region.start.max(start), region.end.min(end));
                 match uffd::register(uffd, low, high, uffd::MODE_WP) {
                     Ok(()) => {
@@ -122,9 +142,15 @@ impl DirtySource for UffdWp {
                         self.fresh.insert(low / 4096, (high - low) / 4096);
                     }
                     Err(error) => match error.raw_os_error() {
+                        // A shared mapping of a file that was opened to be read: it can never be written.
+                        Some(libc::EPERM) if region.shared && !region.write => {
+                            self.sealed.insert(low / 4096, (high - low) / 4096);
+                        }
                         // It cannot be watched (somebody else's userfaultfd, a special mapping), or is gone.
                         Some(libc::EINVAL | libc::EPERM | libc::EBUSY) => {
                             tracing::debug!(low, high, %error, "a region that cannot be watched");
+                            let reason = format!("userfaultfd cannot protect it: {error}");
+                            self.refused.push(Untracked { start: low, end: high, reason, named: true });
                         }
                         // The memory that the descriptor belongs to is gone; the pagemap's may be that of the program
                         // that came after it.
@@ -137,30 +163,31 @@ impl DirtySource for UffdWp {
         Ok(())
     }
 
-    fn collect(&mut self, regions: &[Region], frozen: bool) -> io::Result<Answer> {
+    fn collect(&mut self, view: &View, frozen: bool) -> io::Result<Answer> {
         self.look_again()?;
-        let spans = lazy_spans(regions);
+        let spans = view.spans();
         let before = std::mem::replace(&mut self.spoiled, true);
         let (answer, scanned) = match frozen {
-            true => (survey(&self.pagemap, &spans, WRITTEN)?, None),
+            true => (survey(&self.pagemap, view, WRITTEN)?, None),
             false => {
-                let (dirty, scanned) = self.written(regions)?;
-                (Answer { dirty, ..survey(&self.pagemap, &spans, 0)? }, Some(scanned))
+                let (dirty, scanned) = self.written(view)?;
+                (Answer { dirty, ..survey(&self.pagemap, view, 0)? }, Some(scanned))
             }
         };
-        let Answer { populated, dirty: written } = answer;
+        let Answer { populated, dirty: written, .. } = answer;
         // After the scan: a mapping that was born in between is in one of the two.
         let mut unwatched = self.unwatched(&spans)?;
         if let Some(scanned) = scanned {
             unwatched = unwatched.union(&all(&spans).subtract(&scanned));
         }
+        let unwatched = unwatched.subtract(&self.sealed);
         self.spoiled = false;
         let fresh = std::mem::take(&mut self.fresh);
         let dirty = match before {
             true => populated.clone(),
             false => written.union(&unwatched).union(&fresh).intersect(&populated),
         };
-        Ok(Answer { populated, dirty })
+        Ok(Answer { populated, dirty, untracked: self.refused.clone() })
     }
 
     fn clear(&mut self) -> io::Result<()> {

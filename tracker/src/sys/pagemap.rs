@@ -11,6 +11,8 @@ pub(crate) const WP_MATCHING: u64 = 1 << 0;
 /// Categories of pages.
 pub(crate) const WPALLOWED: u64 = 1 << 0;
 pub(crate) const WRITTEN: u64 = 1 << 1;
+/// A page of a file, or of shared memory.
+pub(crate) const FILE: u64 = 1 << 2;
 pub(crate) const PRESENT: u64 = 1 << 3;
 pub(crate) const SWAPPED: u64 = 1 << 4;
 pub(crate) const PFNZERO: u64 = 1 << 5;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 pub(crate) const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+pub(crate) const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 pub(crate) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub(crate) const FEATURE_WP_ASYNC: u64 = 1 << 15;
 pub(crate) const MODE_WP: u64 = 1 << 1;

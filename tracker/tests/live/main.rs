@@ -5,6 +5,7 @@ mod lifecycle;
 mod neighbours;
 mod program;
 mod refusals;
+mod scope;
 mod subject;
 mod sys;
 mod transparency;
@@ -48,8 +49,14 @@ fn main() -> ExitCode {
             (_, false) => Some(format!("{needs}: {}", feature.reason)),
             _ => None,
         };
-        let rooms =
-            [content::CASES, lifecycle::CASES, transparency::CASES, refusals::CASES, neighbours::CASES];
+        let rooms = [
+            content::CASES,
+            lifecycle::CASES,
+            transparency::CASES,
+            refusals::CASES,
+            neighbours::CASES,
+            scope::CASES,
+        ];
         for (name, case) in rooms.concat() {
             let obstacle = obstacle.clone();
             trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {

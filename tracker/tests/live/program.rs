@@ -1,7 +1,9 @@
 //! The program that is tracked: it does what it is told, a line at a time, and answers with a line.
 
 use crate::sys::memory::{self, NO_ACCESS, READ_WRITE};
+use crate::sys::objects;
 use crate::sys::process::{self, PLAIN, QUEUED, QUEUED_SUM, Side};
+use crate::sys::ring::Ring;
 use crate::sys::sharing::{self, Guest};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::ptrace;
@@ -37,13 +39,14 @@ struct Program {
     buffer: Vec<u8>,
     interrupted: u64,
     child: Option<(i32, OwnedFd, OwnedFd)>,
+    ring: Option<Ring>,
 }
 
 pub fn run() -> ! {
     let duplicate = |fd: io::Result<OwnedFd>| fd.unwrap_or_else(|e| panic!("no standard streams: {e}"));
     let input = duplicate(io::stdin().as_fd().try_clone_to_owned());
     let output = duplicate(io::stdout().as_fd().try_clone_to_owned());
-    Program { input, output, buffer: Vec::new(), interrupted: 0, child: None }.obey()
+    Program { input, output, buffer: Vec::new(), interrupted: 0, child: None, ring: None }.obey()
 }
 
 impl Program {
@@ -100,6 +103,34 @@ impl Program {
                 memory::advise(inner, pages, libc::MADV_HUGEPAGE)?;
                 return Ok(format!("{inner}"));
             }
+            // Memory that outlives its mappings; files are answered with their descriptor.
+            "share-pages" => return Ok(format!("{}", objects::shared(number(1)?)?)),
+            "system-v" => return Ok(format!("{}", objects::system_v(number(1)?)?)),
+            "memfd" => return Ok(format!("{}", objects::memfd(number(1)?)?)),
+            "posix" => return Ok(format!("{}", objects::posix(number(1)?)?)),
+            "file" => return Ok(format!("{}", objects::file(number(1)?)?)),
+            // `map-shared DESCRIPTOR PAGES FIRST-PAGE`
+            "map-shared" | "map-private" => {
+                let shared = words[0] == "map-shared";
+                let at = objects::map_descriptor(number(1)? as i32, number(2)?, number(3)?, shared)?;
+                return Ok(format!("{at}"));
+            }
+            "map-hugetlb" => return Ok(format!("{}", objects::huge(number(1)?, number(2)? == 1)?)),
+            "truncate" => objects::truncate(number(1)? as i32, number(2)?)?,
+            "punch" => objects::punch(number(1)? as i32, number(2)?, number(3)?)?,
+            "write-through" => {
+                let value = NEXT_VALUE.fetch_add(1, Ordering::SeqCst);
+                objects::write_word(number(1)? as i32, number(2)?, value)?;
+            }
+            // Registered with io_uring, and read into by it.
+            "pin" => {
+                if self.ring.is_none() {
+                    self.ring = Some(Ring::new()?);
+                }
+                self.ring()?.register(number(1)?, number(2)?)?;
+            }
+            "unpin" => self.ring()?.unregister()?,
+            "read-pinned" => self.ring()?.read(number(1)? as i32, number(2)?)?,
             "unmap" => memory::unmap(number(1)?, number(2)?)?,
             "move" => memory::relocate(number(1)?, number(2)?, number(3)?)?,
             "grow" => memory::grow(number(1)?, number(2)?, number(3)?)?,
@@ -174,7 +205,8 @@ impl Program {
             "leave-it-to-a-thread" => {
                 let (input, output) = (self.input.try_clone()?, self.output.try_clone()?);
                 let child = self.child.take();
-                let mut heir = Program { input, output, buffer: Vec::new(), interrupted: 0, child };
+                let mut heir =
+                    Program { input, output, buffer: Vec::new(), interrupted: 0, child, ring: None };
                 std::thread::spawn(move || heir.obey());
                 process::end_this_thread();
             }
@@ -247,6 +279,10 @@ impl Program {
             other => return Err(io::Error::other(format!("{other} is no command"))),
         }
         Ok("ok".to_owned())
+    }
+
+    fn ring(&self) -> io::Result<&Ring> {
+        self.ring.as_ref().ok_or_else(|| io::Error::other("nothing is pinned"))
     }
 
     /// The child obeys too; its orders come through us.

@@ -2,5 +2,7 @@
 //! the kernel makes of them.
 
 pub mod memory;
+pub mod objects;
 pub mod process;
+pub mod ring;
 pub mod sharing;
