@@ -1,6 +1,8 @@
 //! One conformance suite over every source of dirty pages, on real processes.
 
 mod content;
+mod extremes;
+mod hugetlb;
 mod lifecycle;
 mod neighbours;
 mod program;
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
     }
     let kernel = Kernel::probe();
     let root = rustix::process::geteuid().is_root();
+    let no_huge_pages = hugetlb::obstacle();
     let mut trials = Vec::new();
     for (kind, prefix, needs) in [
         (TrackerKind::SoftDirty, "soft_dirty", "needs soft-dirty"),
@@ -56,14 +59,19 @@ fn main() -> ExitCode {
             refusals::CASES,
             neighbours::CASES,
             scope::CASES,
+            extremes::CASES,
         ];
-        for (name, case) in rooms.concat() {
-            let obstacle = obstacle.clone();
-            trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {
-                Some(reason) => Ok(Completion::ignored_with(reason)),
-                None => guarded(name, move || case(kind)),
-            }));
-        }
+        let mut add = |cases: &[Case], obstacle: Option<&String>| {
+            for (name, case) in cases.iter().copied() {
+                let obstacle = obstacle.cloned();
+                trials.push(Trial::ignorable_test(format!("{prefix}::{name}"), move || match obstacle {
+                    Some(reason) => Ok(Completion::ignored_with(reason)),
+                    None => guarded(name, move || case(kind)),
+                }));
+            }
+        };
+        add(&rooms.concat(), obstacle.as_ref());
+        add(hugetlb::CASES, obstacle.as_ref().or(no_huge_pages.as_ref()));
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

@@ -40,13 +40,23 @@ struct Program {
     interrupted: u64,
     child: Option<(i32, OwnedFd, OwnedFd)>,
     ring: Option<Ring>,
+    flock: process::Flock,
 }
 
 pub fn run() -> ! {
     let duplicate = |fd: io::Result<OwnedFd>| fd.unwrap_or_else(|e| panic!("no standard streams: {e}"));
     let input = duplicate(io::stdin().as_fd().try_clone_to_owned());
     let output = duplicate(io::stdout().as_fd().try_clone_to_owned());
-    Program { input, output, buffer: Vec::new(), interrupted: 0, child: None, ring: None }.obey()
+    Program {
+        input,
+        output,
+        buffer: Vec::new(),
+        interrupted: 0,
+        child: None,
+        ring: None,
+        flock: Default::default(),
+    }
+    .obey()
 }
 
 impl Program {
@@ -140,6 +150,12 @@ impl Program {
             "lock" => memory::lock(number(1)?, number(2)?)?,
             "unlock" => memory::unlock(number(1)?, number(2)?)?,
             "grow-heap" => return Ok(format!("{}", memory::grow_heap(number(1)?)?)),
+            "map-sparse" => return Ok(format!("{}", memory::map_sparse(number(1)?)?)),
+            // So many pages deep; says where the last of them is.
+            "grow-stack" => {
+                let value = NEXT_VALUE.fetch_add(1, Ordering::SeqCst);
+                return Ok(format!("{}", memory::descend(number(1)?, value)));
+            }
             // `write ADDRESS PAGE…`: into these pages of the range that begins there.
             "write" => {
                 for at in 2..words.len() {
@@ -194,6 +210,20 @@ impl Program {
                 told.recv().map_err(io::Error::other)?;
             }
             "fork" => return self.fork(),
+            // `spawn COUNT ADDRESS`: children that wait to be told to write a page there.
+            "spawn" => {
+                let mut pids = Vec::new();
+                for turn in 0..number(1)? {
+                    let (page, value) =
+                        (number(2)? + turn % 16 * 4096, NEXT_VALUE.fetch_add(1, Ordering::SeqCst));
+                    pids.push(self.flock.add(page, value)?);
+                }
+                let words: Vec<String> = pids.iter().map(i32::to_string).collect();
+                return Ok(words.join(" "));
+            }
+            "wake-all" => self.flock.wake()?,
+            "end" => self.flock.end(number(1)? as usize)?,
+            "unshare-pids" => process::unshare_pids()?,
             "child" => return self.child(line.strip_prefix("child ").unwrap_or_default()),
             "reap" => {
                 let Some((pid, ..)) = self.child.take() else { return Err(io::Error::other("no child")) };
@@ -201,12 +231,20 @@ impl Program {
             }
             "abandon" => self.child = None,
             "exec" => return Err(Command::new("/proc/self/exe").arg(ARGUMENT).exec()),
+            "exec-program" => return Err(Command::new(words[1]).arg(ARGUMENT).exec()),
             // Another thread obeys from now on, and says so.
             "leave-it-to-a-thread" => {
                 let (input, output) = (self.input.try_clone()?, self.output.try_clone()?);
                 let child = self.child.take();
-                let mut heir =
-                    Program { input, output, buffer: Vec::new(), interrupted: 0, child, ring: None };
+                let mut heir = Program {
+                    input,
+                    output,
+                    buffer: Vec::new(),
+                    interrupted: 0,
+                    child,
+                    ring: None,
+                    flock: Default::default(),
+                };
                 std::thread::spawn(move || heir.obey());
                 process::end_this_thread();
             }

@@ -27,6 +27,32 @@ pub fn map(at: Option<u64>, pages: u64, protection: i32) -> io::Result<u64> {
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address as u64) }
 }
 
+/// Maps pages of which few will be there: the kernel does not ask whether it has so many.
+pub fn map_sparse(pages: u64) -> io::Result<u64> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: nothing that exists is touched.
+    let address =
+        unsafe { libc::mmap(std::ptr::null_mut(), (pages * PAGE) as usize, READ_WRITE, flags, -1, 0) };
+    if address == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    advise(address as u64, pages, libc::MADV_NOHUGEPAGE)?;
+    Ok(address as u64)
+}
+
+/// Goes so many pages down the stack, writes to each, and returns where the last is.
+#[inline(never)]
+pub fn descend(pages: u64, value: u64) -> u64 {
+    let mut frame = [0u8; PAGE as usize];
+    frame[..8].copy_from_slice(&value.to_ne_bytes());
+    let here = std::hint::black_box(&mut frame).as_ptr() as u64;
+    if pages == 0 {
+        here
+    } else {
+        descend(pages - 1, value).min(std::hint::black_box(&frame).as_ptr() as u64)
+    }
+}
+
 /// Unmaps pages.
 pub fn unmap(at: u64, pages: u64) -> io::Result<()> {
     // SAFETY: the range was mapped by `map`, and no Rust object lives in it.

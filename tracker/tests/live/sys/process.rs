@@ -1,6 +1,7 @@
 //! Processes, signals, filters.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Counted by the handlers below.
@@ -110,4 +111,73 @@ pub fn end_this_thread() -> ! {
     // SAFETY: nothing that other threads use lives on this thread's stack.
     unsafe { libc::syscall(libc::SYS_exit, 0) };
     unreachable!("it has ended")
+}
+
+/// Children that write a page when they are told to.
+#[derive(Default)]
+pub struct Flock {
+    pids: Vec<i32>,
+    /// What wakes them, and what they say when they have written.
+    pipes: Option<[OwnedFd; 4]>,
+}
+
+impl Flock {
+    /// Makes one that waits.
+    pub fn add(&mut self, page: u64, value: u64) -> io::Result<i32> {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        if self.pipes.is_none() {
+            let ((told, tell), (heard, say)) = (pipe()?, pipe()?);
+            self.pipes = Some([told, tell, heard, say]);
+        }
+        let Some([told, _, _, say]) = &self.pipes else { unreachable!("made above") };
+        match fork()? {
+            Side::Parent(pid) => {
+                self.pids.push(pid);
+                Ok(pid)
+            }
+            Side::Child => {
+                // It goes with its parent.
+                // SAFETY: takes no pointers.
+                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+                let mut word = [0];
+                if matches!(rustix::io::read(told, &mut word), Ok(1)) {
+                    super::memory::store(page, value);
+                    // Who listens counts.
+                    let _ = rustix::io::write(say, &word);
+                }
+                loop {
+                    // SAFETY: takes no pointers.
+                    unsafe { libc::pause() };
+                }
+            }
+        }
+    }
+
+    /// Has every one write its page, once.
+    pub fn wake(&mut self) -> io::Result<()> {
+        let Some([_, tell, heard, _]) = &self.pipes else { return Ok(()) };
+        for _ in &self.pids {
+            rustix::io::write(tell, &[1])?;
+        }
+        for _ in &self.pids {
+            rustix::io::read(heard, &mut [0])?;
+        }
+        Ok(())
+    }
+
+    /// Ends the first of them.
+    pub fn end(&mut self, count: usize) -> io::Result<()> {
+        for pid in self.pids.drain(..count.min(self.pids.len())) {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+            nix::sys::wait::waitpid(pid, None)?;
+        }
+        Ok(())
+    }
+}
+
+/// The next child is the first of a pid namespace.
+pub fn unshare_pids() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    if unsafe { libc::unshare(libc::CLONE_NEWPID) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
