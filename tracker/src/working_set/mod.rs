@@ -290,3 +290,6 @@ impl Writes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
