@@ -20,7 +20,7 @@ fn pageferry(arguments: &[&str]) -> (i32, String, String) {
 
 #[test]
 fn help_texts() {
-    for verb in ["check", "receive", "migrate", "completions", "man"] {
+    for verb in ["check", "receive", "migrate", "track", "completions", "man"] {
         let (code, out, err) = pageferry(&[verb, "--help"]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");
         assert!(out.contains("Example:"), "{verb} shows an example");
@@ -45,6 +45,11 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["receive", "--listen", "here"], "is no address to listen on"),
         (&["receive", "--listen", "0.0.0.0:0"], "--insecure"),
         (&["receive", "--memory-limit", "lots"], "number is missing"),
+        (&["track"], "--pid PID"),
+        (&["track", "--pid", "5", "--interval", "10us"], "1ms or more"),
+        (&["track", "--pid", "5", "--plot", "x.svg"], "--replay"),
+        (&["track", "--pid", "5", "--json", "--csv", "-"], "standard output"),
+        (&["track", "--pid", "5", "--", "ls"], "cannot be used with"),
         (&["ferry"], "unrecognized subcommand"),
     ] {
         let (code, out, err) = pageferry(arguments);

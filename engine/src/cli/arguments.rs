@@ -2,6 +2,8 @@
 
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry_tracker::TrackerKind;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// What follows the long help: an example, and the exit codes.
@@ -79,6 +81,18 @@ pub(super) enum Verb {
         after_long_help = with_exit_codes!("  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify")
     )]
     Migrate(MigrateVerb),
+    /// Shows what a program writes: dirty pages, rates, the writable working set.
+    ///
+    /// Nothing is moved, and the program never notices: its pages are write-protected asynchronously (userfaultfd) or
+    /// their soft-dirty bits are read, once an interval. On a terminal this is a live view; q leaves it. Otherwise there is one
+    /// line a scan, and a summary at the end.
+    ///
+    /// The writable working set WWS(t) is the number of distinct pages written in a window of length t, averaged
+    /// over all windows of the run.
+    #[command(after_help = "Example:\n  # pageferry track --pid $(pidof redis-server)\n  \
+                      # pageferry track --interval 100ms --record build.pft -- make -j2\n  \
+                      $ pageferry track --replay build.pft --plot build.svg")]
+    Track(TrackVerb),
     /// Prints a completion script for a shell.
     #[command(after_help = "Example:\n  $ pageferry completions bash > /etc/bash_completion.d/pageferry")]
     Completions {
@@ -151,6 +165,62 @@ pub(super) enum HideName {
     SyntheticParent,
     /// A preloaded shim that cuts the pages out of the kernel's answers.
     Shim,
+}
+
+impl TrackerName {
+    /// The tracker that was asked for; `None`: whichever works.
+    pub(super) fn kind(self) -> Option<TrackerKind> {
+        match self {
+            TrackerName::Auto => None,
+            TrackerName::Userfaultfd => Some(TrackerKind::UffdWp),
+            TrackerName::SoftDirtyScan => Some(TrackerKind::SoftDirtyScan),
+            TrackerName::SoftDirty => Some(TrackerKind::SoftDirty),
+            TrackerName::Compare => Some(TrackerKind::Compare),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TrackVerb {
+    /// Root of the process tree.
+    #[arg(long, value_name = "PID", conflicts_with_all = ["command", "replay"])]
+    pub(super) pid: Option<i32>,
+    /// Time between two scans.
+    #[arg(long, value_name = "TIME", default_value = "1s")]
+    pub(super) interval: Time,
+    /// Stop after so long [default: when the program ends, or q or Ctrl-C is pressed].
+    #[arg(long, value_name = "TIME")]
+    pub(super) duration: Option<Time>,
+    /// Write every scan to a file, for --replay and for simulations (docs/RECORDING.md).
+    #[arg(long, value_name = "FILE", conflicts_with = "replay")]
+    pub(super) record: Option<PathBuf>,
+    /// Read scans from a recording instead of from a program.
+    #[arg(long, value_name = "FILE", conflicts_with = "command")]
+    pub(super) replay: Option<PathBuf>,
+    /// Draw the recording: addresses over time, working set, dirty rate (.svg or .png).
+    #[arg(long, value_name = "FILE")]
+    pub(super) plot: Option<PathBuf>,
+    /// Write one line of CSV a scan to a file, or to standard output (-).
+    #[arg(long, value_name = "FILE")]
+    pub(super) csv: Option<PathBuf>,
+    /// One JSON object a line: every scan, and a summary.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// How dirty pages are found.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) tracker: TrackerName,
+    /// Compare the bytes of written pages with those before, and count the unchanged apart.
+    #[arg(long)]
+    pub(super) contents: bool,
+    /// Link for which the hot set is asked: the pages that are dirty again before they could be sent.
+    #[arg(long, value_name = "RATE", default_value = "1Gbit")]
+    pub(super) link: Rate,
+    /// Say nothing but errors (and what --json, --csv and --record were asked for).
+    #[arg(short, long, conflicts_with = "json")]
+    pub(super) quiet: bool,
+    /// A command to start and track from its first page, after --.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub(super) command: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]

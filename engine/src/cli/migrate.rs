@@ -1,12 +1,11 @@
 //! `pageferry migrate`.
 
-use super::arguments::{HideName, MigrateVerb, TrackerName};
+use super::arguments::{HideName, MigrateVerb};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{render, signals};
 use pageferry::{MigrationReport, Observer, SendPlan, Silent};
 use pageferry_criu_glue::HideKind;
-use pageferry_tracker::TrackerKind;
 use serde::Serialize;
 use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Write};
@@ -76,13 +75,7 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
-    plan.tracker = match verb.tracker {
-        TrackerName::Auto => None,
-        TrackerName::Userfaultfd => Some(TrackerKind::UffdWp),
-        TrackerName::SoftDirtyScan => Some(TrackerKind::SoftDirtyScan),
-        TrackerName::SoftDirty => Some(TrackerKind::SoftDirty),
-        TrackerName::Compare => Some(TrackerKind::Compare),
-    };
+    plan.tracker = verb.tracker.kind();
     plan.hide = match verb.hide {
         HideName::Auto => None,
         HideName::SyntheticParent => Some(HideKind::SyntheticParent),

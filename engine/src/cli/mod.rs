@@ -8,6 +8,7 @@ mod progress;
 mod receive;
 mod render;
 mod signals;
+mod track;
 mod units;
 
 use arguments::{Arguments, Verb};
@@ -34,6 +35,7 @@ pub fn run() -> ExitCode {
         Verb::Check(verb) => check::run(&verb),
         Verb::Receive(verb) => receive::run(verb),
         Verb::Migrate(verb) => migrate::run(&verb),
+        Verb::Track(verb) => track::run(&verb),
         Verb::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "pageferry", &mut text);

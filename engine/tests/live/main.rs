@@ -7,6 +7,7 @@ mod faults;
 mod ferry;
 mod programs;
 mod refusals;
+mod tracking;
 
 use ferry::Ferry;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -20,7 +21,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let ferry: Arc<Mutex<Option<Ferry>>> = Arc::default();
     let mut trials = Vec::new();
-    for (name, test) in programs::tests().into_iter().chain(refusals::tests()).chain(faults::tests()) {
+    let tests = [programs::tests(), refusals::tests(), faults::tests(), tracking::tests()];
+    for (name, test) in tests.into_iter().flatten() {
         let ferry = Arc::clone(&ferry);
         trials.push(Trial::ignorable_test(name, move || run(&ferry, test)));
     }
