@@ -243,6 +243,14 @@ impl Tracker {
         self.scope
     }
 
+    /// How long a thread stood still when its process began to be watched: the longest of the processes that are watched
+    /// now. Seen from outside, from the moment in which the thread was asked to stop until it was let go, which is more than
+    /// the thread itself notices. Zero where no thread is stopped for it: the other sources stop nothing, or everything
+    /// at each collect ([`Collected::pause`]).
+    pub fn attach_stop(&self) -> Duration {
+        self.spaces.iter().map(|space| space.source.attach_stop()).max().unwrap_or_default()
+    }
+
     /// What was written since the last acknowledged collect, in every process of the tree; processes that were
     /// forked since are taken in.
     ///

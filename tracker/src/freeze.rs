@@ -75,6 +75,8 @@ pub(crate) struct Traced {
     pub(crate) tid: i32,
     /// What it was seized with.
     pub(crate) options: i32,
+    /// When it was asked to stop.
+    pub(crate) asked: Instant,
     state: State,
 }
 
@@ -109,7 +111,7 @@ impl Traced {
                 _ => return Err(FreezeError::Io { pid, tid, source: error }),
             }
         }
-        let traced = Self { pid, tid, options, state: State::Runs };
+        let traced = Self { pid, tid, options, asked: Instant::now(), state: State::Runs };
         match ptrace::interrupt(tid) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
                 Err(FreezeError::Io { pid, tid, source: error })

@@ -73,10 +73,17 @@ const WIDE_CODE: u64 = 0x33;
 /// How long a thread may take to stop before another one is tried.
 const TRY: Duration = Duration::from_millis(20);
 
-/// A userfaultfd over the memory of `target`, which keeps no trace of it.
-pub(crate) fn userfaultfd(target: &Target) -> Result<OwnedFd, InjectError> {
+/// A userfaultfd over the memory of `target`, which keeps no trace of it; and how long one of its threads stood still for
+/// that, from the moment in which it was asked to stop.
+pub(crate) fn userfaultfd(target: &Target) -> Result<(OwnedFd, Duration), InjectError> {
     // A thread of the target that does not stop in time is let go by the end of the thread that asked it.
-    freeze::apart(|| Puppet::new(target, any_thread(target)?)?.userfaultfd()).map_err(FreezeError::Thread)?
+    let work = || {
+        let thread = any_thread(target)?;
+        let asked = thread.asked;
+        let uffd = Puppet::new(target, thread)?.userfaultfd()?;
+        Ok((uffd, asked.elapsed()))
+    };
+    freeze::apart(work).map_err(FreezeError::Thread)?
 }
 
 /// One thread of the process, stopped: the first that stops. One that waits for the disk, or for a child that it

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+pub mod attach;
 pub mod baseline;
 pub mod child;
 pub mod downtime;
@@ -14,11 +15,13 @@ pub mod goodput;
 pub mod hosts;
 pub mod machine;
 pub mod puppet;
+pub mod redis;
 pub mod scan;
 pub mod slowdown;
 pub mod stats;
 pub mod subject;
 pub mod table;
+pub mod tracking_cost;
 pub mod wws_accuracy;
 
 /// Moves programs between two hosts on this machine and measures.
@@ -39,6 +42,10 @@ enum Bench {
     Slowdown(slowdown::Options),
     /// How long a scan for dirty pages takes, beside a bare loop over the same system call
     Scan(scan::Options),
+    /// How long one thread stands still while its process begins to be tracked
+    Attach(attach::Options),
+    /// What a program loses while it is tracked
+    TrackingCost(tracking_cost::Options),
     /// A program whose memory a measurement controls, a line of input at a time
     #[command(hide = true)]
     Puppet(puppet::Options),
@@ -108,6 +115,8 @@ impl Command {
             Bench::Goodput(options) => goodput::run(&options),
             Bench::Slowdown(options) => slowdown::run(&options),
             Bench::Scan(options) => scan::run(&options),
+            Bench::Attach(options) => attach::run(&options),
+            Bench::TrackingCost(options) => tracking_cost::run(&options),
             Bench::Puppet(options) => puppet::run(&options),
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
             Bench::CriuSource(options) => baseline::source::run(&options),

@@ -8,6 +8,7 @@ use clap::Args;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// What the puppet is told at the start.
 #[derive(Clone, Debug, Args)]
@@ -23,8 +24,13 @@ pub struct Options {
     threads: usize,
 }
 
+/// How long `watch` looks at the clock.
+const WATCH: Duration = Duration::from_millis(100);
+
 /// Follows its input: `touch N` writes every N-th page (0: none), `map N` makes N new mappings of a page; each is
-/// answered with a line.
+/// answered with `done`. `watch N` looks at the clock and nothing else for 100 ms, writes every N-th page meanwhile (0:
+/// none), says `watching` when it begins, and then the longest time between two looks in nanoseconds. `write N` writes a page after
+/// the other for N ms, as fast as it goes, and says how many that were a second.
 ///
 /// # Errors
 /// What the kernel refuses, or a command that is none.
@@ -49,6 +55,18 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         match line.split_once(' ').and_then(|(word, number)| Some((word, number.parse().ok()?))) {
             Some(("touch", every)) => touch(&mut memory, every),
             Some(("map", count)) => scatter(&mut small, count)?,
+            Some(("write", time)) => {
+                writeln!(out, "{}", write(&mut memory, Duration::from_millis(time as u64)))?;
+                out.flush()?;
+                continue;
+            }
+            Some(("watch", every)) => {
+                writeln!(out, "watching")?;
+                out.flush()?;
+                writeln!(out, "{}", watch(&mut memory, every).as_nanos())?;
+                out.flush()?;
+                continue;
+            }
             _ => bail!("a puppet does not know {line:?}"),
         }
         writeln!(out, "done")?;
@@ -61,6 +79,40 @@ fn touch(memory: &mut Mapping, every: usize) {
     if every > 0 {
         memory.words_mut().iter_mut().step_by(every * WORDS).for_each(|word| *word = word.wrapping_add(1));
     }
+}
+
+/// Pages a second, of a loop that adds up a page before it writes it: a program that did nothing but write would be a
+/// measurement of page faults alone.
+fn write(memory: &mut Mapping, time: Duration) -> f64 {
+    let start = Instant::now();
+    let mut pages = 0u64;
+    loop {
+        for page in memory.words_mut().chunks_exact_mut(WORDS) {
+            page[0] = page.iter().fold(0u64, |sum, word| sum.wrapping_add(*word)).wrapping_add(pages);
+            pages += 1;
+        }
+        let passed = start.elapsed();
+        if passed >= time {
+            return pages as f64 / passed.as_secs_f64();
+        }
+    }
+}
+
+/// The longest time between two looks at the clock. A page is written between them, if any are.
+fn watch(memory: &mut Mapping, every: usize) -> Duration {
+    let (start, step) = (Instant::now(), every * WORDS);
+    let (mut before, mut longest, mut at) = (start, Duration::ZERO, 0);
+    while before - start < WATCH {
+        if step > 0 {
+            let words = memory.words_mut();
+            words[at] = words[at].wrapping_add(1);
+            at = if at + step < words.len() { at + step } else { 0 };
+        }
+        let now = Instant::now();
+        longest = longest.max(now - before);
+        before = now;
+    }
+    longest
 }
 
 /// New mappings of a written page each, of which neighbours differ in what they allow: the kernel would merge them.
@@ -138,6 +190,36 @@ impl Puppet {
         let answer = self.line()?;
         ensure!(answer == "done", "a puppet that was told to {command} says {answer:?}");
         Ok(())
+    }
+
+    /// Has it watch the clock, and write every N-th page (0: none). It does so when this returns.
+    ///
+    /// # Errors
+    /// That it ended.
+    pub fn watch(&mut self, every: u64) -> anyhow::Result<()> {
+        let input = self.input.as_mut().context("a puppet without input")?;
+        writeln!(input, "watch {every}").context("telling a puppet to watch the clock")?;
+        let answer = self.line()?;
+        ensure!(answer == "watching", "a puppet that was told to watch the clock says {answer:?}");
+        Ok(())
+    }
+
+    /// Waits for the end of a [`Puppet::watch`]: the longest time between two looks.
+    ///
+    /// # Errors
+    /// That it ended.
+    pub fn watched(&mut self) -> anyhow::Result<Duration> {
+        Ok(Duration::from_nanos(self.line()?.parse().context("reading what a puppet saw")?))
+    }
+
+    /// Has it write for a while: the pages a second that it wrote.
+    ///
+    /// # Errors
+    /// That it ended.
+    pub fn write_for(&mut self, time: Duration) -> anyhow::Result<f64> {
+        let input = self.input.as_mut().context("a puppet without input")?;
+        writeln!(input, "write {}", time.as_millis()).context("telling a puppet to write")?;
+        self.line()?.parse().context("reading how much a puppet wrote")
     }
 
     fn line(&mut self) -> anyhow::Result<String> {

@@ -27,6 +27,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// What a source has to say about a space.
 #[derive(Debug, Default)]
@@ -69,6 +70,11 @@ pub(crate) trait DirtySource: std::fmt::Debug + Send {
 
     /// Whether it watches at all. One that does not calls everything dirty.
     fn watches(&self) -> bool;
+
+    /// How long one thread of the process was stopped, so that it could be watched.
+    fn attach_stop(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Runs `query` over the spans, and returns the pages that match. One walk from the first to the last span: the

@@ -12,6 +12,7 @@ use crate::target::Target;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 /// The source over one address space. Dropping it undoes everything: the descriptor is its only trace.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub(crate) struct UffdWp {
     pagemap: File,
     /// Made when there is something to watch and the process may be stopped for it.
     uffd: Option<OwnedFd>,
+    /// How long one thread stood still while it was made.
+    stop: Duration,
     /// Pages that were registered with this descriptor. Protection by somebody else's (a program may track itself) looks
     /// the same to a scan, but its marks are not ours to rely on: somebody else clears them.
     ours: PageSet,
@@ -46,6 +49,7 @@ impl UffdWp {
             target: target.clone(),
             pagemap: target.open_file("pagemap")?,
             uffd: None,
+            stop: Duration::ZERO,
             ours: PageSet::default(),
             fresh: PageSet::default(),
             refused: Vec::new(),
@@ -119,7 +123,8 @@ impl DirtySource for UffdWp {
         let uffd = match self.uffd.take() {
             Some(uffd) => uffd,
             None => {
-                let uffd = inject::userfaultfd(&self.target).map_err(WatchError::Inject)?;
+                let (uffd, stop) = inject::userfaultfd(&self.target).map_err(WatchError::Inject)?;
+                self.stop = stop;
                 uffd::api(&uffd, self.features)?;
                 uffd
             }
@@ -197,5 +202,9 @@ impl DirtySource for UffdWp {
 
     fn watches(&self) -> bool {
         self.uffd.is_some()
+    }
+
+    fn attach_stop(&self) -> Duration {
+        self.stop
     }
 }
