@@ -136,4 +136,6 @@ pub enum ReadError {
 }
 
 #[cfg(test)]
+mod size_tests;
+#[cfg(test)]
 mod tests;

@@ -93,6 +93,50 @@ fn a_recording_comes_back() {
     assert_eq!(ending, Ending::Finished);
 }
 
+/// The bytes of docs/RECORDING.md's example: whoever reads recordings of this version relies on them.
+#[test]
+fn the_bytes_of_version_1_stay_what_they_are() {
+    let space = ObservedSpace {
+        key: SpaceKey(3),
+        pid: 4711,
+        name: "redis".into(),
+        is_new: true,
+        regions: vec![region(0x100, 0x180, RegionKind::Heap, "[heap]")],
+        populated: pages(&[(0x100, 2), (0x110, 1)]),
+        dirty: pages(&[(0x101, 1)]),
+        unchanged: Some(PageSet::default()),
+    };
+    let observation = Observation {
+        at: Duration::from_nanos(300),
+        took: Duration::from_nanos(2),
+        pause: Duration::ZERO,
+        spaces: vec![space],
+        exited: vec![SpaceKey(2)],
+    };
+    let file = record(&[observation]);
+    let hex: Vec<String> = file.iter().map(|byte| format!("{byte:02x}")).collect();
+    let lines: Vec<String> = hex.chunks(16).map(|line| line.join(" ")).collect();
+    assert_eq!(lines, EXAMPLE, "\n{}", lines.join("\n"));
+    let document = include_str!("../../../docs/RECORDING.md");
+    for line in EXAMPLE {
+        assert!(document.contains(line), "docs/RECORDING.md lacks {line:?}");
+    }
+}
+
+const EXAMPLE: &[&str] = &[
+    "50 46 52 45 43 4f 52 44 01 00 00 00 00 00 00 00",
+    "20 00 00 00 20 00 00 00 01 76 ee 5f 1d 4f ec 95",
+    "02 44 5f 15 80 d0 95 ff bc 31 80 c2 d7 2f ce 49",
+    "0b 75 73 65 72 66 61 75 6c 74 66 64 07 70 72 6f",
+    "67 72 61 6d 01 00 00 00 2e 00 00 00 2e 00 00 00",
+    "c6 00 60 21 cd e3 7b ac df d3 ca 90 ac 02 02 00",
+    "01 02 01 03 2f ce 49 05 72 65 64 69 73 00 00 01",
+    "80 04 80 02 00 06 5b 68 65 61 70 5d 01 02 80 02",
+    "0e 01 00 00 01 01 81 02 00 00 02 00 00 00 01 00",
+    "00 00 01 00 00 00 09 43 44 5d 35 77 8d 63 e0 3b",
+    "ba 64 01",
+];
+
 #[test]
 fn an_interrupted_recording_is_read_up_to_its_last_whole_frame() {
     let file = record(&story());

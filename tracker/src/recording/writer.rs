@@ -11,7 +11,7 @@ pub(super) const MAGIC: &[u8; 8] = b"PFRECORD";
 /// Writes observations. Each is given to the file in one piece, as soon as it is there: what a killed recorder leaves
 /// behind is readable up to the last one.
 pub struct Writer<W: Write> {
-    output: W,
+    pub(super) output: W,
     compressor: zstd::bulk::Compressor<'static>,
     memory: Memory,
     observations: u64,

@@ -34,12 +34,7 @@ pub(super) fn set(
     bytes_per_second: f64,
 ) -> HotSet {
     debug_assert!(intervals <= REMEMBERED);
-    let mut classes: BTreeMap<u64, u64> = BTreeMap::new();
-    for written in spaces.values().flat_map(|space| space.pages.iter(now)) {
-        if let Some(between) = between(&written, intervals) {
-            *classes.entry(between).or_default() += 1;
-        }
-    }
+    let classes = classes(spaces, now, intervals);
     let round = shortest_round(&classes, interval, bytes_per_second);
     let hottest = classes.keys().next().map_or(f64::INFINITY, |between| *between as f64 / 8.0 * interval);
     if round < hottest {
@@ -61,6 +56,26 @@ pub(super) fn set(
     }
     hot.round = Duration::try_from_secs_f64(round).unwrap_or(Duration::MAX);
     hot
+}
+
+/// Pages by the time between their writes.
+fn classes(spaces: &BTreeMap<SpaceKey, Space>, now: u32, intervals: u32) -> BTreeMap<u64, u64> {
+    let mut classes: BTreeMap<u64, u64> = BTreeMap::new();
+    // Most pages are like the one before.
+    let (mut class, mut pages) = (0, 0);
+    for written in spaces.values().flat_map(|space| space.pages.iter(now)) {
+        match between(&written, intervals) {
+            Some(same) if same == class => pages += 1,
+            Some(other) => {
+                *classes.entry(class).or_default() += pages;
+                (class, pages) = (other, 1);
+            }
+            None => {}
+        }
+    }
+    *classes.entry(class).or_default() += pages;
+    classes.retain(|_, pages| *pages > 0);
+    classes
 }
 
 /// The largest T that sending W(T) takes, in seconds; 0 when there is none but that. `classes` are pages by the time

@@ -124,3 +124,9 @@ impl Block {
         0
     }
 }
+
+/// Bytes that a block takes.
+#[cfg(test)]
+pub(super) fn block_size() -> usize {
+    size_of::<Block>()
+}

@@ -225,6 +225,15 @@ fn regions_have_their_own_numbers() {
     near(uses[2].pages_per_second, 10.0);
 }
 
+/// docs/WORKING-SET.md states this.
+#[test]
+fn five_bytes_and_a_half_remember_a_page() {
+    let block = pages::block_size();
+    // Number and pointer are in the map.
+    assert_eq!((block + 16, 64), (344, 64), "bytes of a block of 64 pages");
+    assert!((block + 16) as f64 / 64.0 < 5.5);
+}
+
 /// What a page is called in the model: its space, how often its mapping was replaced, its number.
 type Page = (SpaceKey, u32, u64);
 
