@@ -6,6 +6,7 @@ use pageferry_benches::bench::baseline;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::workload::state::{RegionEntry, beside, read_lines, realtime_us};
+use pageferry_tracker::probe::Kernel;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -46,7 +47,40 @@ fn main() -> ExitCode {
             survives_plain_criu(workload).map(|()| Completion::Completed)
         }));
     }
+    trials.push(Trial::ignorable_test(
+        "wws_accuracy_compares_with_what_was_written",
+        || match Kernel::probe().choose(None) {
+            Err(error) => Ok(Completion::ignored_with(error.to_string())),
+            Ok(_) => wws_accuracy_compares().map(|()| Completion::Completed),
+        },
+    ));
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A program that goes through its memory once in two seconds: a window of t has t / 2 s of it.
+fn wws_accuracy_compares() -> Result<(), Failed> {
+    let output = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
+        .args(["wws-accuracy", "--json", "--runs", "1", "--duration", "3", "--patterns", "sequential"])
+        .args(["--memory", "16MiB", "--rate", "8MiB"])
+        .output()?;
+    let text = String::from_utf8(output.stdout)?;
+    if !output.status.success() {
+        return Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    let rows = text.lines().map(serde_json::from_str).collect::<Result<Vec<serde_json::Value>, _>>()?;
+    let number = |row: &serde_json::Value, name: &str| row[name].as_f64().unwrap_or(f64::NAN);
+    let windows: Vec<_> = rows.iter().filter(|row| row["quantity"] == "wws").collect();
+    assert!(windows.len() >= 15, "{text}");
+    for row in windows {
+        // How fast it really wrote depends on the machine, so the truth is known only roughly in advance.
+        let expected = (number(row, "tau_ms") / 2000.0).min(1.0) * 4096.0;
+        for name in ["true_pages", "estimated_pages"] {
+            let found = number(row, name);
+            assert!((found / expected - 1.0).abs() < 0.5, "{name} is {found} instead of {expected}: {row}");
+        }
+    }
+    assert!(rows.iter().any(|row| row["quantity"] == "dirty-rate" && row["pass"] == true), "{text}");
+    Ok(())
 }
 
 /// A workload that ends with the test.

@@ -110,6 +110,9 @@ fn policies_and_machines_read_no_clock() {
         |name| !name.ends_with("shaper.rs"),
         "time is a parameter of the shaper",
     );
+    for room in ["tracker/src/working_set", "tracker/src/recording"] {
+        forbid(room, clock, |_| false, "a replay must give the answers that the run gave");
+    }
 }
 
 #[test]
