@@ -6,7 +6,7 @@
 
 use crate::sys::ptrace::{self, Stop};
 use crate::target::Target;
-use crate::tree::{TreeError, discover};
+use crate::tree::{TreeError, discover_with};
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::mpsc;
@@ -219,13 +219,13 @@ pub(crate) struct Frozen {
 
 impl Frozen {
     /// Stops every thread of every process of the tree: until a look finds no thread that runs.
-    pub(crate) fn new(root: &Target) -> Result<Self, FreezeError> {
-        let root = root.clone();
+    pub(crate) fn new(root: &Target, known: &[Target]) -> Result<Self, FreezeError> {
+        let (root, known) = (root.clone(), known.to_vec());
         let (tell, told) = mpsc::channel();
         let (release, released) = mpsc::channel();
         let holder = thread::Builder::new()
             .name("ptrace".to_owned())
-            .spawn(move || match stop_all(&root) {
+            .spawn(move || match stop_all(&root, &known) {
                 Ok((members, threads)) => {
                     if tell.send(Ok(members)).is_ok() {
                         // Nothing is ever sent: this ends when the other end is dropped.
@@ -256,11 +256,11 @@ impl Drop for Frozen {
     }
 }
 
-fn stop_all(root: &Target) -> Result<(Vec<Target>, Vec<Traced>), FreezeError> {
+fn stop_all(root: &Target, acquainted: &[Target]) -> Result<(Vec<Target>, Vec<Traced>), FreezeError> {
     let mut stopped: Vec<Traced> = Vec::new();
     let mut known = BTreeSet::new();
     loop {
-        let members = discover(root)?;
+        let members = discover_with(root, acquainted)?;
         let mut asked = Vec::new();
         for member in &members {
             // A member that ends meanwhile has no threads any more.

@@ -1,7 +1,7 @@
 //! A process and everybody who descends from it.
 
 use crate::target::{OpenError, Target};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 
@@ -40,32 +40,45 @@ const LOOKS: u32 = 1000;
 /// # Errors
 /// [`TreeError`]. Zombies are left out.
 pub fn discover(root: &Target) -> Result<Vec<Target>, TreeError> {
+    discover_with(root, &[])
+}
+
+/// As [`discover`]; those that are known are not opened again, which takes two descriptors each.
+pub(crate) fn discover_with(root: &Target, known: &[Target]) -> Result<Vec<Target>, TreeError> {
     // A kernel without these files (CONFIG_PROC_CHILDREN) would look like a world without children.
     fs::metadata("/proc/thread-self/children").map_err(TreeError::NoChildren)?;
-    let mut before: Option<Vec<(i32, u64)>> = None;
+    let mut before: Option<Vec<Target>> = None;
     for _ in 0..LOOKS {
-        let found = look(root)?;
-        let members = found.iter().map(|member| (member.pid(), member.start_time())).collect();
-        if before.as_ref() == Some(&members) {
+        let found = look(root, before.as_deref().unwrap_or(known))?;
+        let same = before.as_ref().is_some_and(|before| {
+            before.len() == found.len() && before.iter().zip(&found).all(|(old, new)| old.is(new))
+        });
+        if same {
             return Ok(found);
         }
-        before = Some(members);
+        before = Some(found);
     }
     Err(TreeError::Unstable(root.pid()))
 }
 
-fn look(root: &Target) -> Result<Vec<Target>, TreeError> {
+fn look(root: &Target, known: &[Target]) -> Result<Vec<Target>, TreeError> {
     if !root.is_alive() {
         return Err(TreeError::RootEnded(root.pid()));
     }
+    let known: BTreeMap<i32, &Target> = known.iter().map(|target| (target.pid(), target)).collect();
     let mut found = vec![root.clone()];
-    let mut known = BTreeSet::from([root.pid()]);
+    let mut seen = BTreeSet::from([root.pid()]);
     let mut at = 0;
     while at < found.len() {
         let pid = found[at].pid();
         at += 1;
         for child in children(pid).map_err(|source| TreeError::Io { pid, source })? {
-            if !known.insert(child) {
+            if !seen.insert(child) {
+                continue;
+            }
+            // Nobody else gets the pid of one that has not ended.
+            if let Some(target) = known.get(&child).filter(|target| target.is_alive()) {
+                found.push((*target).clone());
                 continue;
             }
             match Target::open_any(child) {

@@ -14,7 +14,6 @@ use std::io::{self, Write};
 pub(crate) struct SoftDirty {
     target: Target,
     pagemap: File,
-    clear_refs: File,
     /// For the entries, read one by one; without it PAGEMAP_SCAN, where it knows soft-dirty.
     entries: Option<Entries>,
     /// Clearing broke off: nobody knows which marks are gone, so everything counts as written.
@@ -26,7 +25,6 @@ impl SoftDirty {
         Ok(Self {
             target: target.clone(),
             pagemap: target.open_file("pagemap")?,
-            clear_refs: target.open_to_write("clear_refs")?,
             entries: if scan { None } else { Some(Entries::new()?) },
             spoiled: false,
         })
@@ -65,7 +63,8 @@ impl DirtySource for SoftDirty {
 
     fn clear(&mut self) -> io::Result<()> {
         self.spoiled = true;
-        self.clear_refs.write_all(b"4")?;
+        // Opened for each time: a descriptor less for each process of a large tree.
+        self.target.open_to_write("clear_refs")?.write_all(b"4")?;
         self.spoiled = false;
         Ok(())
     }
