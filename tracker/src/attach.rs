@@ -437,7 +437,13 @@ impl Tracker {
                         answer.populated.clone()
                     } else {
                         let come = answer.populated.subtract(&space.populated);
-                        space.pending.union(&answer.dirty).intersect(&answer.populated).union(&come)
+                        let pending = std::mem::take(&mut space.pending);
+                        // What was dirty and is gone needs nobody.
+                        let mut dirty =
+                            if pending.is_empty() { pending } else { pending.intersect(&answer.populated) };
+                        dirty.absorb(answer.dirty);
+                        dirty.absorb(come);
+                        dirty
                     };
                     space.pending = dirty.clone();
                     space.populated = answer.populated.clone();
@@ -516,15 +522,15 @@ fn look(
     // What was given back since the last look was written until then.
     let before = std::mem::replace(&mut space.pinned, pinned);
     for pages in [&before, &space.pinned] {
-        answer.dirty = match pages {
-            Pinned::Pages(pages) => answer.dirty.union(&pages.intersect(&answer.populated)),
-            Pinned::Unknown => answer.populated.clone(),
-        };
+        match pages {
+            Pinned::Pages(pages) => answer.dirty.absorb(pages.intersect(&answer.populated)),
+            Pinned::Unknown => answer.dirty = answer.populated.clone(),
+        }
     }
     if state == TreeState::Frozen {
         // They change in ways that leave no mark: the file is written or cut off.
         let of_files = view.pages(|_, care| care.backing == Backing::File);
-        answer.dirty = answer.dirty.union(&of_files.intersect(&answer.populated));
+        answer.dirty.absorb(of_files.intersect(&answer.populated));
     }
     // The memory of before may live on in another process, and look as if nothing had happened.
     if space.target.layout().map_err(LookError::Scan)? != space.layout {

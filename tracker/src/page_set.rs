@@ -97,6 +97,15 @@ impl PageSet {
         union
     }
 
+    /// Adds the pages of another set: no work if one of the two is empty.
+    pub fn absorb(&mut self, other: PageSet) {
+        if self.is_empty() {
+            *self = other;
+        } else if !other.is_empty() {
+            *self = self.union(&other);
+        }
+    }
+
     /// The pages of both sets.
     #[must_use]
     pub fn intersect(&self, other: &PageSet) -> PageSet {
@@ -173,6 +182,12 @@ mod tests {
         (set, model)
     }
 
+    fn absorbed(a: &PageSet, b: &PageSet) -> PageSet {
+        let mut both = a.clone();
+        both.absorb(b.clone());
+        both
+    }
+
     fn is_canonical(set: &PageSet) -> bool {
         set.runs.iter().all(|run| run.len > 0) && set.runs.windows(2).all(|w| w[0].end() < w[1].start)
     }
@@ -187,6 +202,7 @@ mod tests {
             for (set, model) in [
                 (a.clone(), model_a.clone()),
                 (a.union(&b), &model_a | &model_b),
+                (absorbed(&a, &b), &model_a | &model_b),
                 (a.intersect(&b), &model_a & &model_b),
                 (a.subtract(&b), &model_a - &model_b),
             ] {

@@ -287,8 +287,20 @@ impl Target {
 
     /// Reads a file of its folder in `/proc`.
     pub(crate) fn read_file(&self, name: &str) -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.open_file(name)?.read_to_end(&mut bytes)?;
+        // Not `read_to_end`, which begins with small pieces: these files say nothing of their length.
+        let (mut file, mut bytes, mut length) = (self.open_file(name)?, vec![0; 4096], 0);
+        loop {
+            if length == bytes.len() {
+                bytes.resize(2 * length, 0);
+            }
+            match file.read(&mut bytes[length..]) {
+                Ok(0) => break,
+                Ok(more) => length += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        bytes.truncate(length);
         Ok(bytes)
     }
 
@@ -305,6 +317,14 @@ impl Target {
             (Some(code), Some(stack), Some(data), Some(heap)) => Ok([code, stack, data, heap]),
             _ => Err(io::Error::other(format!("a strange stat: {text:?}"))),
         }
+    }
+
+    /// Pages that the process has in memory, as the kernel counts them: some dozens wrong before Linux 6.16.
+    pub(crate) fn resident(&self) -> io::Result<u64> {
+        let text = self.read_file("statm")?;
+        let text = String::from_utf8_lossy(&text);
+        let resident = text.split_whitespace().nth(1).and_then(|field| field.parse().ok());
+        resident.ok_or_else(|| io::Error::other(format!("a strange statm: {text:?}")))
     }
 
     /// A field of `/proc/PID/status`.

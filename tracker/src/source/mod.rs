@@ -16,12 +16,13 @@
 
 pub(crate) mod compare;
 mod entries;
+mod known;
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 
 use crate::inject::InjectError;
 use crate::page_set::{PageSet, Run};
-use crate::scope::{Backing, Span, Untracked, View};
+use crate::scope::{Span, Untracked, View};
 use crate::sys::pagemap::{self, FILE, GUARD, PFNZERO, PRESENT, Query, SWAPPED};
 use std::fs::File;
 use std::io;
@@ -139,7 +140,7 @@ fn guard_category() -> u64 {
 ///
 /// Asks for the others and takes the complement: the kernel spends five times as long on a page that it reports as
 /// on one that it passes by (11 ns and 2 ns), and most pages of a program exist, and were not written lately.
-/// What is unmapped while a program runs counts as existing until the next look.
+/// What is unmapped while a program runs counts as existing until the next survey.
 pub(crate) fn survey(pagemap_file: &File, view: &View, mark: u64) -> io::Result<Answer> {
     let file = if view.has_files() { FILE } else { 0 };
     let query = Query {
@@ -165,14 +166,15 @@ pub(crate) fn survey(pagemap_file: &File, view: &View, mark: u64) -> io::Result<
         }
         if found.categories & file != 0 {
             of_files.insert(start, len);
-        } else if file != 0 && found.categories & SWAPPED != 0 {
+        } else if found.categories & SWAPPED != 0 {
             swapped.insert(start, len);
         }
     })?;
     let of = |shared| all(spans.iter().filter(|span| span.shared == shared));
     let mut populated = of(false).subtract(&others).subtract(&of_files);
-    // Where a protected page of a file's mapping was given back the kernel keeps a note, and calls that swapped too.
-    let doubtful = swapped.intersect(&view.pages(|_, care| care.backing == Backing::File));
+    // Where a protected page of a file's mapping was given back the kernel keeps a note, and calls that swapped too; and
+    // it makes one where a page has gone that a scan took for existing (`known`).
+    let doubtful = swapped.intersect(&populated);
     populated = populated.subtract(&entries::notes(pagemap_file, &doubtful)?);
     let shared = of(true);
     if !shared.is_empty() {
