@@ -3,7 +3,7 @@
 use crate::Case;
 use crate::content::{collect, only, tracked};
 use crate::subject::{Subject, dirty, populated};
-use pageferry_tracker::{Collected, SpaceScan, Tracker, TrackerKind};
+use pageferry_tracker::{Collected, SpaceScan, Tracker, TrackerKind, TreeState};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ pub const CASES: &[Case] = &[
     ("pages_that_may_be_taken_away", pages_that_may_be_taken_away),
     ("two_hundred_processes_come_and_go", two_hundred_processes_come_and_go),
     ("forty_thousand_mappings", forty_thousand_mappings),
+    ("long_stretches", long_stretches),
     ("a_sparse_mapping_of_64_gib", a_sparse_mapping_of_64_gib),
     ("who_becomes_a_setuid_program", who_becomes_a_setuid_program),
     ("who_lives_in_another_pid_namespace", who_lives_in_another_pid_namespace),
@@ -118,6 +119,55 @@ fn forty_thousand_mappings(kind: TrackerKind) {
     let collected = settle(&mut tracker);
     let found = dirty(only(&collected), at, PAIRS * 2);
     assert!(found.contains(&wanted[7]) && !found.contains(&wanted[5]), "{found:?}");
+}
+
+/// Long enough to be scanned in the quickest way, which does not ask whether pages exist. Writes are exact all the same;
+/// pages that were given back may be named once more, and stay on the list for some collects, but not in a frozen one.
+fn long_stretches(kind: TrackerKind) {
+    const PAGES: u64 = 6000;
+    let mut subject = Subject::start();
+    let at = subject.number(&format!("map {PAGES}"));
+    subject.tell(&format!("write-all {at} {PAGES}"));
+    let mut tracker = tracked(kind, &subject);
+    let all: Vec<u64> = (0..PAGES).collect();
+    for pages in [&[0, 17, 2047, 2048, 5999][..], &[], &[1, 2, 3, 4096]] {
+        let list: Vec<String> = pages.iter().map(u64::to_string).collect();
+        if !pages.is_empty() {
+            subject.tell(&format!("write {at} {}", list.join(" ")));
+        }
+        let collected = settle(&mut tracker);
+        assert_eq!(dirty(only(&collected), at, PAGES), pages);
+        assert_eq!(populated(only(&collected), at, PAGES), all);
+    }
+    subject.tell(&format!("advise {} 100 {}", at + 3000 * 4096, libc::MADV_DONTNEED));
+    let collected = settle(&mut tracker);
+    let found = dirty(only(&collected), at, PAGES);
+    assert!(found.iter().all(|page| (3000..3100).contains(page)), "{found:?}");
+    subject.tell(&format!("write {at} 3050 10"));
+    let collected = settle(&mut tracker);
+    assert_eq!(dirty(only(&collected), at, PAGES), [10, 3050]);
+    let left: Vec<u64> = (0..3000).chain([3050]).chain(3100..PAGES).collect();
+    let frozen = tracker.collect(TreeState::Frozen).expect("a frozen collect");
+    assert_eq!(populated(only(&frozen), at, PAGES), left, "what is there when nothing runs is known exactly");
+    tracker.acknowledge(frozen.ticket);
+    subject.tell(&format!("advise {at} 50 {}", libc::MADV_DONTNEED));
+    let mut looks = 0;
+    loop {
+        let collected = settle(&mut tracker);
+        let there = populated(only(&collected), at, PAGES);
+        if there == left[50..] {
+            break;
+        }
+        looks += 1;
+        assert!(there.len() <= left.len() && looks < 20, "after {looks} looks: {} pages", there.len());
+    }
+    // And over the end of a stretch that was cut off, where something new begins.
+    subject.tell(&format!("unmap {} 1000", at + 5000 * 4096));
+    subject.tell(&format!("map-at {} 1000", at + 5000 * 4096));
+    subject.tell(&format!("write {} 7", at + 5000 * 4096));
+    let collected = settle(&mut tracker);
+    assert_eq!(dirty(only(&collected), at + 5000 * 4096, 1000), [7]);
+    assert_eq!(populated(only(&collected), at + 5000 * 4096, 1000), [7], "the old pages are gone");
 }
 
 fn a_sparse_mapping_of_64_gib(kind: TrackerKind) {
