@@ -3,6 +3,7 @@
 mod truth;
 
 use super::child::{self, Running};
+use super::machine;
 use super::stats::Runs;
 use super::table::Table;
 use crate::sys::memory::PAGE;
@@ -271,5 +272,10 @@ fn render(rows: &[Row]) -> String {
     }
     let all = rows.len();
     let worst = rows.iter().map(|row| row.error).fold(0.0, f64::max) * 100.0;
-    format!("{}{all} points in all; the worst median is {worst:.2} % off (goal: 2 %)\n", table.render())
+    let runs = rows.first().map_or(0, |row| row.error_of_runs.len());
+    let machine = machine::describe();
+    format!(
+        "{machine}\nmedian (smallest..largest) of {runs} runs; rates in pages/s; goal: at most 2 % off\n\n{}{all} points in all; the worst median is {worst:.2} % off\n",
+        table.render()
+    )
 }
