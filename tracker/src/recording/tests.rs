@@ -241,6 +241,55 @@ fn a_full_disk_is_an_error_and_leaves_what_was_written() {
     assert_eq!(ending, Ending::Interrupted { whole_frames: 3 });
 }
 
+/// A head with checksums that fit, whatever it says.
+fn forged_head(kind: u8, coding: u8, stored: u32, len: u32, number: u64) -> Vec<u8> {
+    use xxhash_rust::xxh3::xxh3_64_with_seed;
+    let mut head = vec![kind, coding, 0, 0];
+    head.extend(stored.to_le_bytes());
+    head.extend(len.to_le_bytes());
+    let sum = xxh3_64_with_seed(&head, number) as u32;
+    head.extend(sum.to_le_bytes());
+    head
+}
+
+#[test]
+fn lengths_that_lie_reserve_no_memory() {
+    use xxhash_rust::xxh3::xxh3_64_with_seed;
+    let mut writer = Writer::new(Vec::new(), &header()).unwrap();
+    writer.write(&story()[0]).unwrap();
+    let start = writer.output;
+    let with = |head: Vec<u8>, stored: &[u8]| {
+        let mut file = start.clone();
+        file.extend(head);
+        file.extend(xxh3_64_with_seed(stored, 2).to_le_bytes());
+        file.extend_from_slice(stored);
+        read(&file)
+    };
+    // A frame of 256 MiB in a file of some bytes is one that was interrupted.
+    let ended = with(forged_head(1, 0, 256 << 20, 256 << 20, 2), b"some bytes").unwrap();
+    assert_eq!(ended.1, Ending::Interrupted { whole_frames: 1 });
+    let refused = |result: Result<_, ReadError>| match result {
+        Err(ReadError::Damaged { frame: 2, what, .. }) => what,
+        other => panic!("{other:?}"),
+    };
+    // More than the format allows, more than compression can, and coded in a way that there is not.
+    refused(with(forged_head(1, 0, u32::MAX, u32::MAX, 2), b""));
+    refused(with(forged_head(1, 1, 100, 256 << 20, 2), &[0; 100]));
+    refused(with(forged_head(1, 7, 4, 4, 2), b"1234"));
+    refused(with(forged_head(9, 0, 4, 4, 2), b"1234"));
+    // Compressed bytes that become more, or less, than was said.
+    let zeros = zstd::bulk::compress(&[0; 3000], 3).unwrap();
+    refused(with(forged_head(1, 1, zeros.len() as u32, 2999, 2), &zeros));
+    refused(with(forged_head(1, 1, zeros.len() as u32, 3001, 2), &zeros));
+    // A payload that promises 2^32 spaces, and one that has the same space twice.
+    let spaces = b"\0\0\0\0\xff\xff\xff\xff\x0f";
+    let what = refused(with(forged_head(1, 0, spaces.len() as u32, spaces.len() as u32, 2), spaces));
+    assert_eq!(what, "it promises more items than it has room for");
+    let twice = b"\0\0\0\0\x02\0\x10\0\x10";
+    let what = refused(with(forged_head(1, 0, twice.len() as u32, twice.len() as u32, 2), twice));
+    assert_eq!(what, "it has a space twice");
+}
+
 proptest! {
     /// Whatever a payload says: an observation or an error, and no more memory than its bytes account for.
     #[test]

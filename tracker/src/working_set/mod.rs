@@ -52,7 +52,8 @@ pub struct CurvePoint {
     pub tau: Duration,
     /// How many pages are written in such a window, in the mean.
     pub pages: f64,
-    /// How far from that the truth may be, in pages, as scans take time and do not come quite evenly.
+    /// How far from that the truth may be, in pages, as scans take time and do not come quite evenly. Not what chance
+    /// adds: another run of the same program has another curve.
     pub error: f64,
 }
 
