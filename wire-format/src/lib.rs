@@ -10,6 +10,7 @@ mod chooser;
 mod coding;
 pub mod control;
 mod decode;
+pub mod delta;
 pub mod digest;
 mod error;
 mod frame;

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 pub mod attach;
 pub mod baseline;
 pub mod child;
+pub mod codings;
 pub mod downtime;
 pub mod ferry;
 pub mod goodput;
@@ -51,6 +52,10 @@ enum Bench {
     Puppet(puppet::Options),
     /// How near the estimated working set is to the true one
     WwsAccuracy(wws_accuracy::Options),
+    /// How fast pages are digested and coded, and into how many bytes
+    Codings(codings::Options),
+    /// The coding of pages that were sent before, beside QEMU's XBZRLE
+    Xbzrle(codings::Options),
     /// Plain CRIU, source side: dump, send the images, wait for the restore
     CriuSource(baseline::source::Options),
     /// Plain CRIU, destination side: receive images, restore
@@ -119,6 +124,8 @@ impl Command {
             Bench::TrackingCost(options) => tracking_cost::run(&options),
             Bench::Puppet(options) => puppet::run(&options),
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
+            Bench::Codings(options) => codings::run(&options),
+            Bench::Xbzrle(options) => codings::run_xbzrle(&options),
             Bench::CriuSource(options) => baseline::source::run(&options),
             Bench::CriuDestination(options) => baseline::destination::run(&options),
         }

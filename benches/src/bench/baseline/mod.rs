@@ -14,6 +14,7 @@ use std::time::Duration;
 
 pub mod destination;
 pub mod source;
+pub mod xbzrle;
 
 /// Longest time that one step takes here.
 const LIMIT: Duration = Duration::from_secs(600);
