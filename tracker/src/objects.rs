@@ -1,6 +1,6 @@
 //! Memory that processes share: counted once, whoever maps it, and by its own pages.
 
-use crate::attach::SpaceKey;
+use crate::attach::{SpaceKey, SpaceScan};
 use crate::page_set::{PageSet, Run};
 use crate::region::Region;
 use crate::scope::{Backing, View};
@@ -171,6 +171,17 @@ impl Objects {
 }
 
 impl ObjectScan {
+    /// The page at which `space` has a page of the object mapped, to be read there with a [`crate::PageReader`]; `None` if
+    /// it has not.
+    pub fn page_in(&self, space: &SpaceScan, page: u64) -> Option<u64> {
+        let ours =
+            |region: &&Region| region.shared && (region.device, region.inode) == (self.device, self.inode);
+        space.regions.iter().filter(ours).find_map(|region| {
+            let within = page.checked_sub(region.offset / 4096)?;
+            (within < region.pages()).then_some(region.start / 4096 + within)
+        })
+    }
+
     fn new((device, inode): ObjectKey, path: Option<PathBuf>) -> Self {
         let (populated, dirty, mapped_by) = Default::default();
         Self { device, inode, path, is_new: false, populated, dirty, mapped_by }

@@ -32,9 +32,9 @@ fn main() -> ExitCode {
         program::run();
     }
     if let [_, first, pid, kind] = &arguments[..]
-        && first == transparency::ARGUMENT
+        && let Some(attach) = transparency::how(first)
     {
-        transparency::track(pid.parse().expect("a pid"), kind.parse().expect("a kind"));
+        transparency::track(pid.parse().expect("a pid"), kind.parse().expect("a kind"), attach);
     }
     let kernel = Kernel::probe();
     let root = rustix::process::geteuid().is_root();

@@ -3,8 +3,9 @@
 use crate::Case;
 use crate::content::{collect, only};
 use crate::subject::{Subject, dirty, populated, within};
+use crate::transparency::ARGUMENT_ALL;
 use nix::sys::signal::Signal;
-use pageferry_tracker::{Collected, ObjectScan, Scope, Tracker, TrackerKind, TreeState};
+use pageferry_tracker::{Collected, ObjectScan, PageReader, Run, Scope, Tracker, TrackerKind, TreeState};
 
 pub const CASES: &[Case] = &[
     ("who_does_nothing_writes_nothing", who_does_nothing_writes_nothing),
@@ -22,6 +23,8 @@ pub const CASES: &[Case] = &[
     ("unacknowledged_objects_come_back", unacknowledged_objects_come_back),
     ("pinned_buffers_are_always_dirty", pinned_buffers_are_always_dirty),
     ("what_is_lazy_is_the_same", what_is_lazy_is_the_same),
+    ("objects_are_read_where_they_are_mapped", objects_are_read_where_they_are_mapped),
+    ("all_of_it_is_let_go", all_of_it_is_let_go),
 ];
 
 const NONE: [u64; 0] = [];
@@ -338,4 +341,58 @@ fn what_is_lazy_is_the_same(kind: TrackerKind) {
     let (few, many) = (only(&few), only(&many));
     assert_eq!(populated(few, at, 64), populated(many, at, 64));
     assert!(few.populated.subtract(&many.populated).is_empty(), "what is lazy is among all");
+}
+
+fn objects_are_read_where_they_are_mapped(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let fd = subject.number("memfd 32");
+    let at = subject.number(&format!("map-shared {fd} 16 16"));
+    subject.tell(&format!("write {at} 3"));
+    subject.tell(&format!("write-through {fd} 20"));
+    let mut tracker = tracked(kind, &subject);
+    let collected = collect(&mut tracker);
+    let scan = only(&collected);
+    let object = object(&collected, subject.pid(), at);
+    assert_eq!(object.page_in(scan, 19), Some(at / 4096 + 3));
+    assert_eq!((object.page_in(scan, 15), object.page_in(scan, 32)), (None, None), "not mapped");
+    let mut reader = PageReader::new(&scan.target).expect("a reader");
+    for page in [19, 20] {
+        let run = Run { start: object.page_in(scan, page).expect("it is mapped"), len: 1 };
+        let mut bytes = [0; 4096];
+        assert!(reader.read(&[run], &mut bytes).expect("a read").is_empty());
+        let word = u64::from_ne_bytes(bytes[..8].try_into().expect("eight bytes"));
+        assert_eq!(subject.ask(&format!("read {} 1", at + (page - 16) * 4096)), word.to_string());
+        assert_ne!(word, 0);
+    }
+}
+
+fn all_of_it_is_let_go(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let shared = subject.number("share-pages 32");
+    let fd = subject.number("file 16");
+    let file = subject.number(&format!("map-private {fd} 16 0"));
+    let write = |subject: &mut Subject| {
+        subject.tell(&format!("write-all {shared} 32"));
+        subject.tell(&format!("write-all {file} 16"));
+    };
+    write(&mut subject);
+    let descriptors = subject.descriptors();
+    let tracker = tracked(kind, &subject);
+    assert_eq!(subject.is_registered(), kind == TrackerKind::UffdWp);
+    assert_eq!(subject.descriptors(), descriptors, "while it is tracked");
+    tracker.detach().expect("detach");
+    for turn in 0..3 {
+        assert!(!subject.is_registered());
+        assert_eq!(subject.descriptors(), descriptors);
+        assert_eq!(subject.field("TracerPid"), "0");
+        write(&mut subject);
+        // And by one that is killed.
+        let mut killed = Subject::start_as(&[ARGUMENT_ALL, &subject.pid().to_string(), &kind.to_string()]);
+        std::thread::sleep(std::time::Duration::from_micros(turn * 1777));
+        killed.kill();
+        subject.until("the tracker's end", |subject| subject.field("TracerPid") == "0");
+        subject.until("the end of the registration", |subject| !subject.is_registered());
+        assert!(!subject.is_stopped());
+    }
+    write(&mut subject);
 }

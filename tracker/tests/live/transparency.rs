@@ -6,11 +6,13 @@ use crate::program::compute;
 use crate::subject::{Subject, dirty};
 use crate::sys::process::queue;
 use nix::sys::signal::Signal;
-use pageferry_tracker::{Tracker, TrackerKind};
+use pageferry_tracker::{AttachError, Target, Tracker, TrackerKind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The argument that makes the test program a tracker of somebody else: PID and kind.
 pub const ARGUMENT: &str = "--track";
+/// The same, for all memory.
+pub const ARGUMENT_ALL: &str = "--track-all";
 
 pub const CASES: &[Case] = &[
     ("signals_are_delivered_exactly", signals_are_delivered_exactly),
@@ -34,10 +36,22 @@ fn visit(kind: TrackerKind, subject: &Subject) {
     tracker.detach().expect("detach");
 }
 
+/// How a tracker attaches.
+pub type Attach = fn(Target, TrackerKind) -> Result<Tracker, AttachError>;
+
+/// What the first argument of a tracker of somebody else says.
+pub fn how(argument: &str) -> Option<Attach> {
+    match argument {
+        ARGUMENT => Some(Tracker::attach),
+        ARGUMENT_ALL => Some(Tracker::attach_all),
+        _ => None,
+    }
+}
+
 /// What a killed tracker does until then.
-pub fn track(pid: i32, kind: TrackerKind) -> ! {
-    let target = pageferry_tracker::Target::open(pid).expect("the target");
-    let mut tracker = Tracker::attach(target, kind).expect("attach");
+pub fn track(pid: i32, kind: TrackerKind, attach: Attach) -> ! {
+    let target = Target::open(pid).expect("the target");
+    let mut tracker = attach(target, kind).expect("attach");
     for turn in 0.. {
         let collected = collect(&mut tracker);
         tracker.acknowledge(collected.ticket);
