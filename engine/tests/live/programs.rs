@@ -27,6 +27,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("redis under writes", redis),
         ("python with a large heap", python),
         ("soft_dirty_vm: the soft-dirty tracker", soft_dirty),
+        ("soft_dirty_vm: the soft-dirty tracker by PAGEMAP_SCAN", soft_dirty_scan),
+        ("contents that are compared", compare),
         ("a CRIU into which nothing can be preloaded", no_shim),
         ("soft_dirty_vm: a synthetic parent hides the memory", synthetic_parent),
     ]
@@ -142,6 +144,22 @@ fn soft_dirty(ferry: &Ferry) -> anyhow::Result<()> {
     let options = ["--verify", "--tracker", "soft-dirty"];
     moves_with(ferry, &["writer", "--memory", "32MiB", "--rate", "2MB"], &options)?;
     moves_with(ferry, &["forked", "--memory", "8MiB", "--workers", "2"], &options)
+}
+
+fn soft_dirty_scan(ferry: &Ferry) -> anyhow::Result<()> {
+    needs_soft_dirty()?;
+    let feature = Kernel::probe().scan_soft_dirty;
+    if !feature.works {
+        return Err(Ignored(format!("needs soft-dirty by PAGEMAP_SCAN: {}", feature.reason)).into());
+    }
+    let options = ["--verify", "--tracker", "soft-dirty-scan"];
+    moves_with(ferry, &["writer", "--memory", "32MiB", "--rate", "2MB"], &options)
+}
+
+fn compare(ferry: &Ferry) -> anyhow::Result<()> {
+    let options = ["--verify", "--tracker", "compare"];
+    moves_with(ferry, &["writer", "--memory", "64MiB"], &options)?;
+    moves_with(ferry, &["forked", "--memory", "16MiB", "--workers", "2"], &options)
 }
 
 fn redis(ferry: &Ferry) -> anyhow::Result<()> {
