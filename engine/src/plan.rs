@@ -19,6 +19,9 @@ pub struct SendPlan {
     pub max_rounds: u32,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
     pub bandwidth: Option<u64>,
+    /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
+    /// travel as what differs. 0 turns it off; `None` is a sixteenth of the program's memory.
+    pub delta_cache: Option<u64>,
     /// Dirty tracker to use; `None` lets the probe choose.
     pub tracker: Option<TrackerKind>,
     /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
@@ -46,6 +49,7 @@ impl SendPlan {
             downtime: Duration::from_millis(100),
             max_rounds: 30,
             bandwidth: None,
+            delta_cache: None,
             tracker: None,
             hide: None,
             verify: false,

@@ -91,6 +91,9 @@ pub struct RoundReport {
     pub gone_pages: u64,
     /// Of the sent pages, those that travelled compressed.
     pub compressed_pages: u64,
+    /// Of the sent pages, those that travelled as what differs from what was sent before.
+    #[serde(default)]
+    pub delta_pages: u64,
     /// Bytes on the wire, frames included.
     pub sent_bytes: u64,
     /// From the scan until the destination acknowledged.

@@ -5,9 +5,13 @@
 //! runs   x { first page u64, pages u32 }
 //! bitmap   ceil(pages / 8) bytes: bit set = the page is all zeros and has no bytes in the payload
 //! digests  16 bytes for each page that is not zero, in order
+//! bases    with coding 2: 16 bytes for each page that is not zero, in order
 //! ```
-//! The payload is the bytes of the pages that are not zero, in order: as they are, or as one zstd frame.
+//! The payload is the bytes of the pages that are not zero, in order: as they are, as one zstd frame, or as one
+//! delta each ([`crate::delta`]) on top of the bytes that were sent of that page before. The base is the digest of those:
+//! a receiver that has others must not apply the delta.
 
+use crate::delta;
 use crate::digest;
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, Fields, FrameKind, limit};
@@ -23,6 +27,8 @@ pub enum Coding {
     Raw = 0,
     /// One zstd frame.
     Zstd = 1,
+    /// A delta for each page, on top of what the receiver has of it.
+    Delta = 2,
 }
 
 /// The head of a batch of pages. Reused for every batch: it keeps its memory.
@@ -34,6 +40,8 @@ pub struct PageBatch {
     runs: Vec<PageRun>,
     zero: Vec<bool>,
     digests: Vec<PageDigest>,
+    /// With deltas: what each page that is not zero was before.
+    bases: Vec<PageDigest>,
     stored: usize,
 }
 
@@ -46,6 +54,7 @@ impl PageBatch {
         self.runs.clear();
         self.zero.clear();
         self.digests.clear();
+        self.bases.clear();
         self.stored = 0;
     }
 
@@ -58,6 +67,17 @@ impl PageBatch {
         self.zero.push(zero);
         self.digests.push(if zero { digest::ZERO_PAGE } else { content });
         self.stored += usize::from(!zero);
+    }
+
+    /// Adds a page that is not zero, as a delta on top of what has the digest `base`. For batches of deltas only.
+    pub fn push_delta(&mut self, page: PageNo, content: PageDigest, base: PageDigest) {
+        self.push(page, false, content);
+        self.bases.push(base);
+    }
+
+    /// In a batch of deltas the digests of the bases of its pages that are not zero, in order; else nothing.
+    pub fn bases(&self) -> &[PageDigest] {
+        &self.bases
     }
 
     /// Says how the payload is coded.
@@ -133,6 +153,7 @@ impl PageBatch {
                     out.extend_from_slice(&digest.0);
                 }
             }
+            self.bases.iter().for_each(|base| out.extend_from_slice(&base.0));
             Ok(())
         })
     }
@@ -155,6 +176,7 @@ impl PageBatch {
         let coding = match fields.u16()? {
             0 => Coding::Raw,
             1 => Coding::Zstd,
+            2 => Coding::Delta,
             _ => return Err(DecodeError::Invalid("an unknown coding")),
         };
         if fields.u16()? != 0 {
@@ -183,6 +205,11 @@ impl PageBatch {
                 false => PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")),
             });
         }
+        if coding == Coding::Delta {
+            for _ in 0..self.stored {
+                self.bases.push(PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")));
+            }
+        }
         fields.end()
     }
 
@@ -195,6 +222,10 @@ impl PageBatch {
             return Err(DecodeError::Invalid("runs that do not add up to the number of pages"));
         }
         let raw = self.stored * PAGE_SIZE;
+        let bases = if self.coding == Coding::Delta { self.stored } else { 0 };
+        if self.bases.len() != bases {
+            return Err(DecodeError::Invalid("bases that are not one for each delta"));
+        }
         match self.coding {
             Coding::Raw if payload_len != raw => {
                 Err(DecodeError::Invalid("a payload that is not as long as its pages"))
@@ -202,6 +233,10 @@ impl PageBatch {
             Coding::Zstd if raw == 0 => Err(DecodeError::Invalid("compressed nothing")),
             Coding::Zstd if payload_len == 0 || payload_len > raw => {
                 Err(DecodeError::Invalid("a compressed payload that is longer than its pages, or empty"))
+            }
+            Coding::Delta if raw == 0 => Err(DecodeError::Invalid("deltas of nothing")),
+            Coding::Delta if payload_len < self.stored * delta::MIN_DELTA_BYTES || payload_len > raw => {
+                Err(DecodeError::Invalid("deltas that are longer than their pages, or too short"))
             }
             _ => Ok(()),
         }

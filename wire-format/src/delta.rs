@@ -26,6 +26,9 @@ const BYTE_FORM: u8 = 1;
 /// Form and bitmap.
 const HEAD: usize = 9;
 
+/// The shortest delta: of a page that is equal.
+pub const MIN_DELTA_BYTES: usize = HEAD;
+
 /// The longest delta: every word in words.
 pub const MAX_DELTA_BYTES: usize = HEAD + BLOCKS + PAGE_SIZE;
 

@@ -13,8 +13,8 @@ pub const MAX_BATCH_PAGES: usize = 256;
 /// Bytes of any frame's head. Each kind has a limit of its own below this one.
 pub const MAX_HEAD_BYTES: usize = 4 << 20;
 
-/// Bytes of the head of a page batch: what 256 pages have, none of them neighbours and none of them zero.
-pub const MAX_BATCH_HEAD: usize = 20 + MAX_BATCH_PAGES * (12 + 16) + MAX_BATCH_PAGES.div_ceil(8);
+/// Bytes of the head of a page batch: what 256 deltas have, none of them neighbours and none of them zero.
+pub const MAX_BATCH_HEAD: usize = 20 + MAX_BATCH_PAGES * (12 + 2 * 16) + MAX_BATCH_PAGES.div_ceil(8);
 
 /// Bytes of the head of a piece of an image: its place, its digest, and the longest name.
 pub const MAX_IMAGE_HEAD: usize = 26 + MAX_IMAGE_NAME;

@@ -2,7 +2,7 @@
 //!
 //! | version | what changed, and why |
 //! |---|---|
-//! | 1 | The first: page batches (raw, zstd), images, owned pages, digests, control messages. |
+//! | 1 | The first: page batches (raw, zstd, delta), images, owned pages, digests, control messages. |
 //!
 //! Every frame carries the version it was written in; the header is readable without knowing it. `Hello` tells
 //! the range that the source speaks, `Welcome` the version that the destination chose.

@@ -240,6 +240,10 @@ pub(super) struct MigrateVerb {
     /// What pre-copy may take of the link, such as 1Gbit or 100MB (a second) [default: all].
     #[arg(long, value_name = "RATE")]
     pub(super) bandwidth: Option<Rate>,
+    /// Memory for what was last sent of pages that are written again and again: they travel as what differs; 0 turns
+    /// it off [default: a sixteenth of the program's memory].
+    #[arg(long, value_name = "SIZE")]
+    pub(super) delta_cache: Option<Bytes>,
     /// How dirty pages are found.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) tracker: TrackerName,

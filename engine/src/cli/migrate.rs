@@ -75,6 +75,7 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
+    plan.delta_cache = verb.delta_cache.map(|size| size.0);
     plan.tracker = verb.tracker.kind();
     plan.hide = match verb.hide {
         HideName::Auto => None,

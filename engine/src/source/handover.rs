@@ -84,6 +84,7 @@ impl Migration<'_> {
             zero_pages: tally.zero,
             gone_pages: tally.gone,
             compressed_pages: tally.compressed,
+            delta_pages: tally.delta,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,
             pause_us: 0,

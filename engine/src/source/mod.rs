@@ -1,5 +1,6 @@
 //! The sending side of a migration.
 
+mod deltas;
 mod failure;
 mod handover;
 mod machine;

@@ -1,11 +1,14 @@
 //! Reads pages of the target, leaves out what the destination has, and sends the rest: one worker that reads,
 //! hashes and sends, so that a page's bytes stay in the cache from the first step to the last.
 
+use super::deltas::DeltaCache;
 use super::sent::SentPages;
 use crate::layout::Place;
 use crate::link::{Channel, ChannelError};
 use pageferry_tracker::{PageReader, PageSet, ReadError, Run};
-use pageferry_wire_format::{Coding, CodingChooser, EncodeError, PageBatch, PageNo, ZstdEncoder, digest};
+use pageferry_wire_format::{
+    Coding, CodingChooser, EncodeError, PageBatch, PageNo, ZstdEncoder, delta, digest,
+};
 use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
@@ -13,6 +16,9 @@ const PAGE: usize = 4096;
 /// Pages of a batch: 256 KiB is one call to read them, and stays in a core's second-level cache while they
 /// are hashed and sent.
 const BATCH: u64 = 64;
+
+/// A delta that is longer than this is not worth one: half a page, after which zstd or the link itself is as good.
+const LONGEST_DELTA: usize = PAGE / 2;
 
 /// What became of the pages of a round.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,6 +28,7 @@ pub(crate) struct Tally {
     pub(crate) zero: u64,
     pub(crate) gone: u64,
     pub(crate) compressed: u64,
+    pub(crate) delta: u64,
     pub(crate) bytes: u64,
 }
 
@@ -32,6 +39,7 @@ impl Tally {
         self.zero += other.zero;
         self.gone += other.gone;
         self.compressed += other.compressed;
+        self.delta += other.delta;
         self.bytes += other.bytes;
     }
 
@@ -71,6 +79,10 @@ pub(crate) struct PageSender {
     runs: Vec<Run>,
     chooser: CodingChooser,
     zstd: ZstdEncoder,
+    cache: DeltaCache,
+    /// Pages that travel as what differs, and their deltas.
+    delta_batch: PageBatch,
+    deltas: Vec<u8>,
 }
 
 impl PageSender {
@@ -82,12 +94,20 @@ impl PageSender {
             runs: Vec::new(),
             chooser: CodingChooser::default(),
             zstd: ZstdEncoder::new()?,
+            cache: DeltaCache::default(),
+            delta_batch: PageBatch::default(),
+            deltas: Vec::new(),
         })
     }
 
     /// The pace of the link is known from elsewhere (a bandwidth limit).
     pub(crate) fn limit_link(&mut self, bytes_per_second: u64) {
         self.chooser.observe_link(bytes_per_second as usize, Duration::from_secs(1));
+    }
+
+    /// What was sent of pages that are likely to be sent again.
+    pub(crate) fn cache(&mut self) -> &mut DeltaCache {
+        &mut self.cache
     }
 
     /// Sends the pages of `todo`. `frozen`: the tree stands still, so a page that cannot be read is a bug
@@ -162,6 +182,8 @@ impl PageSender {
         }
 
         self.batch.clear(place.id, round, Coding::Raw);
+        self.delta_batch.clear(place.id, round, Coding::Delta);
+        self.deltas.clear();
         // Runs of neighbouring bytes in the buffer that travel: (from, to).
         let mut pieces: Vec<(usize, usize)> = Vec::with_capacity(8);
         let numbers = self.runs.iter().flat_map(|run| run.start..run.start + run.len);
@@ -175,11 +197,30 @@ impl PageSender {
             let page = &bytes[from..from + PAGE];
             let zero = digest::is_zero(page);
             let content = if zero { digest::ZERO_PAGE } else { digest::page(page) };
-            if sent.get(number) == Some(&content) {
+            let before = sent.get(number).copied();
+            if before == Some(content) {
                 tally.unchanged += 1;
                 continue;
             }
             sent.insert(number, content);
+            if let Some(before) = before.filter(|_| !zero) {
+                let page: &delta::Page = page.try_into().expect("a page");
+                let base = self.cache.base(place.id, number, &before);
+                let start = self.deltas.len();
+                let small =
+                    base.is_some_and(|base| delta::encode(base, page, &mut self.deltas) <= LONGEST_DELTA);
+                // In the freeze nothing is sent again.
+                if !frozen {
+                    self.cache.keep(place.id, number, page, content, round);
+                }
+                if small {
+                    self.delta_batch.push_delta(PageNo(number), content, before);
+                    tally.delta += 1;
+                    tally.sent += 1;
+                    continue;
+                }
+                self.deltas.truncate(start);
+            }
             self.batch.push(PageNo(number), zero, content);
             if zero {
                 tally.zero += 1;
@@ -191,7 +232,14 @@ impl PageSender {
                 _ => pieces.push((from, from + PAGE)),
             }
         }
+        if !self.delta_batch.is_empty() {
+            let start = Instant::now();
+            let wire = channel.pages(&self.delta_batch, &[IoSlice::new(&self.deltas)])?;
+            self.chooser.observe_link(wire, start.elapsed());
+            tally.bytes += wire as u64;
+        }
         if self.batch.is_empty() {
+            channel.hear_abort()?;
             return Ok(());
         }
 

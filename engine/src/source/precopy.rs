@@ -16,6 +16,9 @@ const PACE_PAGES: u64 = 256;
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(100);
 
+/// Share of the program's memory that the delta cache takes unless it is told: 1/16.
+const DELTA_CACHE_SHARE: u64 = 16;
+
 /// What is to be sent of one space.
 pub(super) struct Todo {
     pub(super) key: u32,
@@ -45,6 +48,8 @@ impl Migration<'_> {
             let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
             let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
             self.check_room(resident_pages)?;
+            let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
+            self.sender.cache().set_budget(self.plan.delta_cache.unwrap_or(share));
             let decision = policy.decide(&RoundSample {
                 round,
                 todo_pages,
@@ -89,6 +94,7 @@ impl Migration<'_> {
                 zero_pages: tally.zero,
                 gone_pages: tally.gone,
                 compressed_pages: tally.compressed,
+                delta_pages: tally.delta,
                 sent_bytes: self.channel().link().sent() - before,
                 duration_us: start.elapsed().as_micros() as u64,
                 pause_us: collected.pause.as_micros() as u64,
@@ -113,6 +119,7 @@ impl Migration<'_> {
         for key in &collected.exited {
             // Only of those that it heard of: one may have ended before it was announced.
             if let (Some(place), Some(_)) = (self.layout.remove(*key), self.spaces.remove(&key.0)) {
+                self.sender.cache().forget(place.id);
                 self.control(&ControlMessage::SpaceGone { space: place.id })?;
             }
         }

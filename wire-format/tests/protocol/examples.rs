@@ -60,7 +60,13 @@ pub fn batch(space: u32, coding: Coding, pages: &[(u64, u8)]) -> PageBatch {
     let mut batch = PageBatch::default();
     batch.clear(SpaceId(space), 7, coding);
     for (page, content) in pages {
-        batch.push(PageNo(*page), *content == 0, digest::page(&[*content; PAGE_SIZE]));
+        let after = digest::page(&[*content; PAGE_SIZE]);
+        match (coding, content) {
+            (Coding::Delta, 1..) => {
+                batch.push_delta(PageNo(*page), after, digest::page(&[content ^ 0x80; PAGE_SIZE]));
+            }
+            _ => batch.push(PageNo(*page), *content == 0, after),
+        }
     }
     batch
 }
@@ -74,6 +80,10 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
     let raw = batch(3, Coding::Raw, &[(0x7f00, 1), (0x7f01, 0), (0x7f05, 2)]);
     let zstd = batch(0, Coding::Zstd, &[(0x10, 1), (0x11, 2)]);
     let zeros = batch(1, Coding::Raw, &[(0x10, 0), (0x12, 0)]);
+    let mut deltas = PageBatch::default();
+    deltas.clear(SpaceId(2), 4, Coding::Delta);
+    deltas.push_delta(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), digest::page(&[1; PAGE_SIZE]));
+    deltas.push_delta(PageNo(0x23), digest::page(&[4; PAGE_SIZE]), digest::ZERO_PAGE);
     let digests = DigestBatch {
         space: SpaceId(1),
         runs: runs(),
@@ -83,6 +93,7 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
     let mut out = vec![
         ("pages-raw", Frame::Pages(raw, 2 * PAGE_SIZE)),
         ("pages-zstd", Frame::Pages(zstd, 100)),
+        ("pages-delta", Frame::Pages(deltas, 40)),
         ("pages-zero", Frame::Pages(zeros, 0)),
         ("image", Frame::Image(ImageChunk::new("p0/pagemap-1.img", 1 << 20, b"abc"), 3)),
         ("image-empty", Frame::Image(ImageChunk::new("fs.img", 0, b""), 0)),

@@ -209,18 +209,19 @@ fn control() -> impl Strategy<Value = ControlMessage> {
 
 proptest! {
     #[test]
-    fn batches_come_back(space: u32, pages in pages(limits::MAX_BATCH_PAGES), zstd: bool) {
-        let coding = if zstd { Coding::Zstd } else { Coding::Raw };
+    fn batches_come_back(space: u32, pages in pages(limits::MAX_BATCH_PAGES), way in 0usize..3) {
+        let coding = [Coding::Raw, Coding::Zstd, Coding::Delta][way];
         let batch = batch(space, coding, &pages);
         prop_assert_eq!(batch.len(), pages.len());
         let payload = match coding {
             Coding::Raw => batch.nonzero() * PAGE_SIZE,
             Coding::Zstd => 17,
+            Coding::Delta => batch.nonzero() * 12,
         };
         let listed: Vec<(u64, bool)> = batch.pages().map(|(page, zero, _)| (page.0, zero)).collect();
         let wanted: Vec<(u64, bool)> = pages.iter().map(|(page, content)| (*page, *content == 0)).collect();
         prop_assert_eq!(listed, wanted);
-        let nothing_to_pack = zstd && batch.nonzero() == 0;
+        let nothing_to_pack = coding != Coding::Raw && batch.nonzero() == 0;
         let frame = Frame::Pages(batch, payload);
         match frame.encode(0) {
             Ok(bytes) => prop_assert_eq!(decode(&bytes), Some(Ok(frame))),

@@ -158,6 +158,16 @@ fn payloads_that_do_not_fit_their_pages_are_refused() {
     assert!(encode(&raw, 2 * PAGE_SIZE).is_ok());
     assert!(encode(&zstd, 0).is_err() && encode(&zstd, 2 * PAGE_SIZE + 1).is_err());
     assert!(encode(&zstd, 1).is_ok() && encode(&zstd, 2 * PAGE_SIZE).is_ok());
+    let delta = batch(1, Coding::Delta, &[(1, 1), (2, 0), (3, 1)]);
+    assert!(encode(&delta, 17).is_err() && encode(&delta, 2 * PAGE_SIZE + 1).is_err());
+    assert!(encode(&delta, 18).is_ok() && encode(&delta, 2 * PAGE_SIZE).is_ok());
+    let mut one_base = PageBatch::default();
+    one_base.clear(SpaceId(1), 1, Coding::Delta);
+    one_base.push_delta(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    one_base.push(PageNo(2), false, digest::ZERO_PAGE);
+    assert!(encode(&one_base, 30).is_err(), "a delta without a base");
+    one_base.set_coding(Coding::Raw);
+    assert!(encode(&one_base, 2 * PAGE_SIZE).is_err(), "a base without a delta");
     let zeros = batch(1, Coding::Zstd, &[(1, 0)]);
     assert!(encode(&zeros, 0).is_err() && encode(&zeros, 9).is_err());
     assert!(encode(&PageBatch::default(), 0).is_err(), "no pages");

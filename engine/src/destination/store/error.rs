@@ -1,5 +1,6 @@
 //! How the store fails.
 
+use pageferry_wire_format::delta::DeltaError;
 use pageferry_wire_format::{DecodeError, PageNo, SpaceId};
 use std::io;
 
@@ -43,6 +44,33 @@ pub enum StoreError {
         /// What the decoder said.
         #[source]
         cause: DecodeError,
+    },
+    /// What a delta was made from is not what is here.
+    #[error("page {page:#x} of space {} came as a delta on top of other bytes than it has here", space.0, page = page.0)]
+    Base {
+        /// The address space.
+        space: SpaceId,
+        /// The page.
+        page: PageNo,
+    },
+    /// A delta is none.
+    #[error("applying the delta of page {page:#x} of space {}", space.0, page = page.0)]
+    Delta {
+        /// The address space.
+        space: SpaceId,
+        /// The page.
+        page: PageNo,
+        /// What is wrong with it.
+        #[source]
+        cause: DeltaError,
+    },
+    /// There are more bytes than the deltas of a batch have.
+    #[error("{rest} bytes are left behind the deltas of a batch of space {}", space.0)]
+    DeltasLeft {
+        /// The address space.
+        space: SpaceId,
+        /// How many.
+        rest: usize,
     },
     /// A page that belongs to the program never arrived.
     #[error("sealing space {}: page {page:#x} was never received", space.0, page = page.0)]

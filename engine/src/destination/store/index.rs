@@ -188,7 +188,6 @@ impl SpaceIndex {
         self.table(number).is_some_and(|table| table.held.has(at) && table.places[at] == DELIVERED)
     }
 
-    #[cfg(test)]
     pub(super) fn digest_of(&self, page: PageNo) -> Option<PageDigest> {
         let (number, at) = split(page);
         let table = self.tables.get(number)?;

@@ -2,7 +2,7 @@
 
 use super::error::StoreError;
 use crate::destination::sys::arena::{Extent, SLOT_BYTES};
-use pageferry_wire_format::{Coding, PageDigest, PageNo, SpaceId, ZstdDecoder, digest};
+use pageferry_wire_format::{Coding, PageDigest, PageNo, SpaceId, ZstdDecoder, delta, digest};
 use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -43,7 +43,7 @@ impl Landing {
     pub fn slices(&mut self) -> Vec<IoSliceMut<'_>> {
         self.checked = false;
         match self.coding {
-            Coding::Zstd => vec![IoSliceMut::new(&mut self.buffers.packed)],
+            Coding::Zstd | Coding::Delta => vec![IoSliceMut::new(&mut self.buffers.packed)],
             Coding::Raw => {
                 self.extents.iter_mut().map(|extent| IoSliceMut::new(extent.bytes_mut())).collect()
             }
@@ -54,7 +54,7 @@ impl Landing {
     #[cfg(test)]
     pub fn payload_len(&self) -> usize {
         match self.coding {
-            Coding::Zstd => self.buffers.packed.len(),
+            Coding::Zstd | Coding::Delta => self.buffers.packed.len(),
             Coding::Raw => self.pages.len() * SLOT_BYTES,
         }
     }
@@ -63,7 +63,7 @@ impl Landing {
     /// if it was not done before; it needs no store, so that it can be done outside a lock.
     ///
     /// # Errors
-    /// [`StoreError::DigestMismatch`], [`StoreError::Unpack`].
+    /// [`StoreError::DigestMismatch`], [`StoreError::Unpack`], [`StoreError::Delta`].
     pub fn check(&mut self) -> Result<(), StoreError> {
         if self.checked {
             return Ok(());
@@ -79,10 +79,29 @@ impl Landing {
         Ok(())
     }
 
+    /// Applies deltas to the slots, which have the bytes that each page had before.
+    fn apply(&mut self) -> Result<(), StoreError> {
+        let space = self.space;
+        let mut deltas = &self.buffers.packed[..];
+        let slots =
+            self.extents.iter_mut().flat_map(|extent| extent.bytes_mut().as_chunks_mut::<SLOT_BYTES>().0);
+        for (bytes, &(page, _)) in slots.zip(&self.pages) {
+            let used =
+                delta::apply(deltas, bytes).map_err(|cause| StoreError::Delta { space, page, cause })?;
+            deltas = &deltas[used..];
+        }
+        match deltas.len() {
+            0 => Ok(()),
+            rest => Err(StoreError::DeltasLeft { space, rest }),
+        }
+    }
+
     /// Makes pages of a packed payload, in their slots.
     fn unpack(&mut self) -> Result<(), StoreError> {
-        if self.coding == Coding::Raw {
-            return Ok(());
+        match self.coding {
+            Coding::Raw => return Ok(()),
+            Coding::Delta => return self.apply(),
+            Coding::Zstd => {}
         }
         let (space, pages) = (self.space, self.pages.len());
         let failed = |cause| StoreError::Unpack { space, pages, cause };

@@ -20,7 +20,6 @@ pub use error::StoreError;
 pub(crate) use index::Mask;
 pub use landing::Landing;
 
-#[cfg(test)]
 use super::sys::arena::SLOT_BYTES;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
@@ -114,7 +113,7 @@ impl PageStore {
     /// The round of the batch says how recent its pages are: those of later rounds are put in place first.
     ///
     /// # Errors
-    /// [`StoreError::OutOfMemory`].
+    /// [`StoreError::OutOfMemory`]; [`StoreError::Base`] when a delta was made from something else than is here.
     pub fn begin_batch(&mut self, batch: &PageBatch, payload_len: usize) -> Result<Landing, StoreError> {
         let mut buffers = {
             let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -139,11 +138,38 @@ impl PageStore {
             }
         }
         let extents = self.slots.take(pages.len() as u32, self.index_bytes() + grown)?;
-        if coding == Coding::Zstd {
+        if coding != Coding::Raw {
             buffers.packed.resize(payload_len, 0);
         }
         let returned = Arc::clone(&self.returned);
-        Ok(Landing { space, round, pages, zeros, extents, coding, buffers, checked: false, returned })
+        // From here on the slots find their way back whatever happens.
+        let mut landing =
+            Landing { space, round, pages, zeros, extents, coding, buffers, checked: false, returned };
+        if coding == Coding::Delta {
+            self.lay_bases(&mut landing, batch.bases())?;
+        }
+        Ok(landing)
+    }
+
+    /// Puts into the slots of a batch of deltas what they were made from.
+    fn lay_bases(&self, landing: &mut Landing, bases: &[digest::PageDigest]) -> Result<(), StoreError> {
+        let space = landing.space;
+        let index = self.spaces.get(&space);
+        let slots =
+            landing.extents.iter_mut().flat_map(|extent| extent.bytes_mut().as_chunks_mut::<SLOT_BYTES>().0);
+        for ((bytes, &(page, _)), base) in slots.zip(&landing.pages).zip(bases) {
+            let wrong = StoreError::Base { space, page };
+            if index.and_then(|index| index.digest_of(page)) != Some(*base) {
+                return Err(wrong);
+            }
+            match self.stretch(space, page, 1) {
+                Some(before) => bytes.copy_from_slice(before),
+                None if *base == digest::ZERO_PAGE => bytes.fill(0),
+                // It was handed on to the restored program.
+                None => return Err(wrong),
+            }
+        }
+        Ok(())
     }
 
     /// Checks a received batch against its digests and lets its pages replace what was there.

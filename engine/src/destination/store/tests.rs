@@ -1,7 +1,7 @@
 //! The store against a plain map of pages, and what it does with batches that are broken.
 
 use super::*;
-use pageferry_wire_format::ZstdEncoder;
+use pageferry_wire_format::{ZstdEncoder, delta};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -142,6 +142,61 @@ fn packed_batches_are_unpacked_into_their_slots() {
     let error = store.finish_batch(landing).unwrap_err();
     assert!(matches!(error, StoreError::Unpack { pages: 1, .. }), "{error}");
     assert_eq!(content(&store, 100).unwrap(), bytes(100));
+}
+
+/// A batch of deltas from one content of each page to another, and its payload.
+fn deltas(round: u32, pages: &[(u64, Option<u64>, u64)]) -> (PageBatch, Vec<u8>) {
+    let (mut batch, mut payload) = (PageBatch::default(), Vec::new());
+    batch.clear(SPACE, round, Coding::Delta);
+    for &(page, from, to) in pages {
+        let base = from.map_or([0; SLOT_BYTES], bytes);
+        let mut new = bytes(to);
+        // Most of the page stays.
+        new[64..].copy_from_slice(&base[64..]);
+        delta::encode(&base, &new, &mut payload);
+        batch.push_delta(PageNo(page), digest::page(&new), digest::page(&base));
+    }
+    (batch, payload)
+}
+
+#[test]
+fn deltas_are_applied_to_what_is_here_and_to_nothing_else() {
+    let mut store = PageStore::new(None).unwrap();
+    send(&mut store, 0, &[(1, Some(1)), (2, None), (5, Some(5)), (6, Some(6))]).unwrap();
+    let (batch, payload) = deltas(1, &[(1, Some(1), 11), (2, None, 12), (6, Some(6), 16)]);
+    let mut landing = store.begin_batch(&batch, payload.len()).unwrap();
+    receive(&mut landing, &payload);
+    store.finish_batch(landing).unwrap();
+    for (page, from, to) in [(1, bytes(1), 11), (2, [0; SLOT_BYTES], 12), (6, bytes(6), 16)] {
+        let content = content(&store, page).unwrap();
+        assert_eq!(content[..64], bytes(to)[..64]);
+        assert_eq!(content[64..], from[64..]);
+    }
+    assert_eq!(content(&store, 5).unwrap(), bytes(5));
+    let used = store.page_bytes();
+    // Page 1 is another by now, 9 was never here, 5 has other bytes: nothing is touched.
+    for pages in [&[(1, Some(1), 12)][..], &[(9, Some(9), 10)], &[(5, Some(5), 15), (6, Some(7), 8)]] {
+        let (batch, payload) = deltas(2, pages);
+        let error = store.begin_batch(&batch, payload.len()).unwrap_err();
+        assert!(matches!(error, StoreError::Base { .. }), "{error}");
+    }
+    // Bytes that are no deltas, or too many, or of another outcome.
+    let (batch, mut payload) = deltas(2, &[(5, Some(5), 15)]);
+    payload.push(0);
+    for (len, want) in [(payload.len(), "left"), (payload.len() - 2, "applying")] {
+        let mut landing = store.begin_batch(&batch, len).unwrap();
+        receive(&mut landing, &payload[..len]);
+        let error = store.finish_batch(landing).unwrap_err();
+        assert!(error.to_string().contains(want), "{error}");
+    }
+    payload.pop();
+    *payload.last_mut().unwrap() ^= 1;
+    let mut landing = store.begin_batch(&batch, payload.len()).unwrap();
+    receive(&mut landing, &payload);
+    assert!(matches!(store.finish_batch(landing), Err(StoreError::DigestMismatch { .. })));
+    assert_eq!(content(&store, 5).unwrap(), bytes(5), "it is as it was");
+    send(&mut store, 3, &[(7, Some(7))]).unwrap();
+    assert_eq!(store.page_bytes(), used + SLOT_BYTES as u64, "what was given up was given back");
 }
 
 #[test]

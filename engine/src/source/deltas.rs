@@ -1,0 +1,116 @@
+//! The bytes that were last sent of pages that are likely to be dirty again, so that these can be sent as what differs.
+//!
+//! A page gets in when it is sent a second time: most pages of a program are sent once, and those that were written twice
+//! are written again. It leaves when it was not sent for some rounds and another one wants its place. An entry counts only
+//! while its digest is that of what the destination has.
+
+use pageferry_wire_format::{PageDigest, SpaceId, delta::Page};
+use std::collections::HashMap;
+
+/// Rounds without being sent, after which a page has to make room.
+const PATIENCE: u32 = 4;
+/// What an entry takes besides its bytes, about: digest, round, key, and the table's slack.
+const OVERHEAD: u64 = 128;
+
+struct Entry {
+    bytes: Box<Page>,
+    digest: PageDigest,
+    round: u32,
+}
+
+/// The cache, under a budget of bytes.
+#[derive(Default)]
+pub(crate) struct DeltaCache {
+    room: usize,
+    pages: HashMap<(SpaceId, u64), Entry>,
+    /// The round in which it was looked for room last: once a round is enough.
+    cleared: u32,
+}
+
+impl DeltaCache {
+    /// What the cache may take, in bytes. 0 turns it off.
+    pub(crate) fn set_budget(&mut self, bytes: u64) {
+        self.room = usize::try_from(bytes / (4096 + OVERHEAD)).unwrap_or(usize::MAX);
+        if self.pages.len() > self.room {
+            self.pages.clear();
+        }
+    }
+
+    /// The bytes with this digest that were sent of a page, if they are here.
+    pub(crate) fn base(&self, space: SpaceId, page: u64, digest: &PageDigest) -> Option<&Page> {
+        let entry = self.pages.get(&(space, page))?;
+        (entry.digest == *digest).then_some(&*entry.bytes)
+    }
+
+    /// A page was sent with these bytes, and not for the first time.
+    pub(crate) fn keep(&mut self, space: SpaceId, page: u64, bytes: &Page, digest: PageDigest, round: u32) {
+        if let Some(entry) = self.pages.get_mut(&(space, page)) {
+            entry.bytes.copy_from_slice(bytes);
+            (entry.digest, entry.round) = (digest, round);
+            return;
+        }
+        if self.pages.len() >= self.room {
+            if self.room == 0 || self.cleared == round {
+                return;
+            }
+            self.cleared = round;
+            self.pages.retain(|_, entry| entry.round + PATIENCE > round);
+            if self.pages.len() >= self.room {
+                return;
+            }
+        }
+        let bytes = Box::new(*bytes);
+        self.pages.insert((space, page), Entry { bytes, digest, round });
+    }
+
+    /// A space is gone.
+    pub(crate) fn forget(&mut self, space: SpaceId) {
+        self.pages.retain(|(of, _), _| *of != space);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_wire_format::digest;
+
+    const SPACE: SpaceId = SpaceId(3);
+
+    #[test]
+    fn only_what_the_destination_has_is_a_base() {
+        let mut cache = DeltaCache::default();
+        cache.set_budget(1 << 20);
+        let (one, two) = ([1; 4096], [2; 4096]);
+        let (first, second) = (digest::page(&one), digest::page(&two));
+        cache.keep(SPACE, 7, &one, first, 1);
+        assert_eq!(cache.base(SPACE, 7, &first), Some(&one));
+        assert_eq!(cache.base(SPACE, 7, &second), None, "other bytes were sent since");
+        assert_eq!(cache.base(SpaceId(4), 7, &first), None);
+        cache.keep(SPACE, 7, &two, second, 2);
+        assert_eq!(cache.base(SPACE, 7, &second), Some(&two));
+        cache.forget(SPACE);
+        assert_eq!(cache.base(SPACE, 7, &second), None);
+    }
+
+    #[test]
+    fn the_budget_holds_and_what_is_hot_stays() {
+        let mut cache = DeltaCache::default();
+        let bytes = [9; 4096];
+        let digest = digest::page(&bytes);
+        cache.keep(SPACE, 1, &bytes, digest, 1);
+        assert!(cache.base(SPACE, 1, &digest).is_none(), "off");
+        cache.set_budget(10 * (4096 + OVERHEAD));
+        for page in 0..20 {
+            cache.keep(SPACE, page, &bytes, digest, 1);
+        }
+        let held = |cache: &DeltaCache| {
+            (0..40).filter(|page| cache.base(SPACE, *page, &digest).is_some()).collect::<Vec<_>>()
+        };
+        assert_eq!(held(&cache), (0..10).collect::<Vec<_>>());
+        for round in 2..=PATIENCE + 1 {
+            cache.keep(SPACE, 3, &bytes, digest, round);
+            cache.keep(SPACE, 20 + u64::from(round), &bytes, digest, round);
+        }
+        assert_eq!(held(&cache), [3, 20 + u64::from(PATIENCE) + 1], "the others were not sent for too long");
+    }
+}
