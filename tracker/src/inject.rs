@@ -10,8 +10,9 @@ use crate::region::{self, RegionError};
 use crate::sys::ptrace::{self, Registers, Stop};
 use crate::sys::uffd as sys;
 use crate::target::Target;
-use std::fs::File;
-use std::io;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -78,9 +79,11 @@ const TRY: Duration = Duration::from_millis(20);
 pub(crate) fn userfaultfd(target: &Target) -> Result<(OwnedFd, Duration), InjectError> {
     // A thread of the target that does not stop in time is let go by the end of the thread that asked it.
     let work = || {
+        // Looked for while it runs, which costs it nothing. What cannot be found now is looked for again.
+        let likely = find_syscall(target).ok();
         let thread = any_thread(target)?;
         let asked = thread.asked;
-        let uffd = Puppet::new(target, thread)?.userfaultfd()?;
+        let uffd = Puppet::new(target, thread, likely)?.userfaultfd()?;
         Ok((uffd, asked.elapsed()))
     };
     freeze::apart(work).map_err(FreezeError::Thread)?
@@ -157,17 +160,23 @@ struct Puppet<'a> {
 }
 
 impl<'a> Puppet<'a> {
-    fn new(target: &'a Target, thread: Traced) -> Result<Self, InjectError> {
+    fn new(target: &'a Target, thread: Traced, likely: Option<u64>) -> Result<Self, InjectError> {
         let pid = target.pid();
         let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
         let mut registers = ptrace::registers(thread.tid).map_err(failed("saving its registers"))?;
         if registers.cs != WIDE_CODE {
             return Err(InjectError::Narrow(pid));
         }
-        let memory = target.open_file("mem").map_err(failed("opening its memory"))?;
         // Only now that it stands: one that runs may become another program, with other code at the same address.
-        let instruction = find_syscall(target, &memory)?;
-        leave_critical_section(thread.tid, &memory, &mut registers);
+        let is_there = |at: &u64| {
+            let mut bytes = [0; SYSCALL.len()];
+            peek(pid, *at, &mut bytes).is_some_and(|()| bytes == SYSCALL)
+        };
+        let instruction = match likely.filter(is_there) {
+            Some(instruction) => instruction,
+            None => find_syscall(target)?,
+        };
+        leave_critical_section(pid, thread.tid, &mut registers);
         let blocked = ptrace::blocked(thread.tid).map_err(failed("saving its signal mask"))?;
         let puppet = Self { target, thread, registers, blocked, instruction, restored: false };
         ptrace::set_blocked(puppet.thread.tid, EVERY_SIGNAL).map_err(failed("blocking its signals"))?;
@@ -271,11 +280,11 @@ impl Drop for Puppet<'_> {
 /// Takes a thread out of a restartable sequence (`rseq(2)`) that it was stopped in, as the kernel does with one that it
 /// puts aside: it goes on where the sequence says. Our detour makes the kernel forget that it was in one, and it would
 /// finish as if nothing had come in between.
-fn leave_critical_section(tid: i32, memory: &File, registers: &mut Registers) {
+fn leave_critical_section(pid: i32, tid: i32, registers: &mut Registers) {
     let words = |at: u64, words: &mut [u64]| -> Option<()> {
         for (n, word) in words.iter_mut().enumerate() {
             let mut bytes = [0; 8];
-            memory.read_exact_at(&mut bytes, at + n as u64 * 8).ok()?;
+            peek(pid, at + n as u64 * 8, &mut bytes)?;
             *word = u64::from_ne_bytes(bytes);
         }
         Some(())
@@ -295,10 +304,19 @@ fn leave_critical_section(tid: i32, memory: &File, registers: &mut Registers) {
     }
 }
 
-/// The address of a `syscall` instruction in code that is mapped: first where it is quick, for the thread stands.
-fn find_syscall(target: &Target, memory: &File) -> Result<u64, InjectError> {
+/// Reads a few bytes that the program itself can read. Quicker than by a file, which would have to be opened.
+fn peek(pid: i32, at: u64, bytes: &mut [u8]) -> Option<()> {
+    let len = bytes.len();
+    let remote = [RemoteIoVec { base: at as usize, len }];
+    let got = process_vm_readv(Pid::from_raw(pid), &mut [IoSliceMut::new(bytes)], &remote).ok()?;
+    (got == len).then_some(())
+}
+
+/// The address of a `syscall` instruction in code that is mapped: first where it is quick.
+fn find_syscall(target: &Target) -> Result<u64, InjectError> {
     let pid = target.pid();
     let failed = |step| move |source: io::Error| InjectError::Io { pid, step, source };
+    let memory = target.open_file("mem").map_err(failed("opening its memory"))?;
     let mut bytes = Vec::new();
     let mut find = |start: u64, len: u64| {
         bytes.resize(len.min(4 << 20) as usize, 0);
