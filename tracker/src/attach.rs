@@ -48,7 +48,7 @@ pub struct Collected {
     /// Spaces that were returned before and are gone.
     pub exited: Vec<SpaceKey>,
     /// How long the whole tree was stopped for it: zero for userfaultfd, which stops one thread of a new process for
-    /// some 80 microseconds, for the comparison of contents, and for a tree that somebody else has stopped.
+    /// some 80 to 180 microseconds, for the comparison of contents, and for a tree that somebody else has stopped.
     pub pause: Duration,
 }
 

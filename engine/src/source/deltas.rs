@@ -31,8 +31,10 @@ impl DeltaCache {
     /// What the cache may take, in bytes. 0 turns it off.
     pub(crate) fn set_budget(&mut self, bytes: u64) {
         self.room = usize::try_from(bytes / (4096 + OVERHEAD)).unwrap_or(usize::MAX);
-        if self.pages.len() > self.room {
-            self.pages.clear();
+        let excess = self.pages.len().saturating_sub(self.room);
+        if excess > 0 {
+            let out: Vec<_> = self.pages.keys().take(excess).copied().collect();
+            out.iter().for_each(|page| drop(self.pages.remove(page)));
         }
     }
 
@@ -112,5 +114,7 @@ mod tests {
             cache.keep(SPACE, 20 + u64::from(round), &bytes, digest, round);
         }
         assert_eq!(held(&cache), [3, 20 + u64::from(PATIENCE) + 1], "the others were not sent for too long");
+        cache.set_budget(4096 + OVERHEAD);
+        assert_eq!(held(&cache).len(), 1, "a smaller budget takes no more than it must");
     }
 }

@@ -7,7 +7,7 @@ use pageferry_benches::bench::hosts::Host;
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
@@ -20,6 +20,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("track: a program that ends", ends),
         ("track: a full disk", full_disk),
         ("track: contents that do not change", contents),
+        ("track: nobody reads any more", unread),
         ("track: what cannot be tracked", refused),
     ]
 }
@@ -239,6 +240,24 @@ fn full_disk(ferry: &Ferry) -> anyhow::Result<()> {
     )?;
     ensure!(text.contains("code=3") && text.contains("No space left"), "{text}");
     ensure!(text.contains("cut off"), "what had fitted is not readable: {text}");
+    ferry.lives_only(Host::Source, &subject)
+}
+
+fn unread(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "4MiB", "--rate", "2MB"])?;
+    let (pid, command) = (subject.pid, env!("CARGO_BIN_EXE_pageferry"));
+    let path = ferry.scratch.path().join(ferry.name("recording"));
+    for form in ["--json", "--csv -", ""] {
+        let _ = std::fs::remove_file(&path);
+        let start = Instant::now();
+        let track = format!("{command} track --pid {pid} --interval 20ms {form} --record {}", path.display());
+        let text = ferry.sh(Host::Source, &format!("timeout 20 {track} 2>/dev/null | head -n 3"))?;
+        ensure!(start.elapsed() < Duration::from_secs(15), "{form:?}: it ran on for nobody");
+        ensure!(text.lines().count() == 3, "{form:?}: {text}");
+        let replayed = lines(&pageferry().args(["track", "--json", "--replay"]).arg(&path).output()?)?;
+        let end = replayed.last().context("a summary")?["end"].to_string();
+        ensure!(!end.contains("cut off"), "{form:?}: {end}");
+    }
     ferry.lives_only(Host::Source, &subject)
 }
 

@@ -1,22 +1,25 @@
 //! A command that is tracked from its first page.
 
 use anyhow::{Context, bail};
-use pageferry_tracker::Target;
 use std::ffi::OsString;
+use std::io::{PipeReader, PipeWriter, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-/// Stops itself, and becomes the command when it is let go.
-const SCRIPT: &str = "kill -STOP $$; exec \"$@\"";
-/// How long a shell may take to stop itself.
+/// Waits for a word on a pipe of ours, and becomes the command. When the pipe ends without one (whoever holds its other
+/// end has died), nothing is started and nothing stays behind.
+const SCRIPT: &str = "read -r go < \"$0\" && exec \"$@\"";
+/// How long a shell may take to become the command.
 const START: Duration = Duration::from_secs(10);
 
 /// A command that was started for this.
 #[derive(Debug)]
 pub(super) struct Launched {
     child: Child,
-    released: bool,
+    /// Until it is let go. The reading end stays open for the shell to find it.
+    pipe: Option<(PipeReader, PipeWriter)>,
 }
 
 impl Launched {
@@ -24,21 +27,15 @@ impl Launched {
     pub(super) fn start(command: &[OsString]) -> anyhow::Result<Self> {
         let name = command.first().context("no command was given")?;
         let program = find(name)?;
+        let (reader, writer) = std::io::pipe().context("making a pipe")?;
         let child = Command::new("/bin/sh")
-            .args(["-c", SCRIPT, "sh"])
+            .args(["-c", SCRIPT])
+            .arg(format!("/proc/{}/fd/{}", std::process::id(), reader.as_raw_fd()))
             .arg(&program)
             .args(&command[1..])
             .spawn()
             .context("starting a shell for the command")?;
-        let mut launched = Self { child, released: false };
-        let until = Instant::now() + START;
-        while launched.state() != Some('T') {
-            if Instant::now() > until || launched.child.try_wait()?.is_some() {
-                bail!("the shell that starts the command did not come up");
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        Ok(launched)
+        Ok(Self { child, pipe: Some((reader, writer)) })
     }
 
     /// Its process.
@@ -48,13 +45,13 @@ impl Launched {
 
     /// Lets it begin, and waits until it is the command and no shell any more.
     pub(super) fn release(&mut self) -> anyhow::Result<()> {
-        self.released = true;
-        let target = Target::open(self.pid())?;
-        let shell = std::fs::read_link(format!("/proc/{}/exe", self.pid())).ok();
-        rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::CONT)?;
+        let exe = format!("/proc/{}/exe", self.pid());
+        let Some((_reader, mut writer)) = self.pipe.take() else { return Ok(()) };
+        let shell = std::fs::read_link(&exe).ok();
+        writer.write_all(b"go\n").context("letting the command begin")?;
         let until = Instant::now() + START;
-        while std::fs::read_link(format!("/proc/{}/exe", self.pid())).ok() == shell
-            && target.is_alive()
+        while std::fs::read_link(&exe).ok() == shell
+            && self.child.try_wait()?.is_none()
             && Instant::now() < until
         {
             std::thread::sleep(Duration::from_micros(50));
@@ -66,18 +63,12 @@ impl Launched {
     pub(super) fn wait(&mut self) -> anyhow::Result<ExitStatus> {
         Ok(self.child.wait()?)
     }
-
-    fn state(&self) -> Option<char> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
-        stat.rsplit(") ").next()?.chars().next()
-    }
 }
 
 impl Drop for Launched {
     fn drop(&mut self) {
-        // Nobody has seen it run: it must not stand there for good.
-        if !self.released {
-            let _ = self.child.kill();
+        // It never began: the shell goes as soon as the pipe does.
+        if self.pipe.take().is_some() {
             let _ = self.child.wait();
         }
     }
@@ -114,4 +105,36 @@ fn find(name: &OsString) -> anyhow::Result<std::path::PathBuf> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&folders).map(|folder| folder.join(&path)).find(|path| runs(path));
     found.with_context(|| format!("the command {} was not found", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touching(path: &std::path::Path) -> Launched {
+        let command = ["touch".into(), path.as_os_str().to_owned()];
+        Launched::start(&command).expect("a shell")
+    }
+
+    #[test]
+    fn it_begins_when_it_is_let_go() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("touched");
+        let mut launched = touching(&file);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!file.exists(), "it has begun by itself");
+        launched.release().expect("it listens");
+        assert!(launched.wait().expect("its end").success() && file.exists());
+    }
+
+    #[test]
+    fn it_never_begins_without_whoever_started_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("touched");
+        let mut launched = touching(&file);
+        std::thread::sleep(Duration::from_millis(50));
+        // As the kernel closes it when this program is killed.
+        drop(launched.pipe.take());
+        assert!(!launched.wait().expect("its end").success() && !file.exists());
+    }
 }

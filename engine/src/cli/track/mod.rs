@@ -51,8 +51,14 @@ pub(super) fn run(verb: &TrackVerb) -> anyhow::Result<u8> {
     let pid = launched.as_ref().map(Launched::pid).or(verb.pid).context("neither --pid nor a command")?;
     let target = Target::open(pid).context("the process cannot be tracked")?;
     let mut run = Run::new(verb, target, &cancel)?;
-    let end = run.follow(launched.as_mut())?;
-    run.finish(&end)?;
+    let end = match run.follow(launched.as_mut()) {
+        Err(error) if sinks::is_unread(&error) => End::Quit,
+        end => end?,
+    };
+    match run.finish(&end) {
+        Err(error) if !sinks::is_unread(&error) => return Err(error),
+        _ => {}
+    }
     match (launched, end) {
         (Some(mut launched), End::Exited) => {
             let status = launched.wait()?;
@@ -64,7 +70,12 @@ pub(super) fn run(verb: &TrackVerb) -> anyhow::Result<u8> {
             eprintln!("tracking ended; waiting for the command (pid {pid})");
             Ok(launch::code(launched.wait()?))
         }
-        (_, End::Signal(signal)) => Ok(u8::try_from(128 + signal).unwrap_or(130)),
+        (launched, End::Signal(signal)) => {
+            if launched.is_some() {
+                eprintln!("interrupted; the command is not ended by this (pid {pid})");
+            }
+            Ok(u8::try_from(128 + signal).unwrap_or(130))
+        }
         (None, _) => Ok(0),
     }
 }

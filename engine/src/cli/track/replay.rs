@@ -5,7 +5,7 @@ use super::super::units::Time;
 use super::heat::{Heat, Regions};
 use super::output::{Extent, Summary, Tally};
 use super::plot::{self, CELLS, Picture};
-use super::sinks::Sinks;
+use super::sinks::{self, Sinks};
 use anyhow::{Context, bail};
 use pageferry_tracker::observation::Observation;
 use pageferry_tracker::recording::{Ending, Header, Reader};
@@ -16,6 +16,13 @@ use std::path::Path;
 
 /// Runs the verb on a recording.
 pub(super) fn run(verb: &TrackVerb, path: &Path) -> anyhow::Result<u8> {
+    match replay(verb, path) {
+        Err(error) if sinks::is_unread(&error) => Ok(0),
+        done => done,
+    }
+}
+
+fn replay(verb: &TrackVerb, path: &Path) -> anyhow::Result<u8> {
     // Before anything is read: a picture of a kind that nobody draws.
     if let Some(picture) = &verb.plot {
         plot::Format::of(picture)?;

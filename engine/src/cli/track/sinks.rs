@@ -26,10 +26,8 @@ impl Lines {
     }
 
     fn say(&mut self, text: &str) -> anyhow::Result<()> {
-        match self.to.write_all(text.as_bytes()).and_then(|()| self.to.flush()) {
-            Err(error) => Err(error).with_context(|| format!("writing to {}", self.name)),
-            Ok(()) => Ok(()),
-        }
+        let said = self.to.write_all(text.as_bytes()).and_then(|()| self.to.flush());
+        said.with_context(|| format!("writing to {}", self.name))
     }
 }
 
@@ -157,7 +155,8 @@ impl Sinks {
     }
 
     fn out(&self, text: &str) -> anyhow::Result<()> {
-        super::super::print(text.as_bytes()).map(drop)
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to standard output")
     }
 
     fn text(&self, text: &str) -> anyhow::Result<()> {
@@ -174,4 +173,9 @@ impl Sinks {
 
 fn failed(path: &Path) -> String {
     format!("the recording {}", path.display())
+}
+
+/// Whether a failure only says that nobody reads any more (`| head`): then there is nothing left to do, and no error.
+pub(super) fn is_unread(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
