@@ -225,7 +225,8 @@ impl Tracker {
     }
 
     fn attach_scope(root: Target, kind: TrackerKind, scope: Scope) -> Result<Self, AttachError> {
-        let (files, objects, spaces, exited) = Default::default();
+        let (files, spaces, exited) = Default::default();
+        let objects = Objects::new(kind.stops_the_tree());
         let mut tracker =
             Self { root, kind, scope, files, objects, spaces, next_key: 0, next_ticket: 0, exited };
         let members = discover(&tracker.root)?;
@@ -268,6 +269,9 @@ impl Tracker {
             Some(frozen) => frozen.members.clone(),
             None => discover_with(&self.root, &known)?,
         };
+        if self.scope == Scope::All {
+            self.objects.begin();
+        }
         self.forget_the_dead(&members);
         self.adopt(&members, state)?;
         let mut spaces = Vec::with_capacity(members.len());

@@ -38,6 +38,7 @@ mod page_set;
 mod pinned;
 pub mod probe;
 mod read;
+mod reclaim;
 pub mod recording;
 pub mod region;
 mod scope;

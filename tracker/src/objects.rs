@@ -2,6 +2,7 @@
 
 use crate::attach::{SpaceKey, SpaceScan};
 use crate::page_set::{PageSet, Run};
+use crate::reclaim::{Reclaim, Taken};
 use crate::region::Region;
 use crate::scope::{Backing, View};
 use crate::target::Target;
@@ -90,14 +91,30 @@ struct Object {
 #[derive(Debug, Default)]
 pub(crate) struct Objects {
     known: BTreeMap<ObjectKey, Object>,
+    reclaim: Reclaim,
+    /// What the kernel may have taken away since the last look.
+    taken: Taken,
+    /// Whether a page that is taken away and comes back has lost the mark of a write: soft-dirty's.
+    loses_marks: bool,
 }
 
 impl Objects {
+    pub(crate) fn new(loses_marks: bool) -> Self {
+        Self { loses_marks, ..Self::default() }
+    }
+
+    /// Before the spaces are looked at. (What is taken between this and the look at a space counts at the next.)
+    pub(crate) fn begin(&mut self) {
+        self.taken = self.reclaim.since_last();
+    }
+
     /// A space has `now`, where it had `before`.
     ///
     /// The marks of writes lie in the page tables of who wrote, and go with them. So what a space had in its page
     /// tables and has no more (the kernel took it out to swap it, or the program did) may have been written there,
-    /// and whatever it could write to before it unmapped it.
+    /// and whatever it could write to before it unmapped it. And while the kernel takes pages away, a page that is not
+    /// there now may have come, been written, and gone again; a source that loses marks does not know of those that
+    /// are there either.
     pub(crate) fn changed(&mut self, before: &Parts, now: &Parts) {
         let none = Part::default();
         for (key, old) in before {
@@ -107,6 +124,12 @@ impl Objects {
         }
         for (key, part) in now {
             self.add(key.0, &part.dirty);
+            let taken = if part.in_memory { self.taken.memory } else { self.taken.files };
+            if taken && self.loses_marks {
+                self.add(key.0, &part.writable);
+            } else if taken {
+                self.add(key.0, &part.writable.subtract(&part.present));
+            }
         }
     }
 

@@ -319,12 +319,19 @@ impl Target {
         }
     }
 
-    /// Pages that the process has in memory, as the kernel counts them: some dozens wrong before Linux 6.16.
-    pub(crate) fn resident(&self) -> io::Result<u64> {
-        let text = self.read_file("statm")?;
-        let text = String::from_utf8_lossy(&text);
-        let resident = text.split_whitespace().nth(1).and_then(|field| field.parse().ok());
-        resident.ok_or_else(|| io::Error::other(format!("a strange statm: {text:?}")))
+    /// Pages that the process has in memory or in swap, as the kernel counts them: some dozens wrong before Linux 6.16.
+    /// Without swapped pages of shared memory, which its page tables do not hold.
+    pub(crate) fn counted(&self) -> io::Result<u64> {
+        let status = self.read_file("status")?;
+        let pages = |field| {
+            let size = find_field(&status, field)?;
+            Some(size.strip_suffix(" kB")?.trim().parse::<u64>().ok()? / 4)
+        };
+        match (pages("VmRSS"), pages("VmSwap")) {
+            (Some(resident), swapped) => Ok(resident + swapped.unwrap_or(0)),
+            // One that has no memory any more has no such fields.
+            (None, _) => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
     }
 
     /// A field of `/proc/PID/status`.

@@ -7,6 +7,9 @@ mod faults;
 mod ferry;
 mod programs;
 mod refusals;
+mod swap;
+#[path = "../../../tracker/tests/live/swap_device.rs"]
+mod swap_device;
 mod tracking;
 
 use ferry::Ferry;
@@ -21,7 +24,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let ferry: Arc<Mutex<Option<Ferry>>> = Arc::default();
     let mut trials = Vec::new();
-    let tests = [programs::tests(), refusals::tests(), faults::tests(), tracking::tests()];
+    let tests = [programs::tests(), refusals::tests(), faults::tests(), swap::tests(), tracking::tests()];
     for (name, test) in tests.into_iter().flatten() {
         let ferry = Arc::clone(&ferry);
         trials.push(Trial::ignorable_test(name, move || run(&ferry, test)));

@@ -1,8 +1,8 @@
 //! What existed at the last scan, kept so that the next need not look at every page twice.
 //!
 //! A page that comes into being is not protected, so a scan for written pages finds it. A page that ceases to be leaves no
-//! mark: but the kernel counts the pages that a process has in memory, and where that count has changed by just the pages
-//! that have come, none has gone. Two changes can cancel each other out (as many pages given back as were read of a file):
+//! mark: but the kernel counts the pages that a process has in memory and in swap, and where that count has changed by just
+//! the pages that have come, none has gone. Two changes can cancel each other out (as many pages given back as were read of a file):
 //! then what has gone still counts as existing while the program runs, [`LOOKS`] scans long at most. It never hides a write,
 //! and a frozen program is always looked at page by page.
 
@@ -20,18 +20,18 @@ pub(crate) struct Known {
     spans: Vec<Span>,
     populated: PageSet,
     /// What the kernel counted before that scan.
-    resident: u64,
+    counted: u64,
     looks: u32,
 }
 
 impl Known {
-    pub(crate) fn new(spans: Vec<Span>, populated: PageSet, resident: u64) -> Self {
-        Self { spans, populated, resident, looks: 0 }
+    pub(crate) fn new(spans: Vec<Span>, populated: PageSet, counted: u64) -> Self {
+        Self { spans, populated, counted, looks: 0 }
     }
 
     /// Whether the mappings are the same, and pages may have come, but hardly gone.
-    pub(crate) fn may_hold(&self, spans: &[Span], resident: u64) -> bool {
-        self.looks < LOOKS && resident >= self.resident && self.spans == spans
+    pub(crate) fn may_hold(&self, spans: &[Span], counted: u64) -> bool {
+        self.looks < LOOKS && counted >= self.counted && self.spans == spans
     }
 
     /// Stretches of which all pages existed.
@@ -44,17 +44,17 @@ impl Known {
     pub(crate) fn grown(
         mut self,
         written: &PageSet,
-        resident: u64,
+        counted: u64,
         plain: impl Fn() -> PageSet,
     ) -> Option<Self> {
         let come = written.subtract(&self.populated);
-        if come.len() != resident - self.resident || !come.subtract(&plain()).is_empty() {
+        if come.len() != counted - self.counted || !come.subtract(&plain()).is_empty() {
             return None;
         }
         if !come.is_empty() {
             self.populated = self.populated.union(&come);
         }
-        (self.resident, self.looks) = (resident, self.looks + 1);
+        (self.counted, self.looks) = (counted, self.looks + 1);
         Some(self)
     }
 

@@ -227,17 +227,17 @@ impl DirtySource for UffdWp {
             let Answer { populated, dirty, .. } = survey(&self.pagemap, view, WRITTEN)?;
             (populated, dirty, None)
         } else {
-            let resident = self.target.resident()?;
-            let known = known.filter(|known| self.fresh.is_empty() && known.may_hold(&spans, resident));
+            let counted = self.target.counted()?;
+            let known = known.filter(|known| self.fresh.is_empty() && known.may_hold(&spans, counted));
             let existing = known.as_ref().map(Known::long_runs).unwrap_or_default();
             let (written, scanned) = self.written(view, &existing)?;
             let plain = || view.pages(|_, care| care.backing == Backing::Anonymous);
-            let (known, written) = match known.and_then(|known| known.grown(&written, resident, plain)) {
+            let (known, written) = match known.and_then(|known| known.grown(&written, counted, plain)) {
                 Some(known) => (known, written),
                 None => {
                     let populated = survey(&self.pagemap, view, 0)?.populated;
                     let written = written.intersect(&populated);
-                    (Known::new(spans.clone(), populated, resident), written)
+                    (Known::new(spans.clone(), populated, counted), written)
                 }
             };
             let populated = known.populated().clone();

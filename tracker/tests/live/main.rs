@@ -9,6 +9,8 @@ mod program;
 mod refusals;
 mod scope;
 mod subject;
+mod swap;
+mod swap_device;
 mod sys;
 mod transparency;
 
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     let kernel = Kernel::probe();
     let root = rustix::process::geteuid().is_root();
     let no_huge_pages = hugetlb::obstacle();
+    let no_swap = swap::obstacle();
     let mut trials = Vec::new();
     for (kind, prefix, needs) in [
         (TrackerKind::SoftDirty, "soft_dirty", "needs soft-dirty"),
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         };
         add(&rooms.concat(), obstacle.as_ref());
         add(hugetlb::CASES, obstacle.as_ref().or(no_huge_pages.as_ref()));
+        add(swap::CASES, obstacle.as_ref().or(no_swap.as_ref()));
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
