@@ -2,21 +2,23 @@
 //!
 //! ```text
 //! space u32 | round u32 | coding u16 | 0 u16 | runs u32 | pages u32
-//! runs   x { first page u64, pages u32 }
-//! bitmap   ceil(pages / 8) bytes: bit set = the page is all zeros and has no bytes in the payload
-//! digests  16 bytes for each page that is not zero, in order
-//! bases    with coding 2: 16 bytes for each page that is not zero, in order
+//! runs    x { first page u64, pages u32 }
+//! bitmap    ceil(pages / 8) bytes: bit set = the page is all zeros and has no bytes in the payload
+//! digests   16 bytes for each page that is not zero, in order
+//! bases     with codings 2 and 4: 16 bytes for each page that is not zero, in order
+//! sources x { space u32, page u64 } with coding 3: one for each page, in order
 //! ```
-//! The payload is the bytes of the pages that are not zero, in order: as they are, as one zstd frame, or as one
-//! delta each ([`crate::delta`]) on top of the bytes that were sent of that page before. The base is the digest of those:
-//! a receiver that has others must not apply the delta.
+//! The payload is the bytes of the pages that are not zero, in order: as they are, as one zstd frame, or on top of the
+//! bytes that were sent of each page before, as one delta each ([`crate::delta`]) or one zstd frame with these as its
+//! prefix. The base is the digest of those: a receiver that has others must not use them. Copies have no payload:
+//! the receiver has the same bytes elsewhere, and takes them only if they have the digest.
 
 use crate::delta;
 use crate::digest;
 use crate::error::{DecodeError, EncodeError};
-use crate::frame::{self, Fields, FrameKind, limit};
+use crate::frame::{self, Fields, FrameKind, Sequencer, limit};
 use crate::limits::{MAX_BATCH_PAGES, PAGE_SIZE};
-use crate::page::{PageDigest, PageNo, PageRun, SpaceId, check_runs};
+use crate::page::{PageDigest, PageNo, PageRef, PageRun, SpaceId, check_runs};
 
 /// How the payload of a batch is coded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,6 +31,19 @@ pub enum Coding {
     Zstd = 1,
     /// A delta for each page, on top of what the receiver has of it.
     Delta = 2,
+    /// No payload: the receiver has the same bytes in another page. No zero pages.
+    Copy = 3,
+    /// One zstd frame whose prefix is what the receiver has of each page, in order. No zero pages.
+    ZstdOnBase = 4,
+}
+
+impl Coding {
+    const ALL: [Self; 5] = [Self::Raw, Self::Zstd, Self::Delta, Self::Copy, Self::ZstdOnBase];
+
+    /// Whether each page names what it is on top of.
+    fn has_bases(self) -> bool {
+        matches!(self, Self::Delta | Self::ZstdOnBase)
+    }
 }
 
 /// The head of a batch of pages. Reused for every batch: it keeps its memory.
@@ -40,8 +55,10 @@ pub struct PageBatch {
     runs: Vec<PageRun>,
     zero: Vec<bool>,
     digests: Vec<PageDigest>,
-    /// With deltas: what each page that is not zero was before.
+    /// On bases: what each page that is not zero was before.
     bases: Vec<PageDigest>,
+    /// With copies: where each page is.
+    sources: Vec<PageRef>,
     stored: usize,
 }
 
@@ -55,6 +72,7 @@ impl PageBatch {
         self.zero.clear();
         self.digests.clear();
         self.bases.clear();
+        self.sources.clear();
         self.stored = 0;
     }
 
@@ -69,15 +87,27 @@ impl PageBatch {
         self.stored += usize::from(!zero);
     }
 
-    /// Adds a page that is not zero, as a delta on top of what has the digest `base`. For batches of deltas only.
-    pub fn push_delta(&mut self, page: PageNo, content: PageDigest, base: PageDigest) {
+    /// Adds a page that is not zero, on top of what has the digest `base`. For [`Coding::Delta`] and
+    /// [`Coding::ZstdOnBase`] only.
+    pub fn push_on_base(&mut self, page: PageNo, content: PageDigest, base: PageDigest) {
         self.push(page, false, content);
         self.bases.push(base);
     }
 
-    /// In a batch of deltas the digests of the bases of its pages that are not zero, in order; else nothing.
+    /// Adds a page that is not zero and whose bytes the receiver has at `from`. For [`Coding::Copy`] only.
+    pub fn push_copy(&mut self, page: PageNo, content: PageDigest, from: PageRef) {
+        self.push(page, false, content);
+        self.sources.push(from);
+    }
+
+    /// On bases the digests of the bases of the pages that are not zero, in order; else nothing.
     pub fn bases(&self) -> &[PageDigest] {
         &self.bases
+    }
+
+    /// With copies where the receiver has each page, in order; else nothing.
+    pub fn sources(&self) -> &[PageRef] {
+        &self.sources
     }
 
     /// Says how the payload is coded.
@@ -126,13 +156,18 @@ impl PageBatch {
         numbers.zip(&self.zero).zip(&self.digests).map(|((page, zero), digest)| (page, *zero, digest))
     }
 
-    /// Appends the frame to `out`, without its payload of `payload_len` bytes.
+    /// Appends the next frame of a direction to `out`, without its payload of `payload_len` bytes.
     ///
     /// # Errors
     /// A batch that breaks a rule of the protocol: a bug of the caller.
-    pub fn encode(&self, payload_len: usize, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    pub fn encode(
+        &self,
+        payload_len: usize,
+        at: &mut Sequencer,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
         self.validate(payload_len)?;
-        frame::encode(FrameKind::PageBatch, payload_len, sequence, out, |out| {
+        frame::encode(FrameKind::PageBatch, payload_len, at, out, |out| {
             out.extend_from_slice(&self.space.0.to_le_bytes());
             out.extend_from_slice(&self.round.to_le_bytes());
             out.extend_from_slice(&(self.coding as u16).to_le_bytes());
@@ -154,6 +189,10 @@ impl PageBatch {
                 }
             }
             self.bases.iter().for_each(|base| out.extend_from_slice(&base.0));
+            for source in &self.sources {
+                out.extend_from_slice(&source.space.0.to_le_bytes());
+                out.extend_from_slice(&source.page.0.to_le_bytes());
+            }
             Ok(())
         })
     }
@@ -173,12 +212,9 @@ impl PageBatch {
     fn read(&mut self, head: &[u8]) -> Result<(), DecodeError> {
         let mut fields = Fields::new(head);
         let (space, round) = (SpaceId(fields.u32()?), fields.u32()?);
-        let coding = match fields.u16()? {
-            0 => Coding::Raw,
-            1 => Coding::Zstd,
-            2 => Coding::Delta,
-            _ => return Err(DecodeError::Invalid("an unknown coding")),
-        };
+        let number = fields.u16()?;
+        let coding = Coding::ALL.into_iter().find(|coding| *coding as u16 == number);
+        let coding = coding.ok_or(DecodeError::Invalid("an unknown coding"))?;
         if fields.u16()? != 0 {
             return Err(DecodeError::Invalid("a reserved field that is not zero"));
         }
@@ -205,39 +241,52 @@ impl PageBatch {
                 false => PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")),
             });
         }
-        if coding == Coding::Delta {
+        if coding.has_bases() {
             for _ in 0..self.stored {
                 self.bases.push(PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")));
+            }
+        }
+        if coding == Coding::Copy {
+            for _ in 0..self.stored {
+                self.sources.push(PageRef { space: SpaceId(fields.u32()?), page: PageNo(fields.u64()?) });
             }
         }
         fields.end()
     }
 
     fn validate(&self, payload_len: usize) -> Result<(), DecodeError> {
+        let invalid = |what| Err(DecodeError::Invalid(what));
+        self.space.check_of_source()?;
         limit("a batch's pages", self.zero.len(), MAX_BATCH_PAGES)?;
         if self.zero.is_empty() {
-            return Err(DecodeError::Invalid("a batch without pages"));
+            return invalid("a batch without pages");
         }
         if check_runs(&self.runs)? != self.zero.len() as u64 {
-            return Err(DecodeError::Invalid("runs that do not add up to the number of pages"));
+            return invalid("runs that do not add up to the number of pages");
+        }
+        let counted = |yes: bool| if yes { self.stored } else { 0 };
+        if self.bases.len() != counted(self.coding.has_bases()) {
+            return invalid("bases that are not one for each page on top of one");
+        }
+        if self.sources.len() != counted(self.coding == Coding::Copy) {
+            return invalid("sources that are not one for each copy");
+        }
+        self.sources.iter().try_for_each(PageRef::validate)?;
+        if matches!(self.coding, Coding::Copy | Coding::ZstdOnBase) && self.stored != self.zero.len() {
+            return invalid("zero pages in a coding that has none");
         }
         let raw = self.stored * PAGE_SIZE;
-        let bases = if self.coding == Coding::Delta { self.stored } else { 0 };
-        if self.bases.len() != bases {
-            return Err(DecodeError::Invalid("bases that are not one for each delta"));
-        }
         match self.coding {
-            Coding::Raw if payload_len != raw => {
-                Err(DecodeError::Invalid("a payload that is not as long as its pages"))
+            Coding::Raw if payload_len != raw => invalid("a payload that is not as long as its pages"),
+            Coding::Zstd if raw == 0 => invalid("compressed nothing"),
+            Coding::Zstd | Coding::ZstdOnBase if payload_len == 0 || payload_len > raw => {
+                invalid("a compressed payload that is longer than its pages, or empty")
             }
-            Coding::Zstd if raw == 0 => Err(DecodeError::Invalid("compressed nothing")),
-            Coding::Zstd if payload_len == 0 || payload_len > raw => {
-                Err(DecodeError::Invalid("a compressed payload that is longer than its pages, or empty"))
-            }
-            Coding::Delta if raw == 0 => Err(DecodeError::Invalid("deltas of nothing")),
+            Coding::Delta if raw == 0 => invalid("deltas of nothing"),
             Coding::Delta if payload_len < self.stored * delta::MIN_DELTA_BYTES || payload_len > raw => {
-                Err(DecodeError::Invalid("deltas that are longer than their pages, or too short"))
+                invalid("deltas that are longer than their pages, or too short")
             }
+            Coding::Copy if payload_len != 0 => invalid("copies with a payload"),
             _ => Ok(()),
         }
     }

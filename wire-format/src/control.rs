@@ -2,10 +2,10 @@
 
 use crate::digest::SpaceDigest;
 use crate::error::{DecodeError, EncodeError};
-use crate::frame::{self, FrameKind, limit};
+use crate::frame::{self, FrameKind, Sequencer, limit};
 use crate::limits::{
-    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_NAME_BYTES, MAX_REGIONS, MAX_RUNS_PER_FRAME, MAX_SPACES,
-    MAX_TIMINGS, PAGE_SIZE,
+    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_KEPT_PAGES, MAX_NAME_BYTES, MAX_REGIONS, MAX_RUNS_PER_FRAME,
+    MAX_SPACES, MAX_STREAMS, MAX_TIMINGS, PAGE_SIZE,
 };
 use crate::page::{PageRun, SpaceId, check_runs};
 use crate::version::{self, Versions};
@@ -44,6 +44,11 @@ pub struct Welcome {
     pub engine: String,
     /// Bytes that its store can take.
     pub memory: u64,
+    /// Connections that it takes for this session, at least 1 and at most [`MAX_STREAMS`].
+    pub streams: u16,
+    /// Pages of a store that it kept, at most [`MAX_KEPT_PAGES`]: their digests follow in frames of
+    /// [`SpaceId::KEPT`], as many as these.
+    pub kept: u64,
 }
 
 /// A space that will come.
@@ -238,16 +243,17 @@ pub enum ControlMessage {
         /// Which.
         runs: Vec<PageRun>,
     },
-    /// Source: a round is over.
+    /// Source, on every connection of the session: no more of this round comes here. The round in the freeze too.
     RoundEnd {
         /// Which.
         round: u32,
-        /// Pages in its batches.
+        /// Pages in the batches that it sent on this connection.
         pages: u64,
-        /// Bytes of its batches.
+        /// Bytes of these.
         bytes: u64,
     },
-    /// Destination: every page of the round is stored.
+    /// Destination, on the first connection: every connection has reached the end of the round, and every page of it is
+    /// stored, or was asked for again.
     RoundAck {
         /// Which.
         round: u32,
@@ -330,6 +336,26 @@ pub enum ControlMessage {
         /// Any number.
         n: u64,
     },
+    /// Source, first on a further connection: it belongs to this session.
+    Join {
+        /// Which.
+        session: u128,
+        /// Number of the connection, from 1 and below [`Welcome::streams`]; the first connection is number 0.
+        stream: u16,
+    },
+    /// Destination: it does.
+    Joined,
+    /// Destination, on the first connection and before a [`ControlMessage::RoundAck`] or
+    /// [`ControlMessage::Unsealed`]: the base or the copied page of these was not there, or was another one.
+    /// They have to be sent whole.
+    Again {
+        /// The pages of each space; spaces in ascending order, each once and with at least one page. At most
+        /// [`MAX_RUNS_PER_FRAME`] runs in all: more come in further messages.
+        spaces: Vec<(SpaceId, Vec<PageRun>)>,
+    },
+    /// Destination, instead of [`ControlMessage::Sealed`]: pages that it asked for again are missing. The source
+    /// sends these, and seals anew.
+    Unsealed,
 }
 
 impl ControlMessage {
@@ -342,13 +368,13 @@ impl ControlMessage {
         Self::Abort { code, detail: detail[..end].to_owned() }
     }
 
-    /// Appends the frame to `out`.
+    /// Appends the next frame of a direction to `out`.
     ///
     /// # Errors
     /// A message that breaks a limit: a bug of the caller.
-    pub fn encode(&self, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    pub fn encode(&self, at: &mut Sequencer, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         self.validate()?;
-        frame::encode(FrameKind::Control, 0, sequence, out, |out| {
+        frame::encode(FrameKind::Control, 0, at, out, |out| {
             let bytes =
                 bincode::encode_to_vec(self, config()).map_err(|e| EncodeError::Control(e.to_string()))?;
             out.extend_from_slice(&bytes);
@@ -385,19 +411,33 @@ impl ControlMessage {
                 if !version::is_spoken(welcome.version) {
                     return Err(DecodeError::Version(welcome.version));
                 }
+                if welcome.streams == 0 {
+                    return Err(DecodeError::Invalid("a welcome to no connection"));
+                }
+                limit("a session's connections", welcome.streams.into(), MAX_STREAMS.into())?;
+                limit("a kept store's pages", to_usize(welcome.kept), to_usize(MAX_KEPT_PAGES))?;
                 limit("a version's name", welcome.engine.len(), MAX_NAME_BYTES)
             }
+            Self::Join { stream, .. } => match *stream {
+                0 => Err(DecodeError::Invalid("a further connection under the number of the first")),
+                stream => limit("a connection's number", stream.into(), usize::from(MAX_STREAMS) - 1),
+            },
+            Self::Again { spaces } => check_again(spaces),
             Self::Spaces { spaces, .. } => {
                 limit("a list of spaces", spaces.len(), MAX_SPACES)?;
-                spaces
-                    .iter()
-                    .try_for_each(|space| limit("a program's name", space.name.len(), MAX_NAME_BYTES))
+                spaces.iter().try_for_each(|info| {
+                    info.space.check_of_source()?;
+                    limit("a program's name", info.name.len(), MAX_NAME_BYTES)
+                })
             }
-            Self::Discard { runs, .. } => {
+            Self::SpaceGone { space } => space.check_of_source(),
+            Self::Discard { space, runs } => {
+                space.check_of_source()?;
                 limit("a message's runs", runs.len(), MAX_RUNS_PER_FRAME)?;
                 check_runs(runs).map(|_| ())
             }
-            Self::SpaceSeal { regions, .. } => {
+            Self::SpaceSeal { space, regions, .. } => {
+                space.check_of_source()?;
                 limit("a space's regions", regions.len(), MAX_REGIONS)?;
                 check_regions(regions)
             }
@@ -410,8 +450,7 @@ impl ControlMessage {
                 }
                 limit("an abort's text", detail.len(), MAX_DETAIL_BYTES)
             }
-            Self::SpaceGone { .. }
-            | Self::RoundEnd { .. }
+            Self::RoundEnd { .. }
             | Self::RoundAck { .. }
             | Self::SealEnd { .. }
             | Self::Sealed { .. }
@@ -420,9 +459,31 @@ impl ControlMessage {
             | Self::Filled { .. }
             | Self::Query { .. }
             | Self::State(_)
+            | Self::Joined
+            | Self::Unsealed
             | Self::Ping { .. } => Ok(()),
         }
     }
+}
+
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// Something is asked for, there is one way to ask for it, and the answer can be bounded.
+fn check_again(spaces: &[(SpaceId, Vec<PageRun>)]) -> Result<(), DecodeError> {
+    limit("a list of spaces", spaces.len(), MAX_SPACES)?;
+    limit("a message's runs", spaces.iter().map(|(_, runs)| runs.len()).sum(), MAX_RUNS_PER_FRAME)?;
+    if spaces.is_empty() || spaces.iter().any(|(_, runs)| runs.is_empty()) {
+        return Err(DecodeError::Invalid("a request for no page"));
+    }
+    if !spaces.is_sorted_by(|(before, _), (after, _)| before < after) {
+        return Err(DecodeError::Invalid("spaces that are out of order or come twice"));
+    }
+    spaces.iter().try_for_each(|(space, runs)| {
+        space.check_of_source()?;
+        check_runs(runs).map(|_| ())
+    })
 }
 
 /// Regions are whole pages, ascending, and apart from or next to each other: as the kernel lists them.

@@ -4,7 +4,7 @@
 use crate::batch::PageBatch;
 use crate::control::ControlMessage;
 use crate::error::{DecodeError, FrameError};
-use crate::frame::{FrameKind, HEADER_BYTES, Header, SequenceCheck};
+use crate::frame::{FrameKind, HEADER_BYTES, Header, Sequencer};
 use crate::image::ImageChunk;
 use crate::lists::{DigestBatch, OwnedBatch};
 
@@ -13,7 +13,7 @@ use crate::lists::{DigestBatch, OwnedBatch};
 /// ```
 /// # use pageferry_wire_format::*;
 /// # let mut link = Vec::new();
-/// # ControlMessage::Ping { n: 7 }.encode(0, &mut link).unwrap();
+/// # ControlMessage::Ping { n: 7 }.encode(&mut Sequencer::default(), &mut link).unwrap();
 /// let (mut decoder, mut batch) = (Decoder::default(), PageBatch::default());
 /// let (raw, rest) = link.split_first_chunk::<HEADER_BYTES>().unwrap();
 /// let header = decoder.header(raw)?;
@@ -23,7 +23,7 @@ use crate::lists::{DigestBatch, OwnedBatch};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct Decoder {
-    sequence: SequenceCheck,
+    sequencer: Sequencer,
     offset: u64,
 }
 
@@ -57,7 +57,7 @@ pub enum Head {
         /// Bytes of payload that follow.
         payload_len: usize,
     },
-    /// Digests for the verification.
+    /// Digests: for the verification, or of what the destination kept.
     Digests(DigestBatch),
     /// Pages that the engine owns in the end.
     Owned(OwnedBatch),
@@ -77,8 +77,8 @@ impl Decoder {
         }
     }
 
-    /// Checks header and head against the checksum, sees that the frame is the next one, and reads the head. Pages
-    /// are read into `batch`, which is left alone otherwise.
+    /// Sees that header and head are whole and the next ones of this stream, and reads the head. Pages are read into
+    /// `batch`, which is left alone otherwise.
     ///
     /// # Errors
     /// A damaged, lost or repeated frame, or a head that the encoder would not have written. The stream is of
@@ -90,20 +90,23 @@ impl Decoder {
         batch: &mut PageBatch,
     ) -> Result<Head, FrameError> {
         let Announced { header, raw } = announced;
-        let mut next = self.sequence.clone();
-        let read = header
-            .verify(raw, head)
-            .and_then(|()| next.check(header))
-            .and_then(|()| read(header, head, batch))
+        let (next, read) = header
+            .verify(raw, head, &self.sequencer)
+            .and_then(|next| Ok((next, read(header, head, batch)?)))
             .map_err(|source| self.blame(Some(header.kind), source))?;
-        self.sequence = next;
+        self.sequencer = next;
         let len = HEADER_BYTES as u64 + u64::from(header.head_len) + u64::from(header.payload_len);
         self.offset = self.offset.saturating_add(len);
         Ok(read)
     }
 
+    /// How far the stream was understood: the number of the next frame, and the running digest of the heads.
+    pub fn sequencer(&self) -> &Sequencer {
+        &self.sequencer
+    }
+
     fn blame(&self, kind: Option<FrameKind>, source: DecodeError) -> FrameError {
-        FrameError { sequence: self.sequence.next(), kind, offset: self.offset, source }
+        FrameError { sequence: self.sequencer.next(), kind, offset: self.offset, source }
     }
 }
 

@@ -32,9 +32,9 @@ pub fn is_zero(page: &[u8]) -> bool {
     }) && blocks.remainder().iter().all(|byte| *byte == 0)
 }
 
-/// The checksum of a frame's header and head.
-pub(crate) fn check(header: &[u8], head: &[u8]) -> u64 {
-    let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
+/// The check of a frame's header and head, chained to that of the frame before.
+pub(crate) fn check(before: u64, header: &[u8], head: &[u8]) -> u64 {
+    let mut hasher = xxhash_rust::xxh3::Xxh3::with_seed(before);
     hasher.update(header);
     hasher.update(head);
     hasher.digest()

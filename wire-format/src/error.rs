@@ -25,14 +25,16 @@ pub enum DecodeError {
         /// The limit.
         limit: u64,
     },
-    /// The header or the head was damaged.
-    #[error("the checksum of frame {sequence} does not match: it was damaged on the way")]
+    /// The header or the head was damaged, or the frame does not follow the one that came before it.
+    #[error(
+        "the checksum of frame {sequence} does not match: it was damaged on the way, or is of another stream"
+    )]
     Checksum {
         /// Number of the frame.
         sequence: u64,
     },
     /// A frame is missing, or came twice.
-    #[error("frame {got} came where frame {wanted} was due: a frame was lost or repeated")]
+    #[error("frame {got} came where frame {wanted} was due: one was lost or repeated, or its number damaged")]
     Sequence {
         /// What came.
         got: u64,

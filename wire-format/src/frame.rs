@@ -7,8 +7,12 @@
 //!  8  head_len     u32   bytes of the head that follows
 //! 12  payload_len  u32   bytes of the payload after the head
 //! 16  sequence     u64   number of the frame in its direction, from 0
-//! 24  check        u64   xxh3-64 of the 24 bytes before, then of the head
+//! 24  check        u64   xxh3-64 of the 24 bytes before, then of the head; the seed is the check of the
+//!                        frame before in the same direction of the connection, 0 for the first
 //! ```
+//!
+//! So each check is the running digest of the whole stream of heads up to it: a frame that was lost, came twice, or
+//! belongs to another stream is found even where its number fits.
 //!
 //! The head is small and structured; the payload is bulk (page bytes, pieces of files) that the codec never
 //! touches: it has digests of its own in the head.
@@ -37,7 +41,7 @@ pub enum FrameKind {
     Image = 2,
     /// A control message.
     Control = 3,
-    /// Digests of pages, for the verification.
+    /// Digests of pages: for the verification, or of what the destination kept.
     Digests = 4,
     /// Pages that the engine owns in the end.
     Owned = 5,
@@ -121,26 +125,77 @@ impl Header {
         Ok(Self { kind, head_len, payload_len, sequence: u64_at(16), check: u64_at(24) })
     }
 
-    /// Checks the header and the head against the checksum.
+    /// Checks the header and the head: they have to be the next ones of the direction that `at` has come so far.
+    /// Gives where it is after them.
     ///
     /// # Errors
-    /// [`DecodeError::Checksum`].
-    pub fn verify(&self, raw: &[u8; HEADER_BYTES], head: &[u8]) -> Result<(), DecodeError> {
-        if head.len() != self.head_len as usize || digest::check(&raw[..24], head) != self.check {
+    /// [`DecodeError::Sequence`], [`DecodeError::Checksum`].
+    pub fn verify(
+        &self,
+        raw: &[u8; HEADER_BYTES],
+        head: &[u8],
+        at: &Sequencer,
+    ) -> Result<Sequencer, DecodeError> {
+        // The number says more than the check, which fails for every frame that is not the next one.
+        if self.sequence != at.next {
+            return Err(DecodeError::Sequence { got: self.sequence, wanted: at.next });
+        }
+        if head.len() != self.head_len as usize || digest::check(at.chain, &raw[..24], head) != self.check {
             return Err(DecodeError::Checksum { sequence: self.sequence });
         }
-        Ok(())
+        Ok(at.after(self.check))
     }
 }
 
-/// Appends a frame without its payload to `out`; `fill` writes the head.
+/// How far one direction of a connection has come: the number of its next frame, and the check of the last one, which is
+/// the running digest of all heads up to it. Both sides of a direction have one, and these agree.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sequencer {
+    next: u64,
+    chain: u64,
+}
+
+impl Sequencer {
+    /// Number of the next frame, from 0.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// The running digest: the check of the last frame, 0 before the first.
+    pub fn digest(&self) -> u64 {
+        self.chain
+    }
+
+    fn after(&self, check: u64) -> Self {
+        Self { next: self.next.wrapping_add(1), chain: check }
+    }
+}
+
+/// Appends a frame without its payload to `out`; `fill` writes the head. After an error `out` and `at` are as they were.
 pub(crate) fn encode(
     kind: FrameKind,
     payload_len: usize,
-    sequence: u64,
+    at: &mut Sequencer,
     out: &mut Vec<u8>,
     fill: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
 ) -> Result<(), EncodeError> {
+    let start = out.len();
+    let written = write(kind, payload_len, at, out, fill);
+    match written {
+        Ok(check) => *at = at.after(check),
+        Err(_) => out.truncate(start),
+    }
+    written.map(|_| ())
+}
+
+/// Gives the frame's check.
+fn write(
+    kind: FrameKind,
+    payload_len: usize,
+    at: &Sequencer,
+    out: &mut Vec<u8>,
+    fill: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+) -> Result<u64, EncodeError> {
     let start = out.len();
     out.extend_from_slice(&MAGIC.to_le_bytes());
     out.extend_from_slice(&version::CURRENT.to_le_bytes());
@@ -148,15 +203,15 @@ pub(crate) fn encode(
     out.extend_from_slice(&[0; 4]);
     limit("a payload", payload_len, kind.max_payload())?;
     out.extend_from_slice(&(payload_len as u32).to_le_bytes());
-    out.extend_from_slice(&sequence.to_le_bytes());
+    out.extend_from_slice(&at.next.to_le_bytes());
     out.extend_from_slice(&[0; 8]);
     fill(out)?;
     let head_len = out.len() - start - HEADER_BYTES;
     limit("a head", head_len, kind.max_head())?;
     out[start + 8..start + 12].copy_from_slice(&(head_len as u32).to_le_bytes());
-    let check = digest::check(&out[start..start + 24], &out[start + HEADER_BYTES..]);
+    let check = digest::check(at.chain, &out[start..start + 24], &out[start + HEADER_BYTES..]);
     out[start + 24..start + 32].copy_from_slice(&check.to_le_bytes());
-    Ok(())
+    Ok(check)
 }
 
 pub(crate) fn limit(what: &'static str, got: usize, limit: usize) -> Result<(), DecodeError> {
@@ -164,31 +219,6 @@ pub(crate) fn limit(what: &'static str, got: usize, limit: usize) -> Result<(), 
         return Err(DecodeError::Limit { what, got: got as u64, limit: limit as u64 });
     }
     Ok(())
-}
-
-/// Sees that the frames of one direction are complete and in order.
-#[derive(Clone, Debug, Default)]
-pub struct SequenceCheck {
-    next: u64,
-}
-
-impl SequenceCheck {
-    /// The number that the next frame has to have.
-    pub fn next(&self) -> u64 {
-        self.next
-    }
-
-    /// Takes the next frame.
-    ///
-    /// # Errors
-    /// [`DecodeError::Sequence`] when it is not the next one.
-    pub fn check(&mut self, header: &Header) -> Result<(), DecodeError> {
-        if header.sequence != self.next {
-            return Err(DecodeError::Sequence { got: header.sequence, wanted: self.next });
-        }
-        self.next += 1;
-        Ok(())
-    }
 }
 
 /// Reads the fields of a head, one after the other.

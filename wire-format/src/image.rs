@@ -4,7 +4,7 @@
 
 use crate::digest;
 use crate::error::{DecodeError, EncodeError};
-use crate::frame::{self, Fields, FrameKind, limit};
+use crate::frame::{self, Fields, FrameKind, Sequencer, limit};
 use crate::limits::{MAX_IMAGE_CHUNK, MAX_IMAGE_NAME};
 use crate::page::PageDigest;
 
@@ -25,13 +25,18 @@ impl ImageChunk {
         Self { name: name.to_owned(), offset, digest: digest::page(bytes) }
     }
 
-    /// Appends the frame to `out`, without its payload.
+    /// Appends the next frame of a direction to `out`, without its payload.
     ///
     /// # Errors
     /// A name or a length that the protocol does not allow.
-    pub fn encode(&self, payload_len: usize, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    pub fn encode(
+        &self,
+        payload_len: usize,
+        at: &mut Sequencer,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
         self.validate(payload_len)?;
-        frame::encode(FrameKind::Image, payload_len, sequence, out, |out| {
+        frame::encode(FrameKind::Image, payload_len, at, out, |out| {
             out.extend_from_slice(&self.offset.to_le_bytes());
             out.extend_from_slice(&self.digest.0);
             out.extend_from_slice(&(self.name.len() as u16).to_le_bytes());

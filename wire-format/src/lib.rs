@@ -29,8 +29,8 @@ pub use control::{
 pub use decode::{Announced, Decoder, Head};
 pub use digest::SpaceDigest;
 pub use error::{DecodeError, EncodeError, FrameError};
-pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, SequenceCheck};
+pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, Sequencer};
 pub use image::ImageChunk;
 pub use limits::PAGE_SIZE;
 pub use lists::{DigestBatch, OwnedBatch};
-pub use page::{PageDigest, PageNo, PageRun, SpaceId};
+pub use page::{PageDigest, PageNo, PageRef, PageRun, SpaceId};

@@ -10,10 +10,23 @@ pub const MAX_PAGE_NO: u64 = 1 << 52;
 /// Pages of one batch: 1 MiB. Larger batches gain nothing on the link and fall out of a core's cache.
 pub const MAX_BATCH_PAGES: usize = 256;
 
+/// Pages of a store that the destination kept, which name themselves with their digests when a session begins: 1 TiB of
+/// memory, in 4 GiB of digests, which is what the source takes for them at most.
+pub const MAX_KEPT_PAGES: u64 = 1 << 28;
+
+/// Connections of a session. Each takes a thread and buffers of some batches on both sides; more than there are
+/// cores gain nothing.
+pub const MAX_STREAMS: u16 = 256;
+
+/// zstd's window, as the logarithm of bytes, in a payload of pages: as long as the longest batch and the bases it is
+/// coded on top of. A frame that asks for more is refused, whatever its content.
+pub const MAX_ZSTD_WINDOW_LOG: u32 = 21;
+
 /// Bytes of any frame's head. Each kind has a limit of its own below this one.
 pub const MAX_HEAD_BYTES: usize = 4 << 20;
 
-/// Bytes of the head of a page batch: what 256 deltas have, none of them neighbours and none of them zero.
+/// Bytes of the head of a page batch: what 256 pages have that are coded on top of others, none of them neighbours and
+/// none of them zero. (A copy names its source in less than a digest.)
 pub const MAX_BATCH_HEAD: usize = 20 + MAX_BATCH_PAGES * (12 + 2 * 16) + MAX_BATCH_PAGES.div_ceil(8);
 
 /// Bytes of the head of a piece of an image: its place, its digest, and the longest name.
@@ -34,7 +47,7 @@ pub const MAX_IMAGE_CHUNK: usize = 1 << 20;
 /// Bytes of the name of an image file (as file systems have it).
 pub const MAX_IMAGE_NAME: usize = 255;
 
-/// Page runs in one frame of owned or discarded pages, or of digests.
+/// Page runs in one frame of owned, discarded or wanted pages, or of digests.
 pub const MAX_RUNS_PER_FRAME: usize = 65_536;
 
 /// Page runs that the engine can own in one space: every second page of 64 GiB.
@@ -63,4 +76,5 @@ pub const MAX_NAME_BYTES: usize = 256;
 pub const MAX_TIMINGS: usize = 64;
 
 const _: () = assert!(MAX_IMAGE_CHUNK <= MAX_PAYLOAD_BYTES);
+const _: () = assert!(2 * MAX_PAYLOAD_BYTES == 1 << MAX_ZSTD_WINDOW_LOG);
 const _: () = assert!(MAX_BATCH_HEAD <= MAX_HEAD_BYTES && MAX_DIGESTS_HEAD <= MAX_HEAD_BYTES);

@@ -1,7 +1,7 @@
-//! Frames that are long lists: the pages that the engine owns in the end, and digests for the verification.
+//! Frames that are long lists: the pages that the engine owns in the end, and digests of many pages.
 
 use crate::error::{DecodeError, EncodeError};
-use crate::frame::{self, Fields, FrameKind, limit};
+use crate::frame::{self, Fields, FrameKind, Sequencer, limit};
 use crate::limits::{MAX_DIGESTS_PER_FRAME, MAX_RUNS_PER_FRAME};
 use crate::page::{PageDigest, PageNo, PageRun, SpaceId, check_runs};
 
@@ -19,12 +19,13 @@ pub struct OwnedBatch {
 }
 
 impl OwnedBatch {
-    /// Appends the frame to `out`.
+    /// Appends the next frame of a direction to `out`.
     ///
     /// # Errors
     /// Too many runs, or runs that are out of order: a bug of the caller.
-    pub fn encode(&self, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
-        frame::encode(FrameKind::Owned, 0, sequence, out, |out| {
+    pub fn encode(&self, at: &mut Sequencer, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        self.space.check_of_source()?;
+        frame::encode(FrameKind::Owned, 0, at, out, |out| {
             put_start(out, self.space, self.more);
             put_runs(out, &self.runs)
         })
@@ -37,13 +38,15 @@ impl OwnedBatch {
     pub fn decode(head: &[u8]) -> Result<Self, DecodeError> {
         let mut fields = Fields::new(head);
         let (space, more) = get_start(&mut fields)?;
+        space.check_of_source()?;
         let (runs, _) = get_runs(&mut fields)?;
         fields.end()?;
         Ok(Self { space, runs, more })
     }
 }
 
-/// What the pages of the frozen source look like.
+/// What many pages look like: those of the frozen source, for the verification; or, from the destination, those of a
+/// store that it kept ([`SpaceId::KEPT`]).
 ///
 /// `space u32 | more u32 (0 or 1) | runs u32 | runs x { first page u64, pages u64 } | 16 bytes for each page`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,16 +62,17 @@ pub struct DigestBatch {
 }
 
 impl DigestBatch {
-    /// Appends the frame to `out`.
+    /// Appends the next frame of a direction to `out`.
     ///
     /// # Errors
     /// Lists that are too long or do not fit each other: a bug of the caller.
-    pub fn encode(&self, sequence: u64, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    pub fn encode(&self, at: &mut Sequencer, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         limit("a frame's digests", self.digests.len(), MAX_DIGESTS_PER_FRAME)?;
         if check_runs(&self.runs)? != self.digests.len() as u64 {
             return Err(DecodeError::Invalid("runs that do not add up to the number of digests").into());
         }
-        frame::encode(FrameKind::Digests, 0, sequence, out, |out| {
+        check_end(self.space, &self.runs)?;
+        frame::encode(FrameKind::Digests, 0, at, out, |out| {
             put_start(out, self.space, self.more);
             put_runs(out, &self.runs)?;
             for digest in &self.digests {
@@ -86,12 +90,23 @@ impl DigestBatch {
         let mut fields = Fields::new(head);
         let (space, more) = get_start(&mut fields)?;
         let (runs, pages) = get_runs(&mut fields)?;
+        check_end(space, &runs)?;
         limit("a frame's digests", usize::try_from(pages).unwrap_or(usize::MAX), MAX_DIGESTS_PER_FRAME)?;
         let bytes = fields.bytes(pages as usize * 16)?;
         fields.end()?;
         let digests =
             bytes.chunks_exact(16).map(|b| PageDigest(b.try_into().expect("sixteen bytes"))).collect();
         Ok(Self { space, runs, digests, more })
+    }
+}
+
+/// A kept store ends sooner than an address space.
+fn check_end(space: SpaceId, runs: &[PageRun]) -> Result<(), DecodeError> {
+    match runs.last() {
+        Some(last) if last.end() > space.end() => {
+            Err(DecodeError::Invalid("digests of pages beyond the end of their space"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,13 +1,31 @@
 //! Names of spaces and pages.
 
 use crate::error::DecodeError;
-use crate::limits::MAX_PAGE_NO;
+use crate::limits::{MAX_KEPT_PAGES, MAX_PAGE_NO};
 
 /// One address space of the migrated tree, numbered by the source; a number is never used twice in a session.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, bincode::Encode, bincode::Decode,
 )]
 pub struct SpaceId(pub u32);
+
+impl SpaceId {
+    /// No address space: the pages of a store that the destination kept from before, numbered by it from 0.
+    pub const KEPT: SpaceId = SpaceId(u32::MAX);
+
+    /// For what is said of a space of the source, which [`SpaceId::KEPT`] never is.
+    pub(crate) fn check_of_source(self) -> Result<(), DecodeError> {
+        match self {
+            Self::KEPT => Err(DecodeError::Invalid("the number of no space, which stands for a kept store")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Page numbers of this space are below this.
+    pub(crate) fn end(self) -> u64 {
+        if self == Self::KEPT { MAX_KEPT_PAGES } else { MAX_PAGE_NO }
+    }
+}
 
 /// A virtual address divided by the page size.
 #[derive(
@@ -22,6 +40,24 @@ pub struct PageRun {
     pub start: PageNo,
     /// How many.
     pub len: u64,
+}
+
+/// A page of some space: where the receiver has bytes already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageRef {
+    /// The space; [`SpaceId::KEPT`] for a page that the destination kept.
+    pub space: SpaceId,
+    /// The page in it.
+    pub page: PageNo,
+}
+
+impl PageRef {
+    pub(crate) fn validate(&self) -> Result<(), DecodeError> {
+        if self.page.0 >= self.space.end() {
+            return Err(DecodeError::Invalid("a copy of a page beyond the end of its space"));
+        }
+        Ok(())
+    }
 }
 
 impl PageRun {

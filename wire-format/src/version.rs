@@ -2,16 +2,17 @@
 //!
 //! | version | what changed, and why |
 //! |---|---|
-//! | 1 | The first: page batches (raw, zstd, delta), images, owned pages, digests, control messages. |
+//! | 2 | Several connections for a session; copies of pages that the receiver has elsewhere, zstd on top of what was sent before, a store that was kept; pages that are asked for again; checks that are chained; an end of the round in the freeze. The reasons stand in docs/PROTOCOL.md. |
+//! | 1 | Never released, and no longer understood. The first: page batches (raw, zstd, delta), images, owned pages, digests, control messages. |
 //!
 //! Every frame carries the version it was written in; the header is readable without knowing it. `Hello` tells
 //! the range that the source speaks, `Welcome` the version that the destination chose.
 
 /// The version that is spoken.
-pub const CURRENT: u16 = 1;
+pub const CURRENT: u16 = 2;
 
-/// The oldest version that is still understood.
-pub const OLDEST: u16 = 1;
+/// The oldest version that is still understood. Version 1 was never released: nobody speaks it.
+pub const OLDEST: u16 = 2;
 
 /// A range of versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Encode, bincode::Decode)]
@@ -56,6 +57,7 @@ mod tests {
     fn the_newest_common_version_is_taken() {
         assert_eq!(negotiate(&supported()), Some(CURRENT));
         assert_eq!(negotiate(&Versions { oldest: 1, newest: 900 }), Some(CURRENT));
+        assert_eq!(negotiate(&Versions { oldest: 1, newest: 1 }), None, "nobody speaks version 1");
         assert_eq!(negotiate(&Versions { oldest: CURRENT + 1, newest: 900 }), None);
         assert_eq!(negotiate(&Versions { oldest: 5, newest: 2 }), None);
     }

@@ -194,7 +194,7 @@ fn zstd(
     // One batch of all pages for each page that is counted: so only every 64th does anything.
     let encode = speed(runs, |at| {
         if at == 0 {
-            failed = encoder.encode(black_box(all), &mut packed);
+            failed = encoder.encode(1, black_box(all), &mut packed);
         }
     });
     failed?;

@@ -230,6 +230,8 @@ impl Receiver {
             version: wire::version::CURRENT,
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory: free_memory(self.plan.memory_limit),
+            streams: 1,
+            kept: 0,
         }))?;
         // CRIU starts while the rounds run: its start is no part of the downtime.
         let choices = hello.choices;

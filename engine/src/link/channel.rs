@@ -4,7 +4,7 @@ use super::{LinkError, TcpLink, shaper::Shaper};
 use crate::fault::{self, Fault};
 use pageferry_wire_format::{
     AbortCode, ControlMessage, Decoder, DigestBatch, EncodeError, FrameError, HEADER_BYTES, Head, ImageChunk,
-    OwnedBatch, PageBatch,
+    OwnedBatch, PageBatch, Sequencer,
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ pub(crate) enum Incoming {
 #[derive(Debug)]
 pub(crate) struct Channel {
     link: TcpLink,
-    next_out: u64,
+    sequencer: Sequencer,
     decoder: Decoder,
     head_out: Vec<u8>,
     head_in: Vec<u8>,
@@ -71,7 +71,7 @@ impl Channel {
     pub(crate) fn new(link: TcpLink) -> Self {
         Self {
             link,
-            next_out: 0,
+            sequencer: Sequencer::default(),
             decoder: Decoder::default(),
             head_out: Vec::new(),
             head_in: Vec::new(),
@@ -103,7 +103,7 @@ impl Channel {
     /// Sends a control message.
     pub(crate) fn control(&mut self, message: &ControlMessage) -> Result<(), ChannelError> {
         self.head_out.clear();
-        message.encode(self.next_out, &mut self.head_out)?;
+        message.encode(&mut self.sequencer, &mut self.head_out)?;
         self.send(&[])?;
         Ok(())
     }
@@ -116,7 +116,7 @@ impl Channel {
     ) -> Result<usize, ChannelError> {
         self.head_out.clear();
         let bytes: usize = payload.iter().map(|slice| slice.len()).sum();
-        batch.encode(bytes, self.next_out, &mut self.head_out)?;
+        batch.encode(bytes, &mut self.sequencer, &mut self.head_out)?;
         if let Some(shaper) = &mut self.shaper {
             let wait = shaper.take(self.epoch.elapsed(), self.head_out.len() + bytes);
             if !wait.is_zero() {
@@ -129,21 +129,21 @@ impl Channel {
     /// Sends a piece of an image file.
     pub(crate) fn image(&mut self, chunk: &ImageChunk, payload: &[u8]) -> Result<usize, ChannelError> {
         self.head_out.clear();
-        chunk.encode(payload.len(), self.next_out, &mut self.head_out)?;
+        chunk.encode(payload.len(), &mut self.sequencer, &mut self.head_out)?;
         self.send(&[IoSlice::new(payload)])
     }
 
     /// Sends digests for the verification.
     pub(crate) fn digests(&mut self, batch: &DigestBatch) -> Result<usize, ChannelError> {
         self.head_out.clear();
-        batch.encode(self.next_out, &mut self.head_out)?;
+        batch.encode(&mut self.sequencer, &mut self.head_out)?;
         self.send(&[])
     }
 
     /// Sends pages that the engine owns.
     pub(crate) fn owned(&mut self, batch: &OwnedBatch) -> Result<usize, ChannelError> {
         self.head_out.clear();
-        batch.encode(self.next_out, &mut self.head_out)?;
+        batch.encode(&mut self.sequencer, &mut self.head_out)?;
         self.send(&[])
     }
 
@@ -166,7 +166,6 @@ impl Channel {
         if let Err(error) = sent {
             return Err(self.explain(error));
         }
-        self.next_out += 1;
         Ok((self.link.sent() - before) as usize)
     }
 

@@ -214,7 +214,7 @@ impl PageSender {
                     self.cache.keep(place.id, number, page, content, round);
                 }
                 if small {
-                    self.delta_batch.push_delta(PageNo(number), content, before);
+                    self.delta_batch.push_on_base(PageNo(number), content, before);
                     tally.delta += 1;
                     tally.sent += 1;
                     continue;
@@ -253,7 +253,7 @@ impl PageSender {
                 at += *to - *from;
             }
             let start = Instant::now();
-            self.zstd.encode(&bytes[..raw], &mut self.packed)?;
+            self.zstd.encode(1, &bytes[..raw], &mut self.packed)?;
             self.chooser.observe_zstd(raw, self.packed.len(), start.elapsed());
             pieces.clear();
             pieces.push((0, raw));

@@ -15,15 +15,20 @@ pub enum Frame {
 }
 
 impl Frame {
-    /// The frame's bytes, without its payload.
-    pub fn encode(&self, sequence: u64) -> Result<Vec<u8>, EncodeError> {
+    /// The frame's bytes, without its payload, as the first of a direction.
+    pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
+        self.encode_at(&mut Sequencer::default())
+    }
+
+    /// The frame's bytes, without its payload, as the next of a direction.
+    pub fn encode_at(&self, at: &mut Sequencer) -> Result<Vec<u8>, EncodeError> {
         let mut out = Vec::new();
         match self {
-            Self::Pages(batch, payload) => batch.encode(*payload, sequence, &mut out),
-            Self::Image(chunk, payload) => chunk.encode(*payload, sequence, &mut out),
-            Self::Control(message) => message.encode(sequence, &mut out),
-            Self::Digests(batch) => batch.encode(sequence, &mut out),
-            Self::Owned(batch) => batch.encode(sequence, &mut out),
+            Self::Pages(batch, payload) => batch.encode(*payload, at, &mut out),
+            Self::Image(chunk, payload) => chunk.encode(*payload, at, &mut out),
+            Self::Control(message) => message.encode(at, &mut out),
+            Self::Digests(batch) => batch.encode(at, &mut out),
+            Self::Owned(batch) => batch.encode(at, &mut out),
         }?;
         Ok(out)
     }
@@ -62,8 +67,12 @@ pub fn batch(space: u32, coding: Coding, pages: &[(u64, u8)]) -> PageBatch {
     for (page, content) in pages {
         let after = digest::page(&[*content; PAGE_SIZE]);
         match (coding, content) {
-            (Coding::Delta, 1..) => {
-                batch.push_delta(PageNo(*page), after, digest::page(&[content ^ 0x80; PAGE_SIZE]));
+            (Coding::Delta | Coding::ZstdOnBase, 1..) => {
+                batch.push_on_base(PageNo(*page), after, digest::page(&[content ^ 0x80; PAGE_SIZE]));
+            }
+            (Coding::Copy, 1..) => {
+                let from = PageRef { space: SpaceId(space.wrapping_add(1)), page: PageNo(*page / 2) };
+                batch.push_copy(PageNo(*page), after, from);
             }
             _ => batch.push(PageNo(*page), *content == 0, after),
         }
@@ -82,23 +91,38 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
     let zeros = batch(1, Coding::Raw, &[(0x10, 0), (0x12, 0)]);
     let mut deltas = PageBatch::default();
     deltas.clear(SpaceId(2), 4, Coding::Delta);
-    deltas.push_delta(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), digest::page(&[1; PAGE_SIZE]));
-    deltas.push_delta(PageNo(0x23), digest::page(&[4; PAGE_SIZE]), digest::ZERO_PAGE);
+    deltas.push_on_base(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), digest::page(&[1; PAGE_SIZE]));
+    deltas.push_on_base(PageNo(0x23), digest::page(&[4; PAGE_SIZE]), digest::ZERO_PAGE);
+    let mut copies = PageBatch::default();
+    copies.clear(SpaceId(2), 4, Coding::Copy);
+    let from = |space, page| PageRef { space, page: PageNo(page) };
+    copies.push_copy(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), from(SpaceId(1), 0x7f05));
+    copies.push_copy(PageNo(0x21), digest::page(&[3; PAGE_SIZE]), from(SpaceId::KEPT, 0));
+    let on_base = batch(2, Coding::ZstdOnBase, &[(0x20, 1), (0x21, 2)]);
     let digests = DigestBatch {
         space: SpaceId(1),
         runs: runs(),
         digests: vec![digest::ZERO_PAGE, digest::page(&[1; PAGE_SIZE]), digest::page(&[2; PAGE_SIZE])],
         more: false,
     };
+    let kept = DigestBatch {
+        space: SpaceId::KEPT,
+        runs: vec![PageRun { start: PageNo(0), len: 2 }],
+        digests: vec![digest::page(&[1; PAGE_SIZE]), digest::page(&[2; PAGE_SIZE])],
+        more: true,
+    };
     let mut out = vec![
         ("pages-raw", Frame::Pages(raw, 2 * PAGE_SIZE)),
         ("pages-zstd", Frame::Pages(zstd, 100)),
         ("pages-delta", Frame::Pages(deltas, 40)),
+        ("pages-copy", Frame::Pages(copies, 0)),
+        ("pages-zstd-on-base", Frame::Pages(on_base, 100)),
         ("pages-zero", Frame::Pages(zeros, 0)),
         ("image", Frame::Image(ImageChunk::new("p0/pagemap-1.img", 1 << 20, b"abc"), 3)),
         ("image-empty", Frame::Image(ImageChunk::new("fs.img", 0, b""), 0)),
         ("owned", Frame::Owned(OwnedBatch { space: SpaceId(1), runs: runs(), more: true })),
         ("digests", Frame::Digests(digests)),
+        ("digests-kept", Frame::Digests(kept)),
     ];
     out.extend(messages().into_iter().map(|(name, message)| (name, Frame::Control(message))));
     out
@@ -124,7 +148,16 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
                 },
             }),
         ),
-        ("welcome", ControlMessage::Welcome(Welcome { version: 1, engine: "0.1.0".into(), memory: 8 << 30 })),
+        (
+            "welcome",
+            ControlMessage::Welcome(Welcome {
+                version: version::CURRENT,
+                engine: "0.1.0".into(),
+                memory: 8 << 30,
+                streams: 4,
+                kept: 1000,
+            }),
+        ),
         (
             "spaces",
             ControlMessage::Spaces {
@@ -181,5 +214,14 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         ("state-ready-to-run", ControlMessage::State(HandoverState::ReadyToRun)),
         ("state-discarded", ControlMessage::State(HandoverState::Discarded)),
         ("ping", ControlMessage::Ping { n: 1 }),
+        ("join", ControlMessage::Join { session: 0x0123_4567_89ab_cdef, stream: 1 }),
+        ("joined", ControlMessage::Joined),
+        (
+            "again",
+            ControlMessage::Again {
+                spaces: vec![(SpaceId(1), runs()), (SpaceId(4), vec![PageRun { start: PageNo(1), len: 1 }])],
+            },
+        ),
+        ("unsealed", ControlMessage::Unsealed),
     ]
 }

@@ -27,7 +27,7 @@ fn frames_have_their_golden_bytes() {
     let mut names = Vec::new();
     for (name, frame) in examples() {
         let file = format!("v{}-{name}.hex", version::CURRENT);
-        let (path, bytes) = (dir.join(&file), frame.encode(0).unwrap());
+        let (path, bytes) = (dir.join(&file), frame.encode().unwrap());
         if std::env::var_os("PAGEFERRY_WRITE_GOLDEN").is_some() {
             std::fs::write(&path, hex(&bytes)).unwrap();
         }
@@ -44,7 +44,7 @@ fn frames_have_their_golden_bytes() {
 #[test]
 fn every_frame_comes_back() {
     for (name, frame) in examples() {
-        assert_eq!(decode(&frame.encode(0).unwrap()), Some(Ok(frame)), "{name}");
+        assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)), "{name}");
     }
 }
 
@@ -67,6 +67,11 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
             .map(|n| SpaceInfo { space: SpaceId(n), vpid: 1, name: "x".repeat(name), pages: 1 })
             .collect(),
     };
+    let again =
+        |count: usize| ControlMessage::Again { spaces: vec![(SpaceId(1), scattered(count).collect())] };
+    let asking = |count: u32| ControlMessage::Again {
+        spaces: (0..count).map(|n| (SpaceId(n), scattered(1).collect())).collect(),
+    };
     let discard = |count| ControlMessage::Discard { space: SpaceId(1), runs: scattered(count).collect() };
     let seal = |count: u64| ControlMessage::SpaceSeal {
         space: SpaceId(1),
@@ -85,13 +90,23 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
         Frame::Digests(digests(limits::MAX_DIGESTS_PER_FRAME)),
         Frame::Control(spaces(limits::MAX_SPACES, limits::MAX_NAME_BYTES)),
         Frame::Control(discard(limits::MAX_RUNS_PER_FRAME)),
+        Frame::Control(again(limits::MAX_RUNS_PER_FRAME)),
+        Frame::Control(asking(limits::MAX_SPACES as u32)),
+        Frame::Pages(
+            batch(
+                1,
+                Coding::ZstdOnBase,
+                &(0..limits::MAX_BATCH_PAGES as u64).map(|n| (2 * n, 1)).collect::<Vec<_>>(),
+            ),
+            limits::MAX_PAYLOAD_BYTES,
+        ),
         Frame::Control(seal(limits::MAX_REGIONS as u64)),
         Frame::Control(ready(limits::MAX_TIMINGS)),
         Frame::Control(ControlMessage::abort(AbortCode::Busy, &"x".repeat(limits::MAX_DETAIL_BYTES))),
         image(limits::MAX_IMAGE_NAME, limits::MAX_IMAGE_CHUNK),
     ];
     for frame in fits {
-        assert_eq!(decode(&frame.encode(0).unwrap()), Some(Ok(frame)));
+        assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)));
     }
     let too_large = [
         Frame::Pages(pages(limits::MAX_BATCH_PAGES + 1), limits::MAX_PAYLOAD_BYTES + PAGE_SIZE),
@@ -100,6 +115,8 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
         Frame::Control(spaces(limits::MAX_SPACES + 1, 1)),
         Frame::Control(spaces(1, limits::MAX_NAME_BYTES + 1)),
         Frame::Control(discard(limits::MAX_RUNS_PER_FRAME + 1)),
+        Frame::Control(again(limits::MAX_RUNS_PER_FRAME + 1)),
+        Frame::Control(asking(limits::MAX_SPACES as u32 + 1)),
         Frame::Control(seal(limits::MAX_REGIONS as u64 + 1)),
         Frame::Control(ready(limits::MAX_TIMINGS + 1)),
         Frame::Control(ControlMessage::Abort {
@@ -110,7 +127,7 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
         image(1, limits::MAX_IMAGE_CHUNK + 1),
     ];
     for (index, frame) in too_large.iter().enumerate() {
-        let error = frame.encode(0).unwrap_err();
+        let error = frame.encode().unwrap_err();
         assert!(matches!(error, EncodeError::Invalid(DecodeError::Limit { .. })), "{index}: {error:?}");
     }
 }
@@ -170,8 +187,8 @@ fn page_runs() -> impl Strategy<Value = Vec<PageRun>> {
 }
 
 fn control() -> impl Strategy<Value = ControlMessage> {
-    let seal = (any::<(u32, i32, u64, [u8; 16])>(), page_runs(), any::<bool>()).prop_map(
-        |((space, vpid, pages, digest), runs, comparable)| ControlMessage::SpaceSeal {
+    let seal = ((0..u32::MAX, any::<i32>(), any::<u64>(), any::<[u8; 16]>()), page_runs(), any::<bool>())
+        .prop_map(|((space, vpid, pages, digest), runs, comparable)| ControlMessage::SpaceSeal {
             space: SpaceId(space),
             vpid,
             pages,
@@ -180,21 +197,35 @@ fn control() -> impl Strategy<Value = ControlMessage> {
                 .into_iter()
                 .map(|run| RegionInfo { start: run.start.0 << 12, end: run.end() << 12, comparable })
                 .collect(),
-        },
-    );
-    let spaces = (any::<u32>(), vec((any::<(u32, i32, u64)>(), "[a-zé\n]{0,100}"), 0..20)).prop_map(
-        |(round, list)| ControlMessage::Spaces {
+        });
+    let spaces = (any::<u32>(), vec(((0..u32::MAX, any::<i32>(), any::<u64>()), "[a-zé\n]{0,100}"), 0..20))
+        .prop_map(|(round, list)| ControlMessage::Spaces {
             round,
             spaces: list
                 .into_iter()
                 .map(|((space, vpid, pages), name)| SpaceInfo { space: SpaceId(space), vpid, name, pages })
                 .collect(),
+        });
+    let welcome = (1..=limits::MAX_STREAMS, 0..=limits::MAX_KEPT_PAGES, any::<u64>()).prop_map(
+        |(streams, kept, memory)| {
+            let (version, engine) = (version::CURRENT, "0.2".to_owned());
+            ControlMessage::Welcome(Welcome { version, engine, memory, streams, kept })
         },
     );
+    let some_runs = page_runs().prop_filter("nothing", |runs| !runs.is_empty());
+    let again = proptest::collection::btree_map(0..u32::MAX, some_runs, 1..9).prop_map(|spaces| {
+        ControlMessage::Again {
+            spaces: spaces.into_iter().map(|(space, runs)| (SpaceId(space), runs)).collect(),
+        }
+    });
     prop_oneof![
         seal,
         spaces,
-        (any::<u32>(), page_runs())
+        welcome,
+        again,
+        (any::<u128>(), 1..limits::MAX_STREAMS)
+            .prop_map(|(session, stream)| ControlMessage::Join { session, stream }),
+        (0..u32::MAX, page_runs())
             .prop_map(|(space, runs)| ControlMessage::Discard { space: SpaceId(space), runs }),
         (any::<u16>(), any::<String>())
             .prop_map(|(code, detail)| ControlMessage::abort(AbortCode::from_number(code), &detail)),
@@ -209,21 +240,26 @@ fn control() -> impl Strategy<Value = ControlMessage> {
 
 proptest! {
     #[test]
-    fn batches_come_back(space: u32, pages in pages(limits::MAX_BATCH_PAGES), way in 0usize..3) {
-        let coding = [Coding::Raw, Coding::Zstd, Coding::Delta][way];
+    fn batches_come_back(space in 0..u32::MAX, pages in pages(limits::MAX_BATCH_PAGES), way in 0usize..5) {
+        let coding = [Coding::Raw, Coding::Zstd, Coding::Delta, Coding::Copy, Coding::ZstdOnBase][way];
+        let has_no_zeros = matches!(coding, Coding::Copy | Coding::ZstdOnBase);
+        let pages: Vec<(u64, u8)> =
+            pages.into_iter().map(|(page, content)| (page, content | u8::from(has_no_zeros))).collect();
         let batch = batch(space, coding, &pages);
         prop_assert_eq!(batch.len(), pages.len());
         let payload = match coding {
             Coding::Raw => batch.nonzero() * PAGE_SIZE,
-            Coding::Zstd => 17,
+            Coding::Zstd | Coding::ZstdOnBase => 17,
+            Coding::Copy => 0,
             Coding::Delta => batch.nonzero() * 12,
         };
         let listed: Vec<(u64, bool)> = batch.pages().map(|(page, zero, _)| (page.0, zero)).collect();
         let wanted: Vec<(u64, bool)> = pages.iter().map(|(page, content)| (*page, *content == 0)).collect();
         prop_assert_eq!(listed, wanted);
+        prop_assert_eq!(batch.sources().len(), if coding == Coding::Copy { pages.len() } else { 0 });
         let nothing_to_pack = coding != Coding::Raw && batch.nonzero() == 0;
         let frame = Frame::Pages(batch, payload);
-        match frame.encode(0) {
+        match frame.encode() {
             Ok(bytes) => prop_assert_eq!(decode(&bytes), Some(Ok(frame))),
             Err(_) => prop_assert!(nothing_to_pack),
         }
@@ -234,7 +270,7 @@ proptest! {
         let bytes = batch(1, Coding::Zstd, &second);
         prop_assume!(bytes.nonzero() > 0);
         let mut frame = Vec::new();
-        bytes.encode(1, 0, &mut frame).unwrap();
+        bytes.encode(1, &mut Sequencer::default(), &mut frame).unwrap();
         let mut used = batch(9, Coding::Raw, &first);
         used.decode_into(&frame[HEADER_BYTES..], 1).unwrap();
         prop_assert_eq!(&used, &bytes);
@@ -243,7 +279,7 @@ proptest! {
     }
 
     #[test]
-    fn lists_come_back(space: u32, runs in page_runs(), more: bool, seed: u8) {
+    fn lists_come_back(space in 0..u32::MAX, runs in page_runs(), more: bool, seed: u8) {
         let count: u64 = runs.iter().map(|run| run.len).sum();
         let space = SpaceId(space);
         let digests = (0..count).map(|n| digest::page(&[seed, n as u8])).collect();
@@ -251,20 +287,20 @@ proptest! {
             Frame::Owned(OwnedBatch { space, runs: runs.clone(), more }),
             Frame::Digests(DigestBatch { space, runs, digests, more }),
         ] {
-            prop_assert_eq!(decode(&frame.encode(0).unwrap()), Some(Ok(frame)));
+            prop_assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)));
         }
     }
 
     #[test]
     fn messages_come_back(message in control()) {
         let frame = Frame::Control(message);
-        prop_assert_eq!(decode(&frame.encode(0).unwrap()), Some(Ok(frame)));
+        prop_assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)));
     }
 
     #[test]
     fn images_come_back(name in "[a-z0-9.-]{1,9}(/[a-z0-9-]{1,9}){0,5}", offset in 0u64..1 << 60, len in 0usize..1 << 20) {
         let frame = Frame::Image(ImageChunk::new(&name, offset, name.as_bytes()), len);
-        match frame.encode(0) {
+        match frame.encode() {
             Ok(bytes) => prop_assert_eq!(decode(&bytes), Some(Ok(frame))),
             Err(_) => prop_assert!(name.split('/').any(|part| part == "." || part == "..")),
         }

@@ -18,7 +18,7 @@ fn reseal(frame: &mut [u8]) {
 /// A frame that is understood is exactly the one that its meaning is written as: nothing is overlooked.
 fn understood_or_refused(bytes: &[u8]) -> Result<(), String> {
     let Some(Ok(frame)) = decode(bytes) else { return Ok(()) };
-    match frame.encode(0) {
+    match frame.encode() {
         Ok(again) if again == bytes => Ok(()),
         Ok(_) => Err(format!("{frame:?} is written in another way")),
         Err(error) => Err(format!("{frame:?} was understood and cannot be written: {error:?}")),
@@ -28,7 +28,7 @@ fn understood_or_refused(bytes: &[u8]) -> Result<(), String> {
 #[test]
 fn a_frame_cut_anywhere_is_not_taken() {
     for (name, frame) in examples() {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         for len in 0..bytes.len() {
             assert_eq!(decode(&bytes[..len]), None, "{name} cut at {len}");
         }
@@ -38,7 +38,7 @@ fn a_frame_cut_anywhere_is_not_taken() {
 #[test]
 fn any_flipped_bit_is_an_error() {
     for (name, frame) in examples() {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         for bit in 0..bytes.len() * 8 {
             let mut damaged = bytes.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
@@ -52,7 +52,7 @@ fn any_flipped_bit_is_an_error() {
 #[test]
 fn a_head_that_lies_in_one_bit_is_refused_or_means_what_it_says() {
     for (name, frame) in examples() {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         for bit in 32..bytes.len() * 8 {
             let mut lie = bytes.clone();
             lie[bit / 8] ^= 1 << (bit % 8);
@@ -65,7 +65,7 @@ fn a_head_that_lies_in_one_bit_is_refused_or_means_what_it_says() {
 #[test]
 fn a_head_of_another_length_is_refused() {
     for (name, frame) in examples() {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         for len in HEADER_BYTES..bytes.len() + 20 {
             let mut lie = bytes.clone();
             lie.resize(len, 0);
@@ -79,7 +79,7 @@ fn a_head_of_another_length_is_refused() {
 #[test]
 fn large_numbers_anywhere_are_refused_or_meant() {
     for (name, frame) in examples() {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         for width in [1, 2, 4, 8] {
             for at in 4..bytes.len().saturating_sub(width) {
                 for top in [0xff, 0x10] {
@@ -97,7 +97,7 @@ fn large_numbers_anywhere_are_refused_or_meant() {
 #[test]
 fn lengths_are_limited_before_anything_is_received_for_them() {
     let header = |frame: &Frame, at: usize, value: u32| {
-        let bytes = frame.encode(0).unwrap();
+        let bytes = frame.encode().unwrap();
         let mut raw = *bytes.first_chunk::<HEADER_BYTES>().unwrap();
         raw[at..at + 4].copy_from_slice(&value.to_le_bytes());
         Header::parse(&raw)
@@ -124,7 +124,7 @@ fn lengths_are_limited_before_anything_is_received_for_them() {
 #[test]
 fn announced_counts_are_checked_against_what_is_there() {
     let discard = ControlMessage::Discard { space: SpaceId(1), runs: vec![] };
-    let mut bytes = Frame::Control(discard).encode(0).unwrap();
+    let mut bytes = Frame::Control(discard).encode().unwrap();
     let count = bytes.len() - 8;
     for entries in [1, 2, 60_000, 1u64 << 32, 1 << 60, u64::MAX] {
         bytes[count..].copy_from_slice(&entries.to_le_bytes());
@@ -136,9 +136,9 @@ fn announced_counts_are_checked_against_what_is_there() {
     for runs in [run(1, 1 << 60), run(u64::MAX, u64::MAX), run(1 << 52, 1), run((1 << 52) - 1, 2), run(4, 0)]
     {
         let owned = Frame::Owned(OwnedBatch { space: SpaceId(1), runs: vec![runs[0]; 1], more: false });
-        assert!(owned.encode(0).is_err(), "{runs:?}");
+        assert!(owned.encode().is_err(), "{runs:?}");
         let mut bytes =
-            Frame::Owned(OwnedBatch { space: SpaceId(1), runs: run(4, 1), more: false }).encode(0).unwrap();
+            Frame::Owned(OwnedBatch { space: SpaceId(1), runs: run(4, 1), more: false }).encode().unwrap();
         let at = bytes.len() - 16;
         bytes[at..at + 8].copy_from_slice(&runs[0].start.0.to_le_bytes());
         bytes[at + 8..].copy_from_slice(&runs[0].len.to_le_bytes());
@@ -151,7 +151,7 @@ fn announced_counts_are_checked_against_what_is_there() {
 fn payloads_that_do_not_fit_their_pages_are_refused() {
     let raw = batch(1, Coding::Raw, &[(1, 1), (2, 0), (3, 1)]);
     let zstd = batch(1, Coding::Zstd, &[(1, 1), (2, 0), (3, 1)]);
-    let encode = |batch: &PageBatch, len| batch.encode(len, 0, &mut Vec::new());
+    let encode = |batch: &PageBatch, len| Frame::Pages(batch.clone(), len).encode();
     for len in [0, PAGE_SIZE, 2 * PAGE_SIZE - 1, 2 * PAGE_SIZE + 1, 3 * PAGE_SIZE] {
         assert!(encode(&raw, len).is_err(), "{len}");
     }
@@ -163,7 +163,7 @@ fn payloads_that_do_not_fit_their_pages_are_refused() {
     assert!(encode(&delta, 18).is_ok() && encode(&delta, 2 * PAGE_SIZE).is_ok());
     let mut one_base = PageBatch::default();
     one_base.clear(SpaceId(1), 1, Coding::Delta);
-    one_base.push_delta(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
     one_base.push(PageNo(2), false, digest::ZERO_PAGE);
     assert!(encode(&one_base, 30).is_err(), "a delta without a base");
     one_base.set_coding(Coding::Raw);
@@ -177,7 +177,8 @@ fn payloads_that_do_not_fit_their_pages_are_refused() {
 fn pages_out_of_order_are_not_written() {
     for pages in [&[(5, 1), (4, 1)][..], &[(5, 1), (5, 1)], &[(5, 1), (6, 1), (6, 0)], &[(1 << 52, 1)]] {
         let batch = batch(1, Coding::Raw, pages);
-        assert!(batch.encode(batch.nonzero() * PAGE_SIZE, 0, &mut Vec::new()).is_err(), "{pages:?}");
+        let payload = batch.nonzero() * PAGE_SIZE;
+        assert!(Frame::Pages(batch, payload).encode().is_err(), "{pages:?}");
     }
 }
 
@@ -187,21 +188,26 @@ fn image_names_stay_inside_their_folder() {
         ["", "/etc/passwd", "../x.img", "a/../../x", "a//b", "a/.", "x\n.img", "a/", "..", ".", "a\0b"]
     {
         let chunk = ImageChunk::new(name, 0, b"");
-        assert!(chunk.encode(0, 0, &mut Vec::new()).is_err(), "{name:?}");
+        assert!(Frame::Image(chunk, 0).encode().is_err(), "{name:?}");
     }
-    assert!(ImageChunk::new("x", u64::MAX, b"a").encode(1, 0, &mut Vec::new()).is_err());
+    assert!(Frame::Image(ImageChunk::new("x", u64::MAX, b"a"), 1).encode().is_err());
 }
 
 #[test]
-fn regions_and_versions_that_make_no_sense_are_refused() {
-    let seal = |regions: &[(u64, u64)]| ControlMessage::SpaceSeal {
-        space: SpaceId(1),
-        vpid: 1,
-        pages: 0,
-        digest: SpaceDigest::default(),
-        regions: regions.iter().map(|&(start, end)| RegionInfo { start, end, comparable: true }).collect(),
+fn regions_and_codes_that_make_no_sense_are_refused() {
+    let seal = |regions: &[(u64, u64)]| {
+        writes(ControlMessage::SpaceSeal {
+            space: SpaceId(1),
+            vpid: 1,
+            pages: 0,
+            digest: SpaceDigest::default(),
+            regions: regions
+                .iter()
+                .map(|&(start, end)| RegionInfo { start, end, comparable: true })
+                .collect(),
+        })
     };
-    assert!(seal(&[(0, 0x1000), (0x1000, 0x3000)]).encode(0, &mut Vec::new()).is_ok());
+    assert!(seal(&[(0, 0x1000), (0x1000, 0x3000)]));
     for regions in [
         &[(0x1000, 0x1000)][..],
         &[(0x2000, 0x1000)],
@@ -210,13 +216,144 @@ fn regions_and_versions_that_make_no_sense_are_refused() {
         &[(0x1000, 0x3000), (0x2000, 0x4000)],
         &[(0x2000, 0x3000), (0x1000, 0x2000)],
     ] {
-        assert!(seal(regions).encode(0, &mut Vec::new()).is_err(), "{regions:x?}");
+        assert!(!seal(regions), "{regions:x?}");
     }
     let code = ControlMessage::Abort { code: AbortCode::Unknown(1), detail: String::new() };
-    assert!(code.encode(0, &mut Vec::new()).is_err(), "number 1 has a name");
-    let welcome = |version| ControlMessage::Welcome(Welcome { version, engine: String::new(), memory: 0 });
-    assert!(welcome(version::CURRENT).encode(0, &mut Vec::new()).is_ok());
-    assert!(welcome(version::CURRENT + 1).encode(0, &mut Vec::new()).is_err());
+    assert!(!writes(code), "number 1 has a name");
+}
+
+#[test]
+fn a_welcome_promises_what_can_be_kept() {
+    let welcome = |version, streams, kept| {
+        writes(ControlMessage::Welcome(Welcome { version, engine: String::new(), memory: 0, streams, kept }))
+    };
+    assert!(welcome(version::CURRENT, 1, 0));
+    assert!(welcome(version::CURRENT, limits::MAX_STREAMS, limits::MAX_KEPT_PAGES));
+    assert!(!welcome(version::CURRENT + 1, 1, 0) && !welcome(version::OLDEST - 1, 1, 0), "another version");
+    assert!(!welcome(version::CURRENT, 0, 0), "no connection");
+    assert!(!welcome(version::CURRENT, limits::MAX_STREAMS + 1, 0));
+    for kept in [limits::MAX_KEPT_PAGES + 1, 1 << 60, u64::MAX] {
+        assert!(!welcome(version::CURRENT, 1, kept), "{kept} pages");
+    }
+}
+
+#[test]
+fn a_further_connection_has_a_number_of_its_own() {
+    let join = |stream| writes(ControlMessage::Join { session: 1, stream });
+    assert!(join(1) && join(limits::MAX_STREAMS - 1));
+    assert!(!join(0), "the first connection says hello");
+    assert!(!join(limits::MAX_STREAMS) && !join(u16::MAX));
+}
+
+#[test]
+fn what_is_asked_for_again_is_something_and_is_asked_for_once() {
+    let run = |start, len| PageRun { start: PageNo(start), len };
+    let again = |spaces: &[(u32, &[PageRun])]| {
+        let spaces = spaces.iter().map(|(space, runs)| (SpaceId(*space), runs.to_vec())).collect();
+        writes(ControlMessage::Again { spaces })
+    };
+    let some = &[run(4, 1), run(7, 2)][..];
+    assert!(again(&[(0, some)]) && again(&[(0, some), (9, some)]));
+    assert!(!again(&[]) && !again(&[(0, &[])]) && !again(&[(0, some), (1, &[])]), "nothing");
+    assert!(!again(&[(1, some), (1, some)]) && !again(&[(2, some), (1, some)]), "twice, or in disorder");
+    assert!(!again(&[(1, &[run(7, 2), run(4, 1)])]) && !again(&[(1, &[run(4, 2), run(5, 2)])]));
+    assert!(!again(&[(1, &[run(1 << 52, 1)])]) && !again(&[(1, &[run(0, 1 << 60)])]));
+    assert!(!again(&[(SpaceId::KEPT.0, some)]), "the source has no such space");
+}
+
+#[test]
+fn the_number_of_the_kept_store_is_no_space_of_the_source() {
+    let (space, runs) = (SpaceId::KEPT, vec![PageRun { start: PageNo(0), len: 1 }]);
+    let info = SpaceInfo { space, vpid: 1, name: String::new(), pages: 0 };
+    let seal = ControlMessage::SpaceSeal {
+        space,
+        vpid: 1,
+        pages: 0,
+        digest: SpaceDigest::default(),
+        regions: vec![],
+    };
+    for message in [
+        ControlMessage::Spaces { round: 0, spaces: vec![info] },
+        ControlMessage::SpaceGone { space },
+        ControlMessage::Discard { space, runs: runs.clone() },
+        seal,
+    ] {
+        assert!(!writes(message.clone()), "{message:?}");
+    }
+    assert!(Frame::Owned(OwnedBatch { space, runs, more: false }).encode().is_err());
+    assert!(Frame::Pages(batch(space.0, Coding::Raw, &[(1, 1)]), PAGE_SIZE).encode().is_err());
+    // Where it is allowed, it ends where a kept store ends.
+    for (page, fits) in [(0, true), (limits::MAX_KEPT_PAGES - 1, true), (limits::MAX_KEPT_PAGES, false)] {
+        let runs = vec![PageRun { start: PageNo(page), len: 1 }];
+        let digests = DigestBatch { space, runs, digests: vec![digest::ZERO_PAGE], more: false };
+        assert_eq!(Frame::Digests(digests.clone()).encode().is_ok(), fits, "{page}");
+        let of_source = DigestBatch { space: SpaceId(1), ..digests };
+        assert!(Frame::Digests(of_source.clone()).encode().is_ok());
+        let mut lie = Frame::Digests(of_source).encode().unwrap();
+        lie[HEADER_BYTES..HEADER_BYTES + 4].fill(0xff);
+        reseal(&mut lie);
+        assert_eq!(matches!(decode(&lie), Some(Ok(_))), fits, "{page}");
+        let copy = |space| {
+            let mut copy = PageBatch::default();
+            copy.clear(SpaceId(1), 0, Coding::Copy);
+            copy.push_copy(PageNo(9), digest::ZERO_PAGE, PageRef { space, page: PageNo(page) });
+            Frame::Pages(copy, 0).encode()
+        };
+        assert_eq!(copy(space).is_ok(), fits, "{page}");
+        assert!(copy(SpaceId(2)).is_ok());
+    }
+}
+
+#[test]
+fn copies_and_compression_on_a_base_are_whole() {
+    let encode = |batch: &PageBatch, len| Frame::Pages(batch.clone(), len).encode();
+    let copies = batch(1, Coding::Copy, &[(1, 1), (3, 1)]);
+    assert!(encode(&copies, 0).is_ok());
+    assert!(encode(&copies, 1).is_err() && encode(&copies, 2 * PAGE_SIZE).is_err(), "copies have no bytes");
+    assert!(encode(&batch(1, Coding::Copy, &[(1, 1), (2, 0)]), 0).is_err(), "a zero page");
+    assert!(encode(&batch(1, Coding::Copy, &[(1, 0)]), 0).is_err(), "only zero pages");
+    let mut unnamed = copies.clone();
+    unnamed.push(PageNo(9), false, digest::ZERO_PAGE);
+    assert!(encode(&unnamed, 0).is_err(), "a copy of nothing");
+    let mut beyond = PageBatch::default();
+    beyond.clear(SpaceId(1), 0, Coding::Copy);
+    let from = PageRef { space: SpaceId(1), page: PageNo(limits::MAX_PAGE_NO) };
+    beyond.push_copy(PageNo(1), digest::ZERO_PAGE, from);
+    assert!(encode(&beyond, 0).is_err(), "a copy from beyond the address space");
+
+    let on_base = batch(1, Coding::ZstdOnBase, &[(1, 1), (3, 1)]);
+    assert!(encode(&on_base, 1).is_ok() && encode(&on_base, 2 * PAGE_SIZE).is_ok());
+    assert!(encode(&on_base, 0).is_err() && encode(&on_base, 2 * PAGE_SIZE + 1).is_err());
+    assert!(encode(&batch(1, Coding::ZstdOnBase, &[(1, 1), (2, 0)]), 1).is_err(), "a zero page");
+    for coding in [Coding::Raw, Coding::Zstd, Coding::Copy] {
+        let mut named = on_base.clone();
+        named.set_coding(coding);
+        assert!((0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).all(|len| encode(&named, len).is_err()), "{coding:?}");
+        let mut copied = copies.clone();
+        copied.set_coding(if coding == Coding::Copy { Coding::Delta } else { coding });
+        assert!(
+            (0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).all(|len| encode(&copied, len).is_err()),
+            "{coding:?}"
+        );
+    }
+}
+
+#[test]
+fn an_encoder_that_fails_leaves_no_trace() {
+    let ping = ControlMessage::Ping { n: 1 };
+    let (mut at, mut out) = (Sequencer::default(), Vec::new());
+    ping.encode(&mut at, &mut out).unwrap();
+    let (before, len) = (at.clone(), out.len());
+    let runs = vec![PageRun { start: PageNo(1), len: 0 }];
+    let wrong = OwnedBatch { space: SpaceId(1), runs, more: false };
+    assert!(wrong.encode(&mut at, &mut out).is_err());
+    assert_eq!((&at, out.len()), (&before, len));
+    ping.encode(&mut at, &mut out).unwrap();
+    assert_eq!(read(&out), (vec![Frame::Control(ping.clone()), Frame::Control(ping)], None));
+}
+
+fn writes(message: ControlMessage) -> bool {
+    Frame::Control(message).encode().is_ok()
 }
 
 fn payload_len(frame: &Frame) -> usize {
@@ -226,15 +363,21 @@ fn payload_len(frame: &Frame) -> usize {
     }
 }
 
-/// Frames with their payloads, as one stream, and where each begins.
-fn stream(frames: &[(u64, &Frame)]) -> (Vec<u8>, Vec<usize>) {
-    let (mut bytes, mut begins) = (Vec::new(), Vec::new());
-    for (sequence, frame) in frames {
-        begins.push(bytes.len());
-        bytes.extend(frame.encode(*sequence).unwrap());
+/// A stream of frames, each with its payload.
+fn pieces(frames: &[Frame]) -> Vec<Vec<u8>> {
+    let mut at = Sequencer::default();
+    let piece = |frame: &Frame| {
+        let mut bytes = frame.encode_at(&mut at).unwrap();
         bytes.resize(bytes.len() + payload_len(frame), 0x5a);
-    }
-    (bytes, begins)
+        bytes
+    };
+    frames.iter().map(piece).collect()
+}
+
+/// Where each piece begins.
+fn begins(pieces: &[Vec<u8>]) -> Vec<usize> {
+    let begin = |at: &mut usize, piece: &Vec<u8>| Some(std::mem::replace(at, *at + piece.len()));
+    pieces.iter().scan(0, begin).collect()
 }
 
 /// Reads frames until the end or the first error.
@@ -255,24 +398,50 @@ fn read(mut bytes: &[u8]) -> (Vec<Frame>, Option<FrameError>) {
 #[test]
 fn frames_that_are_lost_repeated_or_swapped_are_named() {
     let frames: Vec<Frame> = examples().into_iter().map(|(_, frame)| frame).collect();
-    let numbered: Vec<(u64, &Frame)> = (0..).zip(&frames).collect();
-    let (bytes, begins) = stream(&numbered);
-    assert_eq!(read(&bytes), (frames.clone(), None));
+    let whole = pieces(&frames);
+    assert_eq!(read(&whole.concat()), (frames.clone(), None));
 
     for index in 0..frames.len() - 1 {
-        let (mut lost, mut repeated, mut swapped) = (numbered.clone(), numbered.clone(), numbered.clone());
+        let (mut lost, mut repeated, mut swapped) = (whole.clone(), whole.clone(), whole.clone());
         lost.remove(index);
-        repeated.insert(index, numbered[index]);
+        repeated.insert(index, whole[index].clone());
         swapped.swap(index, index + 1);
         for (wrong, at, got) in
             [(lost, index, index + 1), (repeated, index + 1, index), (swapped, index, index + 1)]
         {
-            let (understood, error) = read(&stream(&wrong).0);
+            let (understood, error) = read(&wrong.concat());
             assert_eq!(understood.len(), at);
             let error = error.expect("the order is wrong");
             assert_eq!(error.source, DecodeError::Sequence { got: got as u64, wanted: at as u64 });
-            assert_eq!((error.sequence, error.offset), (at as u64, begins[at] as u64));
+            assert_eq!((error.sequence, error.offset), (at as u64, begins(&wrong)[at] as u64));
         }
+    }
+}
+
+#[test]
+fn frames_of_another_stream_are_found_although_their_numbers_fit() {
+    let ping = |n| Frame::Control(ControlMessage::Ping { n });
+    let ours = pieces(&[ping(1), ping(2), ping(3)]);
+    // The same messages but one, an equal stream that lacks its first frame, and one with the payload elsewhere.
+    let theirs = pieces(&[ping(7), ping(2), ping(3)]);
+    let shorter = pieces(&[ping(2), ping(3)]);
+    for (frames, bad) in [
+        ([&ours[0], &theirs[1], &theirs[2]], 1),
+        ([&ours[0], &ours[1], &theirs[2]], 2),
+        ([&ours[0], &shorter[1], &ours[2]], 1),
+    ] {
+        let bytes: Vec<u8> = frames.iter().flat_map(|piece| piece.iter().copied()).collect();
+        let (understood, error) = read(&bytes);
+        assert_eq!(understood.len(), bad);
+        assert_eq!(error.unwrap().source, DecodeError::Checksum { sequence: bad as u64 });
+    }
+    // Both sides of a direction agree about what went over it.
+    let (mut at, mut decoder) = (Sequencer::default(), Decoder::default());
+    for n in 0..4 {
+        let bytes = ping(n).encode_at(&mut at).unwrap();
+        take(&mut decoder, &mut &bytes[..]).unwrap().unwrap();
+        assert_eq!(decoder.sequencer(), &at);
+        assert_eq!((at.next(), at.digest() != 0), (n + 1, true));
     }
 }
 
@@ -280,11 +449,15 @@ fn frames_that_are_lost_repeated_or_swapped_are_named() {
 fn errors_name_the_frame_and_the_place() {
     let ping = Frame::Control(ControlMessage::Ping { n: 1 });
     let pages = Frame::Pages(batch(1, Coding::Raw, &[(1, 1)]), PAGE_SIZE);
-    let (mut bytes, begins) = stream(&[(0, &pages), (1, &ping)]);
+    let pieces = pieces(&[pages, ping]);
+    let (mut bytes, begins) = (pieces.concat(), begins(&pieces));
     bytes[begins[1] + HEADER_BYTES] ^= 1;
     let error = read(&bytes).1.unwrap();
     assert_eq!(error.to_string(), "frame 1 (control), at byte 4177 of what was received, is not valid");
-    assert_eq!(error.source.to_string(), "the checksum of frame 1 does not match: it was damaged on the way");
+    assert_eq!(
+        error.source.to_string(),
+        "the checksum of frame 1 does not match: it was damaged on the way, or is of another stream"
+    );
     bytes[begins[1]] = b'X';
     let error = read(&bytes).1.unwrap();
     assert_eq!(error.to_string(), "frame 1, at byte 4177 of what was received, is not valid");
@@ -293,8 +466,8 @@ fn errors_name_the_frame_and_the_place() {
 
 #[test]
 fn another_version_is_told_apart_from_garbage() {
-    for spoken in [0, version::CURRENT + 1, 900] {
-        let mut bytes = Frame::Control(ControlMessage::Commit).encode(0).unwrap();
+    for spoken in [0, 1, version::CURRENT + 1, 900] {
+        let mut bytes = Frame::Control(ControlMessage::Commit).encode().unwrap();
         bytes[4..6].copy_from_slice(&spoken.to_le_bytes());
         reseal(&mut bytes);
         let Some(Err(error)) = decode(&bytes) else { panic!("version {spoken} was understood") };
@@ -315,7 +488,7 @@ proptest! {
         payload in prop_oneof![Just(0u32), Just(1), Just(4096), any::<u32>()],
         head in proptest::collection::vec(prop_oneof![3 => Just(0u8), 1 => 0u8..3, 1 => any::<u8>()], 0..300),
     ) {
-        let mut bytes = Frame::Control(ControlMessage::Commit).encode(0).unwrap();
+        let mut bytes = Frame::Control(ControlMessage::Commit).encode().unwrap();
         bytes.truncate(HEADER_BYTES);
         bytes[6..8].copy_from_slice(&kind.to_le_bytes());
         bytes[12..16].copy_from_slice(&payload.to_le_bytes());
@@ -332,7 +505,7 @@ proptest! {
         wrong in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
     ) {
         let all = examples();
-        let mut bytes = which.get(&all).1.encode(0).unwrap();
+        let mut bytes = which.get(&all).1.encode().unwrap();
         for (at, byte) in wrong {
             let at = 4 + at.index(bytes.len() - 4);
             bytes[at] = byte;

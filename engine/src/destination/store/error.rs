@@ -1,7 +1,7 @@
 //! How the store fails.
 
 use pageferry_wire_format::delta::DeltaError;
-use pageferry_wire_format::{DecodeError, PageNo, SpaceId};
+use pageferry_wire_format::{Coding, DecodeError, PageNo, SpaceId};
 use std::io;
 
 /// A failure of the page store. Whatever failed, the pages that were there before are still there.
@@ -44,6 +44,14 @@ pub enum StoreError {
         /// What the decoder said.
         #[source]
         cause: DecodeError,
+    },
+    /// A batch in a coding that this store does not take.
+    #[error("a batch of space {} came in the coding {coding:?}, which is not taken here", space.0)]
+    Coding {
+        /// The address space.
+        space: SpaceId,
+        /// How the batch is coded.
+        coding: Coding,
     },
     /// What a delta was made from is not what is here.
     #[error("page {page:#x} of space {} came as a delta on top of other bytes than it has here", space.0, page = page.0)]

@@ -43,10 +43,10 @@ impl Landing {
     pub fn slices(&mut self) -> Vec<IoSliceMut<'_>> {
         self.checked = false;
         match self.coding {
-            Coding::Zstd | Coding::Delta => vec![IoSliceMut::new(&mut self.buffers.packed)],
             Coding::Raw => {
                 self.extents.iter_mut().map(|extent| IoSliceMut::new(extent.bytes_mut())).collect()
             }
+            _ => vec![IoSliceMut::new(&mut self.buffers.packed)],
         }
     }
 
@@ -54,8 +54,8 @@ impl Landing {
     #[cfg(test)]
     pub fn payload_len(&self) -> usize {
         match self.coding {
-            Coding::Zstd | Coding::Delta => self.buffers.packed.len(),
             Coding::Raw => self.pages.len() * SLOT_BYTES,
+            _ => self.buffers.packed.len(),
         }
     }
 
@@ -102,6 +102,7 @@ impl Landing {
             Coding::Raw => return Ok(()),
             Coding::Delta => return self.apply(),
             Coding::Zstd => {}
+            coding => return Err(StoreError::Coding { space: self.space, coding }),
         }
         let (space, pages) = (self.space, self.pages.len());
         let failed = |cause| StoreError::Unpack { space, pages, cause };

@@ -113,7 +113,8 @@ impl PageStore {
     /// The round of the batch says how recent its pages are: those of later rounds are put in place first.
     ///
     /// # Errors
-    /// [`StoreError::OutOfMemory`]; [`StoreError::Base`] when a delta was made from something else than is here.
+    /// [`StoreError::OutOfMemory`]; [`StoreError::Base`] when a delta was made from something else than is here;
+    /// [`StoreError::Coding`] for a coding that it does not take.
     pub fn begin_batch(&mut self, batch: &PageBatch, payload_len: usize) -> Result<Landing, StoreError> {
         let mut buffers = {
             let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,6 +124,9 @@ impl PageStore {
             std::mem::take(&mut returned.buffers)
         };
         let (space, round, coding) = (batch.space(), batch.round(), batch.coding());
+        if matches!(coding, Coding::Copy | Coding::ZstdOnBase) {
+            return Err(StoreError::Coding { space, coding });
+        }
         let tables = self.spaces.get(&space).map(|index| &index.tables);
         let (mut pages, mut zeros) = (Vec::with_capacity(batch.nonzero()), Vec::new());
         let (mut grown, mut last) = (0, None);

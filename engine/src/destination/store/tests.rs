@@ -132,7 +132,7 @@ fn packed_batches_are_unpacked_into_their_slots() {
     for (at, count) in [(100, 20), (200, 1), (300, 40)] {
         let pages: Vec<_> = (at..at + count).map(|page| (page, Some(page))).collect();
         let mut packed = Vec::new();
-        encoder.encode(&payload(&pages), &mut packed).unwrap();
+        encoder.encode(1, &payload(&pages), &mut packed).unwrap();
         let mut landing = store.begin_batch(&batch(1, Coding::Zstd, &pages), packed.len()).unwrap();
         receive(&mut landing, &packed);
         store.finish_batch(landing).unwrap();
@@ -154,7 +154,7 @@ fn deltas(round: u32, pages: &[(u64, Option<u64>, u64)]) -> (PageBatch, Vec<u8>)
         // Most of the page stays.
         new[64..].copy_from_slice(&base[64..]);
         delta::encode(&base, &new, &mut payload);
-        batch.push_delta(PageNo(page), digest::page(&new), digest::page(&base));
+        batch.push_on_base(PageNo(page), digest::page(&new), digest::page(&base));
     }
     (batch, payload)
 }
