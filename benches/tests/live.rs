@@ -2,9 +2,9 @@
 //! is, and survives plain CRIU (so that what a migration test finds is the migration's fault).
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use pageferry_benches::bench::baseline;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
+use pageferry_benches::bench::{baseline, beside_this};
 use pageferry_benches::workload::state::{RegionEntry, beside, read_lines, realtime_us};
 use pageferry_tracker::probe::Kernel;
 use std::fs::{self, OpenOptions};
@@ -54,21 +54,101 @@ fn main() -> ExitCode {
             Ok(_) => wws_accuracy_compares().map(|()| Completion::Completed),
         },
     ));
+    for (name, bench) in [
+        ("bare_copies_all_of_it_in_every_variant", bare_copies as fn() -> Result<(), Failed>),
+        ("goodput_stands_beside_the_bare_loop", goodput_compares),
+    ] {
+        trials.push(Trial::ignorable_test(name, move || match why_no_migrations(name) {
+            Some(why) => Ok(Completion::ignored_with(why)),
+            None => bench().map(|()| Completion::Completed),
+        }));
+    }
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// What migrations need here and is not there.
+fn why_no_migrations(test: &str) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    // The bare loop moves no program.
+    if test.starts_with("bare") {
+        return None;
+    }
+    let engine = beside_this("pageferry").err().map(|error| format!("needs the engine: {error:#}"));
+    engine.or_else(|| Kernel::probe().choose(None).err().map(|error| error.to_string()))
+}
+
+/// The rows of one run of a bench. At these sizes it may well miss its goals, unless it `must_meet` them; it must not
+/// fail to measure.
+fn rows(arguments: &[&str], must_meet: bool) -> Result<Vec<serde_json::Value>, Failed> {
+    let output = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
+        .args(arguments)
+        .args(["--json", "--runs", "1"])
+        .output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let rows = text.lines().map(serde_json::from_str).collect::<Result<Vec<serde_json::Value>, _>>()?;
+    let missed = !must_meet && rows.iter().any(|row| row["pass"] == false);
+    if !output.status.success() && !missed {
+        return Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    Ok(rows)
+}
+
+fn number(row: &serde_json::Value, name: &str) -> f64 {
+    row[name].as_f64().or_else(|| row[name]["median"].as_f64()).unwrap_or(f64::NAN)
+}
+
+/// Sizes that divide nothing, so that the ends of parts, batches and buffers are met.
+fn bare_copies() -> Result<(), Failed> {
+    let variants = [
+        "plain",
+        "batch=7,send-buffer=64KiB,congestion=reno,write=vectored",
+        "receive-buffer=128KiB,receive=5000,wait-all=yes,into=buffer",
+        "into=huge",
+        "into=fresh",
+    ];
+    let text = variants.join(" ");
+    let rows = rows(&["bare", "--memory", "9MiB", "--streams", "1,3", "--variants", &text], true)?;
+    let names: Vec<_> = rows.iter().filter_map(|row| row["variant"].as_str()).collect();
+    assert_eq!(names, [variants, variants].concat());
+    for row in &rows {
+        // It fails by itself unless all bytes came.
+        assert!(number(row, "bare_gb_s") > 0.0 && number(row, "processor_s_gb") > 0.0, "{row}");
+    }
+    Ok(())
+}
+
+fn goodput_compares() -> Result<(), Failed> {
+    let rows = rows(&["goodput", "--sizes", "24MiB", "--streams", "1"], false)?;
+    let [row] = &rows[..] else { return Err(format!("one row was asked for: {rows:?}").into()) };
+    let (ours, bare, ratio) = (number(row, "gb_s"), number(row, "bare_gb_s"), number(row, "ratio"));
+    assert!(ours > 0.0 && bare > 0.0, "{row}");
+    assert!((ratio - ours / bare).abs() < 1e-9, "{row}");
+    let met = ours >= number(row, "limit_gb_s")
+        && ratio >= number(row, "limit_ratio")
+        && number(row, "engine_memory_percent") <= number(row, "limit_percent");
+    assert_eq!(row["pass"], met, "{row}");
+    Ok(())
 }
 
 /// A program that goes through its memory once in two seconds: a window of t has t / 2 s of it.
 fn wws_accuracy_compares() -> Result<(), Failed> {
-    let output = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
-        .args(["wws-accuracy", "--json", "--runs", "1", "--duration", "3", "--patterns", "sequential"])
-        .args(["--memory", "16MiB", "--rate", "8MiB"])
-        .output()?;
-    let text = String::from_utf8(output.stdout)?;
-    if !output.status.success() {
-        return Err(format!("{text}{}", String::from_utf8_lossy(&output.stderr)).into());
-    }
-    let rows = text.lines().map(serde_json::from_str).collect::<Result<Vec<serde_json::Value>, _>>()?;
-    let number = |row: &serde_json::Value, name: &str| row[name].as_f64().unwrap_or(f64::NAN);
+    let rows = rows(
+        &[
+            "wws-accuracy",
+            "--duration",
+            "3",
+            "--patterns",
+            "sequential",
+            "--memory",
+            "16MiB",
+            "--rate",
+            "8MiB",
+        ],
+        true,
+    )?;
+    let text = format!("{rows:?}");
     let windows: Vec<_> = rows.iter().filter(|row| row["quantity"] == "wws").collect();
     assert!(windows.len() >= 15, "{text}");
     for row in windows {

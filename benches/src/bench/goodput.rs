@@ -1,5 +1,8 @@
-//! How fast incompressible memory is copied before the freeze, and what the engine needs for it.
+//! How fast incompressible memory is copied before the freeze, beside a bare loop that does nothing but copy, and what
+//! the engine needs for it.
 
+use super::baseline::bare::{self, variant::Variant};
+use super::ferry::Ferry;
 use super::hosts::{Host, Hosts};
 use super::stats::Runs;
 use super::subject::Subject;
@@ -10,12 +13,18 @@ use anyhow::Context;
 use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
+use std::path::Path;
 use std::process::ExitCode;
 
-/// Goal: 10^9 bytes of memory a second on one stream.
-const GOAL_GB_S: f64 = 1.5;
+/// Goal: share of the bare loop's speed.
+const GOAL_RATIO: f64 = 0.8;
 /// Goal: engine's memory at the source over the tracked memory, in percent.
-const GOAL_PERCENT: f64 = 1.5;
+const GOAL_PERCENT: f64 = 1.0;
+
+/// Goal: 10^9 bytes of memory a second on so many streams.
+fn goal_gb_s(streams: u16) -> f64 {
+    if streams > 1 { 3.5 } else { 2.5 }
+}
 
 /// Options of this measurement.
 #[derive(Clone, Debug, Args)]
@@ -25,6 +34,12 @@ pub struct Options {
     /// Memory of the program
     #[arg(long, value_delimiter = ',', default_value = "2GiB,4GiB")]
     sizes: Vec<ByteSize>,
+    /// Connections, of ours and of the bare loop
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    streams: Vec<u16>,
+    /// Sizes and socket options of the bare loop, as `pageferry-bench bare` takes them
+    #[arg(long, value_name = "VARIANT", default_value = "plain")]
+    bare: Variant,
     /// Further options for `pageferry migrate`
     #[arg(last = true)]
     migrate: Vec<String>,
@@ -33,12 +48,23 @@ pub struct Options {
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     memory_bytes: u64,
-    /// Bytes of pages of the first round over its time, 10^9 a second.
-    goodput_gb_s: Runs,
+    streams: u16,
+    /// Bytes of pages of the first round over its time, 10^9 a second; null if the engine cannot have so many streams.
+    gb_s: Option<Runs>,
+    /// Least that `gb_s` has to be.
+    limit_gb_s: f64,
+    /// The bare loop, 10^9 bytes a second.
+    bare_gb_s: Runs,
+    /// The first over the second, run by run.
+    ratio: Option<Runs>,
+    /// Least that `ratio` has to be.
+    limit_ratio: f64,
     /// Largest resident size of the engine at the source (VmHWM, program text included).
-    engine_memory_bytes: Runs,
+    engine_memory_bytes: Option<Runs>,
     /// That, in percent of the program's memory.
-    engine_memory_percent: f64,
+    engine_memory_percent: Option<f64>,
+    /// Most that this may be.
+    limit_percent: f64,
     pass: bool,
 }
 
@@ -47,79 +73,143 @@ struct Row {
 /// # Errors
 /// What kept it from measuring.
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    let Options { common, sizes, .. } = options;
+    let Options { common, sizes, streams, .. } = options;
     common.medians_need_runs()?;
     ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
     let ferry = common.ferry()?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
-    let extra: Vec<&str> = options.migrate.iter().map(String::as_str).collect();
+    let many = ferry.knows("--streams")?;
     let mut rows = Vec::new();
-    for &size in sizes {
-        let (mut goodput, mut memory) = (Vec::new(), Vec::new());
-        for run in 1..=common.runs {
-            let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
-            // Nothing is written meanwhile: the first round is then all that is measured.
-            let arguments =
-                ["writer", "--memory", &size.as_u64().to_string(), "--rate", "0"].map(str::to_owned);
-            let subject = Subject::start(&hosts, scratch.path(), "writer", &arguments)?;
-            // Room for what arrives, as a machine has it that waits for a migration.
-            machine::touch(size.as_u64() / 4 * 5)?;
-            let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
-            subject.wait_alive_after(realtime_us())?;
-            subject.check()?;
-            hosts.kill(Host::Destination, subject.pid)?;
-            let first = migration.report.rounds.first().context("the report has no rounds")?;
-            anyhow::ensure!(
-                first.sent_pages * 4096 >= size.as_u64(),
-                "the first round sent {} pages, less than the program's memory",
-                first.sent_pages
-            );
-            goodput.push((first.sent_pages * 4096) as f64 / 1e3 / first.duration_us as f64);
-            memory.push(migration.engine_peak_bytes as f64);
-            eprintln!(
-                "{size}, run {run} of {}: {:.2} GB/s, engine {}",
-                common.runs,
-                goodput[run - 1],
-                ByteSize(migration.engine_peak_bytes)
-            );
-        }
-        let (goodput_gb_s, engine_memory_bytes) = (Runs::new(goodput), Runs::new(memory));
-        let percent = engine_memory_bytes.median / size.as_u64() as f64 * 100.0;
-        let pass = goodput_gb_s.median >= GOAL_GB_S && percent <= GOAL_PERCENT;
-        let row = Row {
-            memory_bytes: size.as_u64(),
-            goodput_gb_s,
-            engine_memory_bytes,
-            engine_memory_percent: percent,
-            pass,
+    for (&size, &streams) in sizes.iter().flat_map(|size| streams.iter().map(move |streams| (size, streams)))
+    {
+        let extra = match (many, streams) {
+            (true, _) => Some(vec!["--streams".to_owned(), streams.to_string()]),
+            (false, 1) => Some(Vec::new()),
+            (false, _) => None,
         };
+        let trial = Trial { options, ferry: &ferry, scratch: scratch.path(), size, streams, extra };
+        let mut bare = Vec::new();
+        let mut ours = Vec::new();
+        for run in 1..=common.runs {
+            let (copied, migrated) = trial.run()?;
+            let own = migrated
+                .map_or("-".to_owned(), |(speed, engine)| format!("{speed:.2} GB/s, engine {engine}"));
+            eprintln!(
+                "{size}, streams {streams}, run {run} of {}: {own}, bare {copied:.2} GB/s",
+                common.runs
+            );
+            bare.push(copied);
+            ours.extend(migrated);
+        }
+        let row = trial.row(bare, &ours);
         if common.json {
             println!("{}", serde_json::to_string(&row)?);
         }
         rows.push(row);
     }
     if !common.json {
-        print!("{}", render(&rows, common));
+        print!("{}", render(&rows, options));
     }
     Ok(if rows.iter().all(|row| row.pass) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn render(rows: &[Row], common: &Common) -> String {
-    let mut table = Table::new(&["memory", "goodput GB/s", "engine memory", "of the program's", "goal"]);
+struct Trial<'a> {
+    options: &'a Options,
+    ferry: &'a Ferry,
+    scratch: &'a Path,
+    size: ByteSize,
+    streams: u16,
+    /// What the engine has to be told; `None` if it cannot have so many streams.
+    extra: Option<Vec<String>>,
+}
+
+impl Trial<'_> {
+    /// One program, copied by the bare loop and then moved: the speeds of both, and what the engine needed.
+    fn run(&self) -> anyhow::Result<(f64, Option<(f64, ByteSize)>)> {
+        let (common, bytes) = (&self.options.common, self.size.as_u64());
+        let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
+        // Nothing is written meanwhile: the first round is then all that is measured.
+        let arguments = ["writer", "--memory", &bytes.to_string(), "--rate", "0"].map(str::to_owned);
+        let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
+        // Room for what arrives, as a machine has it that waits for a migration.
+        machine::touch(bytes / 4 * 5)?;
+        let copied = bare::copy(&hosts, &subject, self.streams, &self.options.bare)?.gb_s();
+        let Some(extra) = &self.extra else { return Ok((copied, None)) };
+        machine::touch(bytes / 4 * 5)?;
+        let extra: Vec<&str> = extra.iter().chain(&self.options.migrate).map(String::as_str).collect();
+        let migration = self.ferry.migrate(&hosts, self.scratch, subject.pid, &extra)?;
+        subject.wait_alive_after(realtime_us())?;
+        subject.check()?;
+        hosts.kill(Host::Destination, subject.pid)?;
+        let first = migration.report.rounds.first().context("the report has no rounds")?;
+        anyhow::ensure!(
+            first.sent_pages * 4096 >= bytes,
+            "the first round sent {} pages, less than the program's memory",
+            first.sent_pages
+        );
+        let speed = (first.sent_pages * 4096) as f64 / 1e3 / first.duration_us as f64;
+        Ok((copied, Some((speed, ByteSize(migration.engine_peak_bytes)))))
+    }
+
+    fn row(&self, bare: Vec<f64>, ours: &[(f64, ByteSize)]) -> Row {
+        let ratio = Runs::new(ours.iter().zip(&bare).map(|((speed, _), bare)| speed / bare).collect());
+        let gb_s = Runs::new(ours.iter().map(|(speed, _)| *speed).collect());
+        let memory = Runs::new(ours.iter().map(|(_, engine)| engine.as_u64() as f64).collect());
+        let percent = memory.median / self.size.as_u64() as f64 * 100.0;
+        let limit_gb_s = goal_gb_s(self.streams);
+        // Medians of nothing are no numbers, and miss every goal.
+        let pass = gb_s.median >= limit_gb_s && ratio.median >= GOAL_RATIO && percent <= GOAL_PERCENT;
+        let measured = !ours.is_empty();
+        Row {
+            memory_bytes: self.size.as_u64(),
+            streams: self.streams,
+            gb_s: measured.then_some(gb_s),
+            limit_gb_s,
+            bare_gb_s: Runs::new(bare),
+            ratio: measured.then_some(ratio),
+            limit_ratio: GOAL_RATIO,
+            engine_memory_bytes: measured.then_some(memory),
+            engine_memory_percent: measured.then_some(percent),
+            limit_percent: GOAL_PERCENT,
+            pass,
+        }
+    }
+}
+
+fn render(rows: &[Row], options: &Options) -> String {
+    let mut table = Table::new(&[
+        "memory",
+        "streams",
+        "goodput GB/s",
+        "bare GB/s",
+        "ratio",
+        "engine memory",
+        "of the program's",
+        "at least",
+        "goal",
+    ]);
+    let runs = |runs: &Option<Runs>| runs.as_ref().map_or("-".to_owned(), |runs| runs.display(2));
     for row in rows {
+        let engine = row.engine_memory_bytes.as_ref();
         table.row(vec![
             ByteSize(row.memory_bytes).to_string(),
-            row.goodput_gb_s.display(2),
-            ByteSize(row.engine_memory_bytes.median as u64).to_string(),
-            format!("{:.2} %", row.engine_memory_percent),
+            row.streams.to_string(),
+            runs(&row.gb_s),
+            row.bare_gb_s.display(2),
+            runs(&row.ratio),
+            engine.map_or("-".to_owned(), |bytes| ByteSize(bytes.median as u64).to_string()),
+            row.engine_memory_percent.map_or("-".to_owned(), |percent| format!("{percent:.2} %")),
+            format!("{} GB/s", row.limit_gb_s),
             if row.pass { "met" } else { "missed" }.to_owned(),
         ]);
     }
+    let common = &options.common;
     format!(
-        "{}\nincompressible memory, one stream, the receiver's memory at hand; link: {}; median (smallest..largest) of {} runs; goal: at least \
-         {GOAL_GB_S} GB/s with at most {GOAL_PERCENT} % of the memory\n\n{}",
+        "{}\nincompressible memory, the receiver's memory at hand; link: {}; bare loop: {}; median (smallest..largest) of {} runs \
+         in turn; goal besides: at least {GOAL_RATIO} of the bare loop with at most {GOAL_PERCENT} % of the memory\n\n{}",
         machine::describe(),
         common.link.as_deref().unwrap_or("not shaped"),
+        options.bare,
         common.runs,
         table.render()
     )

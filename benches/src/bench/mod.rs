@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 pub mod attach;
+pub mod bare;
 pub mod baseline;
 pub mod child;
 pub mod codings;
@@ -39,6 +40,8 @@ enum Bench {
     Downtime(downtime::Options),
     /// How fast memory is copied before the freeze, and what the engine needs for it
     Goodput(goodput::Options),
+    /// The loop that `goodput` compares with, alone: which sizes and socket options are the fastest
+    Bare(bare::Options),
     /// What a program feels while its memory is copied
     Slowdown(slowdown::Options),
     /// How long a scan for dirty pages takes, beside a bare loop over the same system call
@@ -56,6 +59,12 @@ enum Bench {
     Codings(codings::Options),
     /// The coding of pages that were sent before, beside QEMU's XBZRLE
     Xbzrle(codings::Options),
+    /// The bare loop, source side: read a process, send
+    #[command(hide = true)]
+    BareSource(baseline::bare::source::Options),
+    /// The bare loop, destination side: receive into memory
+    #[command(hide = true)]
+    BareDestination(baseline::bare::destination::Options),
     /// Plain CRIU, source side: dump, send the images, wait for the restore
     CriuSource(baseline::source::Options),
     /// Plain CRIU, destination side: receive images, restore
@@ -118,6 +127,7 @@ impl Command {
         match self.bench {
             Bench::Downtime(options) => downtime::run(&options),
             Bench::Goodput(options) => goodput::run(&options),
+            Bench::Bare(options) => bare::run(&options),
             Bench::Slowdown(options) => slowdown::run(&options),
             Bench::Scan(options) => scan::run(&options),
             Bench::Attach(options) => attach::run(&options),
@@ -126,6 +136,8 @@ impl Command {
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
             Bench::Codings(options) => codings::run(&options),
             Bench::Xbzrle(options) => codings::run_xbzrle(&options),
+            Bench::BareSource(options) => baseline::bare::source::run(&options),
+            Bench::BareDestination(options) => baseline::bare::destination::run(&options),
             Bench::CriuSource(options) => baseline::source::run(&options),
             Bench::CriuDestination(options) => baseline::destination::run(&options),
         }

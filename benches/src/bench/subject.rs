@@ -2,7 +2,7 @@
 
 use super::child::{still_wanted, wait_for};
 use super::hosts::{Host, Hosts};
-use crate::workload::state::{Line, beside, read_lines};
+use crate::workload::state::{Line, RegionEntry, beside, read_lines};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -45,6 +45,16 @@ impl Subject {
     /// What the file system says.
     pub fn lines(&self) -> anyhow::Result<Vec<Line>> {
         read_lines(&self.state).with_context(|| format!("reading {}", self.state.display()))
+    }
+
+    /// Where its memory is.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn regions(&self) -> anyhow::Result<Vec<RegionEntry>> {
+        let path = beside(&self.state, "map");
+        let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("understanding {}", path.display()))
     }
 
     /// Longest time that it stood still since then, and when that ended (microseconds).

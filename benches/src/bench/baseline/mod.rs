@@ -12,6 +12,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub mod bare;
 pub mod destination;
 pub mod source;
 pub mod xbzrle;
