@@ -197,12 +197,29 @@ impl ObjectScan {
     /// The page at which `space` has a page of the object mapped, to be read there with a [`crate::PageReader`]; `None` if
     /// it has not.
     pub fn page_in(&self, space: &SpaceScan, page: u64) -> Option<u64> {
-        let ours =
-            |region: &&Region| region.shared && (region.device, region.inode) == (self.device, self.inode);
-        space.regions.iter().filter(ours).find_map(|region| {
+        space.regions.iter().filter(|region| self.is_in(region)).find_map(|region| {
             let within = page.checked_sub(region.offset / 4096)?;
             (within < region.pages()).then_some(region.start / 4096 + within)
         })
+    }
+
+    /// Where `space` has pages of the object mapped: runs of those of `pages` that it has, each once, and the page at which
+    /// each run begins there.
+    pub fn runs_in(&self, space: &SpaceScan, pages: &PageSet) -> Vec<(Run, u64)> {
+        let mut rest = pages.clone();
+        let mut found = Vec::new();
+        for region in space.regions.iter().filter(|region| self.is_in(region)) {
+            let first = region.offset / 4096;
+            let mapped: PageSet = [Run { start: first, len: region.pages() }].into_iter().collect();
+            let here = rest.intersect(&mapped);
+            found.extend(here.runs().iter().map(|run| (*run, region.start / 4096 + (run.start - first))));
+            rest = rest.subtract(&here);
+        }
+        found
+    }
+
+    fn is_in(&self, region: &Region) -> bool {
+        region.shared && (region.device, region.inode) == (self.device, self.inode)
     }
 
     fn new((device, inode): ObjectKey, path: Option<PathBuf>) -> Self {

@@ -1,6 +1,7 @@
 //! What one scan saw, free of kernel handles: what recordings, the estimator and views share.
 
 use crate::attach::{Collected, SpaceKey};
+use crate::objects::ObjectScan;
 use crate::page_set::PageSet;
 use crate::region::Region;
 use std::time::Duration;
@@ -16,6 +17,9 @@ pub struct Observation {
     pub pause: Duration,
     /// Every address space, the root's first.
     pub spaces: Vec<ObservedSpace>,
+    /// All memory that is mapped as shared, each object once, whoever maps it; an object that is not here any more is gone.
+    /// Empty where a tracker does not watch it ([`crate::Scope::Lazy`]).
+    pub objects: Vec<ObservedObject>,
     /// Spaces that were seen before and are gone.
     pub exited: Vec<SpaceKey>,
 }
@@ -41,6 +45,57 @@ pub struct ObservedSpace {
     /// Of the dirty pages, those that were written with the bytes that they had before; `None` when nobody looked
     /// at contents.
     pub unchanged: Option<PageSet>,
+}
+
+/// One object of shared memory. Its pages have numbers of their own (offset in the object / 4096), and belong to no
+/// space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObservedObject {
+    /// Which it is.
+    pub id: ObjectId,
+    /// The file, or what the kernel calls it; empty for none.
+    pub name: String,
+    /// Whether it is seen for the first time.
+    pub is_new: bool,
+    /// The spaces that map it, each once.
+    pub mapped_by: Vec<SpaceKey>,
+    /// Pages that exist.
+    pub populated: PageSet,
+    /// Of these, the pages that were written since the scan before: as [`ObservedSpace::dirty`].
+    pub dirty: PageSet,
+    /// As [`ObservedSpace::unchanged`].
+    pub unchanged: Option<PageSet>,
+}
+
+/// Which object it is, for as long as it is there. The kernel may give the same numbers to another when it is gone; that
+/// is new then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    /// Device of the file, major and minor.
+    pub device: (u32, u32),
+    /// Inode of the file.
+    pub inode: u64,
+}
+
+/// Whose pages they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Owner {
+    /// Of one address space.
+    Space(SpaceKey),
+    /// Of a shared object.
+    Object(ObjectId),
+}
+
+impl From<SpaceKey> for Owner {
+    fn from(key: SpaceKey) -> Self {
+        Owner::Space(key)
+    }
+}
+
+impl From<ObjectId> for Owner {
+    fn from(id: ObjectId) -> Self {
+        Owner::Object(id)
+    }
 }
 
 /// One mapping.
@@ -86,7 +141,38 @@ impl Observation {
             dirty: space.dirty.clone(),
             unchanged: None,
         });
-        Self { at, took, pause: collected.pause, spaces: spaces.collect(), exited: collected.exited.clone() }
+        let objects = collected.objects.iter().map(ObservedObject::from);
+        Self {
+            at,
+            took,
+            pause: collected.pause,
+            spaces: spaces.collect(),
+            objects: objects.collect(),
+            exited: collected.exited.clone(),
+        }
+    }
+}
+
+impl From<&ObjectScan> for ObservedObject {
+    fn from(scan: &ObjectScan) -> Self {
+        let name = scan.path.as_ref().map(|path| path.to_string_lossy().into_owned());
+        Self {
+            id: ObjectId { device: scan.device, inode: scan.inode },
+            name: name.unwrap_or_default(),
+            is_new: scan.is_new,
+            mapped_by: scan.mapped_by.clone(),
+            populated: scan.populated.clone(),
+            dirty: scan.dirty.clone(),
+            unchanged: None,
+        }
+    }
+}
+
+impl ObservedObject {
+    /// One region: all of it, up to its last page.
+    pub fn region(&self) -> ObservedRegion {
+        let end = self.populated.runs().last().map_or(0, crate::page_set::Run::end);
+        ObservedRegion { start: 0, end, kind: RegionKind::Shared, name: self.name.clone() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_tracker::TrackerKind;
+use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -158,6 +158,23 @@ pub(super) enum TrackerName {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum ScopeName {
+    /// All that the programs can write or have written: also shared memory (each object once), files, locked memory.
+    All,
+    /// Private anonymous memory that is not locked: what a migration sends by itself, before the programs stop.
+    Lazy,
+}
+
+impl ScopeName {
+    pub(super) fn scope(self) -> Scope {
+        match self {
+            ScopeName::All => Scope::All,
+            ScopeName::Lazy => Scope::Lazy,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum HideName {
     /// The shim, and the synthetic parent for a CRIU into which nothing can be preloaded.
     Auto,
@@ -209,6 +226,9 @@ pub(super) struct TrackVerb {
     /// How dirty pages are found.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) tracker: TrackerName,
+    /// Which memory is looked at.
+    #[arg(long, value_enum, default_value = "all", conflicts_with = "replay")]
+    pub(super) scope: ScopeName,
     /// Compare the bytes of written pages with those before, and count the unchanged apart.
     #[arg(long)]
     pub(super) contents: bool,

@@ -13,6 +13,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("track: what a writer writes", writer),
         ("track: a command from its first page", command),
+        ("track: memory that processes share, once", shared),
         ("track: a recording says the same as the run", recording),
         ("track: pictures of a recording", pictures),
         ("track: interrupted, the recording is whole and the program untouched", interrupted),
@@ -83,6 +84,63 @@ fn command(_: &Ferry) -> anyhow::Result<()> {
     let output = pageferry().args(["track", "--", "no-such-program-anywhere"]).output()?;
     ensure!(output.status.code() == Some(3), "{}", output.status);
     ensure!(String::from_utf8_lossy(&output.stderr).contains("was not found"), "a misspelt command");
+    Ok(())
+}
+
+/// 8 MiB that three processes share; two of them write all of it, ten times a second.
+const SHARERS: &str = "
+import mmap, os, time
+m = mmap.mmap(-1, 8 << 20)
+for page in range(2048): m[page * 4096] = 1
+for child in range(2):
+  if os.fork() == 0:
+    turn = 0
+    while True:
+      turn = (turn + 1) % 256
+      for page in range(2048): m[page * 4096 + 8 + child] = turn
+      time.sleep(0.1)
+time.sleep(1000)
+";
+
+fn shared(ferry: &Ferry) -> anyhow::Result<()> {
+    let pid = ferry.program(&["python3", "-I", "-c", SHARERS])?.to_string();
+    // Until both children are there and write.
+    std::thread::sleep(Duration::from_secs(1));
+    let path = ferry.scratch.path().join(ferry.name("recording"));
+    let path = path.to_str().context("text")?;
+    let basic = ["--pid", &pid, "--interval", "200ms", "--duration", "1500ms", "--json"];
+    let all = lines(&track_in(ferry, &[&basic[..], &["--contents", "--record", path]].concat())?)?;
+    ensure!(all[0]["scope"] == "all", "all memory by default: {}", all[0]);
+    let scans: Vec<&Value> = all.iter().filter(|line| line["event"] == "scan").collect();
+    ensure!(scans.len() >= 3, "{} scans", scans.len());
+    ensure!(number(scans[0], "shared_dirty_pages")? == 0.0, "the base was counted: {}", scans[0]);
+    for scan in &scans {
+        ensure!(number(scan, "processes")? == 3.0, "{scan}");
+        // Python itself maps no other shared memory that can be written.
+        ensure!(number(scan, "shared_populated_pages")? == 2048.0, "counted once: {scan}");
+        ensure!(number(scan, "shared_dirty_pages")? <= number(scan, "dirty_pages")?, "{scan}");
+        ensure!(number(scan, "shared_dirty_pages")? <= 2048.0, "{scan}");
+    }
+    let written: Vec<f64> =
+        scans[1..].iter().map(|scan| number(scan, "shared_dirty_pages")).collect::<Result<_, _>>()?;
+    ensure!(written.iter().filter(|pages| **pages == 2048.0).count() * 2 > written.len(), "{written:?}");
+    let summary = all.last().context("a summary")?;
+    let regions = summary["regions"].as_array().context("regions")?;
+    let objects: Vec<&Value> = regions.iter().filter(|region| region["pid"].is_null()).collect();
+    ensure!(objects.len() == 1 && objects[0]["processes"] == 3, "{objects:?}");
+    ensure!(objects[0]["kind"] == "shared" && number(objects[0], "written_pages")? == 2048.0, "{objects:?}");
+    let replayed = lines(&pageferry().args(["track", "--json", "--replay", path]).output()?)?;
+    let scans_of = |lines: &[Value]| -> Vec<Value> {
+        lines.iter().filter(|line| line["event"] == "scan").cloned().collect()
+    };
+    ensure!(scans_of(&all) == scans_of(&replayed), "the recording says something else");
+    ensure!(replayed.last().context("a summary")?["regions"] == summary["regions"], "{replayed:?}");
+    let lazy = lines(&track_in(ferry, &[&basic[..], &["--scope", "lazy"]].concat())?)?;
+    ensure!(lazy[0]["scope"] == "lazy", "{}", lazy[0]);
+    for scan in lazy.iter().filter(|line| line["event"] == "scan") {
+        ensure!(number(scan, "shared_populated_pages")? == 0.0, "{scan}");
+        ensure!(number(scan, "dirty_pages")? < 1000.0, "what is shared was counted: {scan}");
+    }
     Ok(())
 }
 

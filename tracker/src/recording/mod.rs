@@ -3,6 +3,7 @@
 //!
 //! ```
 //! use pageferry_tracker::observation::Observation;
+//! use pageferry_tracker::Scope;
 //! use pageferry_tracker::recording::{Ending, Header, Reader, VERSION, Writer};
 //! use std::time::Duration;
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -11,6 +12,7 @@
 //!     started_unix_ms: 1_700_000_000_000,
 //!     interval: Duration::from_millis(100),
 //!     source: "userfaultfd".into(),
+//!     scope: Scope::All,
 //!     root_pid: 4711,
 //!     root_name: "redis-server".into(),
 //! };
@@ -38,11 +40,17 @@ mod writer;
 pub use reader::Reader;
 pub use writer::Writer;
 
+use crate::scope::Scope;
 use std::io;
 use std::time::Duration;
 
 /// The version of the format that is written, and the newest that is read.
-pub const VERSION: u32 = 1;
+///
+/// The ledger, newest first:
+/// - 2: shared objects in every observation, and in the header the scope. For a tree that shares memory, version 1 had only what each process
+///   had of its own.
+/// - 1: the first.
+pub const VERSION: u32 = 2;
 
 /// What a recording is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +63,9 @@ pub struct Header {
     pub interval: Duration,
     /// Where the dirty pages came from, for people.
     pub source: String,
+    /// Which mappings were watched. Recordings of version 1 do not say it; they have no shared memory, and count as
+    /// [`Scope::Lazy`].
+    pub scope: Scope,
     /// The process whose tree was tracked.
     pub root_pid: i32,
     /// Its name.

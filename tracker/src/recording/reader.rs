@@ -77,7 +77,10 @@ impl<R: Read> Reader<R> {
         };
         match kind {
             OBSERVATION => {
-                let observation = self.memory.observation(&payload).map_err(|error| damaged(error.0))?;
+                let observation = self
+                    .memory
+                    .observation(&payload, self.header.version)
+                    .map_err(|error| damaged(error.0))?;
                 self.offset += size;
                 self.observations += 1;
                 Ok(Some(observation))

@@ -1,6 +1,6 @@
 use super::*;
 use crate::attach::SpaceKey;
-use crate::observation::{Observation, ObservedRegion, ObservedSpace, RegionKind};
+use crate::observation::{ObjectId, Observation, ObservedObject, ObservedRegion, ObservedSpace, RegionKind};
 use crate::page_set::{PageSet, Run};
 use proptest::prelude::*;
 
@@ -10,6 +10,7 @@ pub(super) fn header() -> Header {
         started_unix_ms: 1_700_000_000_000,
         interval: Duration::from_millis(100),
         source: "userfaultfd".into(),
+        scope: Scope::All,
         root_pid: 4711,
         root_name: "program".into(),
     }
@@ -70,19 +71,39 @@ fn story() -> Vec<Observation> {
         unchanged: Some(PageSet::default()),
         ..grown.clone()
     };
-    let at = |ms: u64, spaces, exited| Observation {
+    let at = |ms: u64, spaces, objects, exited| Observation {
         at: Duration::from_millis(ms),
         took: Duration::from_micros(731),
         pause: Duration::from_micros(17),
         spaces,
+        objects,
         exited,
     };
+    let shared = ObservedObject {
+        id: ObjectId { device: (0, 26), inode: 1031 },
+        name: "/dev/shm/é".into(),
+        is_new: true,
+        mapped_by: vec![SpaceKey(0)],
+        populated: pages(&[(0, 40), (100, 1)]),
+        dirty: pages(&[(0, 40), (100, 1)]),
+        unchanged: None,
+    };
+    let written = ObservedObject {
+        is_new: false,
+        mapped_by: vec![SpaceKey(0), SpaceKey(1)],
+        populated: pages(&[(0, 50)]),
+        dirty: pages(&[(7, 2), (40, 10)]),
+        unchanged: Some(pages(&[(8, 1)])),
+        ..shared.clone()
+    };
+    let other =
+        ObservedObject { id: ObjectId { device: (0, 1), inode: 0 }, name: String::new(), ..shared.clone() };
     vec![
-        at(1, vec![first], vec![]),
-        at(101, vec![grown.clone(), child], vec![]),
-        at(203, vec![ObservedSpace { pid: 5000, ..grown }], vec![SpaceKey(1)]),
-        at(300, vec![shrunk], vec![]),
-        at(400, vec![], vec![SpaceKey(0)]),
+        at(1, vec![first], vec![shared.clone()], vec![]),
+        at(101, vec![grown.clone(), child], vec![other, written], vec![]),
+        at(203, vec![ObservedSpace { pid: 5000, ..grown }], vec![], vec![SpaceKey(1)]),
+        at(300, vec![shrunk], vec![shared], vec![]),
+        at(400, vec![], vec![], vec![SpaceKey(0)]),
     ]
 }
 
@@ -95,7 +116,7 @@ fn a_recording_comes_back() {
 
 /// The bytes of docs/RECORDING.md's example: whoever reads recordings of this version relies on them.
 #[test]
-fn the_bytes_of_version_1_stay_what_they_are() {
+fn the_bytes_of_version_2_stay_what_they_are() {
     let space = ObservedSpace {
         key: SpaceKey(3),
         pid: 4711,
@@ -111,6 +132,15 @@ fn the_bytes_of_version_1_stay_what_they_are() {
         took: Duration::from_nanos(2),
         pause: Duration::ZERO,
         spaces: vec![space],
+        objects: vec![ObservedObject {
+            id: ObjectId { device: (0, 26), inode: 5 },
+            name: "/dev/shm/x".into(),
+            is_new: true,
+            mapped_by: vec![SpaceKey(3)],
+            populated: pages(&[(0, 4)]),
+            dirty: pages(&[(2, 1)]),
+            unchanged: None,
+        }],
         exited: vec![SpaceKey(2)],
     };
     let file = record(&[observation]);
@@ -124,6 +154,40 @@ fn the_bytes_of_version_1_stay_what_they_are() {
 }
 
 const EXAMPLE: &[&str] = &[
+    "50 46 52 45 43 4f 52 44 02 00 00 00 00 00 00 00",
+    "21 00 00 00 21 00 00 00 3b 75 79 fe 7a 54 26 62",
+    "73 31 ae 26 80 d0 95 ff bc 31 80 c2 d7 2f ce 49",
+    "0b 75 73 65 72 66 61 75 6c 74 66 64 07 70 72 6f",
+    "67 72 61 6d 01 01 00 00 00 49 00 00 00 49 00 00",
+    "00 a7 99 6e 90 a5 85 aa ec 6b 24 02 84 ac 02 02",
+    "00 01 02 01 03 2f ce 49 05 72 65 64 69 73 00 00",
+    "01 80 04 80 02 00 06 5b 68 65 61 70 5d 01 02 80",
+    "02 0e 01 00 00 01 01 81 02 00 00 01 00 1a 05 0f",
+    "0a 2f 64 65 76 2f 73 68 6d 2f 78 01 03 01 01 00",
+    "03 00 01 01 02 00 02 00 00 00 01 00 00 00 01 00",
+    "00 00 09 43 44 5d 35 77 8d 63 e0 3b ba 64 01",
+];
+
+/// What version 1 wrote is read for ever.
+#[test]
+fn version_1_is_read() {
+    let bytes = VERSION_1.iter().flat_map(|line| line.split(' '));
+    let file: Vec<u8> = bytes.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let mut reader = Reader::new(&file[..]).unwrap();
+    assert_eq!(*reader.header(), Header { version: 1, scope: Scope::Lazy, ..header() });
+    let observation = reader.next().unwrap().unwrap();
+    assert!(reader.next().is_none());
+    assert_eq!(reader.ending(), Ending::Finished);
+    assert!(observation.objects.is_empty());
+    assert_eq!((observation.at, observation.exited), (Duration::from_nanos(300), vec![SpaceKey(2)]));
+    let [space] = &observation.spaces[..] else { panic!("{:?}", observation.spaces) };
+    assert_eq!((space.pid, space.name.as_str(), space.is_new), (4711, "redis", true));
+    assert_eq!(space.regions, [region(0x100, 0x180, RegionKind::Heap, "[heap]")]);
+    assert_eq!((&space.populated, &space.dirty), (&pages(&[(0x100, 2), (0x110, 1)]), &pages(&[(0x101, 1)])));
+    assert_eq!(space.unchanged, Some(PageSet::default()));
+}
+
+const VERSION_1: &[&str] = &[
     "50 46 52 45 43 4f 52 44 01 00 00 00 00 00 00 00",
     "20 00 00 00 20 00 00 00 01 76 ee 5f 1d 4f ec 95",
     "02 44 5f 15 80 d0 95 ff bc 31 80 c2 d7 2f ce 49",
@@ -288,6 +352,9 @@ fn lengths_that_lie_reserve_no_memory() {
     let twice = b"\0\0\0\0\x02\0\x10\0\x10";
     let what = refused(with(forged_head(1, 0, twice.len() as u32, twice.len() as u32, 2), twice));
     assert_eq!(what, "it has a space twice");
+    let twice = b"\0\0\0\0\0\x02\0\x01\x07\x10\0\x01\x07\x10";
+    let what = refused(with(forged_head(1, 0, twice.len() as u32, twice.len() as u32, 2), twice));
+    assert_eq!(what, "it has an object twice");
 }
 
 proptest! {
@@ -295,7 +362,7 @@ proptest! {
     #[test]
     fn any_payload_is_an_observation_or_an_error(payload in proptest::collection::vec(any::<u8>(), 0..200)) {
         let mut memory = content::Memory::default();
-        let _ = memory.observation(&payload);
+        let _ = memory.observation(&payload, VERSION);
     }
 
     #[test]
@@ -306,7 +373,7 @@ proptest! {
             written.put(&mut payload, &observation);
             let at = at.index(payload.len());
             payload[at] = to;
-            let _ = memory.observation(&payload);
+            let _ = memory.observation(&payload, VERSION);
         }
     }
 }

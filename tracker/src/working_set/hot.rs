@@ -8,7 +8,7 @@
 use super::HotSet;
 use super::pages::{REMEMBERED, Written};
 use super::space::Space;
-use crate::attach::SpaceKey;
+use crate::observation::Owner;
 use crate::page_set::PageSet;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,7 +28,7 @@ fn between(written: &Written, intervals: u32) -> Option<u64> {
 
 /// `intervals` is how far back the history goes, `interval` the mean length of one in seconds.
 pub(super) fn set(
-    spaces: &BTreeMap<SpaceKey, Space>,
+    spaces: &BTreeMap<Owner, Space>,
     now: u32,
     (intervals, interval): (u32, f64),
     bytes_per_second: f64,
@@ -51,7 +51,7 @@ pub(super) fn set(
         }
         if !pages.is_empty() {
             hot.total += pages.len();
-            hot.spaces.push((*key, pages));
+            hot.pages.push((*key, pages));
         }
     }
     hot.round = Duration::try_from_secs_f64(round).unwrap_or(Duration::MAX);
@@ -59,7 +59,7 @@ pub(super) fn set(
 }
 
 /// Pages by the time between their writes.
-fn classes(spaces: &BTreeMap<SpaceKey, Space>, now: u32, intervals: u32) -> BTreeMap<u64, u64> {
+fn classes(spaces: &BTreeMap<Owner, Space>, now: u32, intervals: u32) -> BTreeMap<u64, u64> {
     let mut classes: BTreeMap<u64, u64> = BTreeMap::new();
     // Most pages are like the one before.
     let (mut class, mut pages) = (0, 0);

@@ -36,13 +36,12 @@ mod hot;
 mod pages;
 mod space;
 
-use crate::attach::SpaceKey;
-use crate::observation::{Observation, RegionKind};
+use crate::observation::{Observation, Owner, RegionKind};
 use crate::page_set::{PageSet, Run};
 use gaps::Gaps;
 use pages::REMEMBERED;
-use space::Space;
-use std::collections::BTreeMap;
+use space::{Seen, Space};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// A point of the curve WWS(tau).
@@ -82,8 +81,8 @@ pub struct DirtyRate {
 /// What cannot be sent before it is written again.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HotSet {
-    /// The pages, by space. Spaces that have none are left out.
-    pub spaces: Vec<(SpaceKey, PageSet)>,
+    /// The pages, by space and by shared object. Those that have none are left out.
+    pub pages: Vec<(Owner, PageSet)>,
     /// How many these are.
     pub total: u64,
     /// How long the link takes for what is written meanwhile: the shortest round that copying in rounds gets to. Zero
@@ -91,14 +90,16 @@ pub struct HotSet {
     pub round: Duration,
 }
 
-/// How one mapping is used.
+/// How one mapping is used, or one shared object by all that map it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RegionUse {
-    /// Its space.
-    pub key: SpaceKey,
-    /// Its process.
-    pub pid: i32,
-    /// The first page, by number (address / 4096).
+    /// Its space, or the object that it is.
+    pub owner: Owner,
+    /// Its process; `None` for an object.
+    pub pid: Option<i32>,
+    /// How many processes of the tree have it mapped.
+    pub processes: u32,
+    /// The first page, by number: address / 4096, and of an object offset / 4096.
     pub start: u64,
     /// One past the last page.
     pub end: u64,
@@ -131,7 +132,7 @@ struct Writes {
 #[derive(Clone, Debug, Default)]
 pub struct Estimator {
     gaps: Gaps,
-    spaces: BTreeMap<SpaceKey, Space>,
+    spaces: BTreeMap<Owner, Space>,
     /// The middle of each scan.
     scans: Vec<Duration>,
     /// Sum of what the scans took.
@@ -153,12 +154,13 @@ impl Estimator {
         self.scans.push(middle.max(before.unwrap_or_default()));
         self.took += o.took;
         for key in &o.exited {
-            self.spaces.remove(key);
+            self.spaces.remove(&Owner::Space(*key));
         }
+        let objects: BTreeSet<Owner> = o.objects.iter().map(|object| object.id.into()).collect();
+        self.spaces.retain(|owner, _| matches!(owner, Owner::Space(_)) || objects.contains(owner));
+        let all = o.spaces.iter().map(Seen::from).chain(o.objects.iter().map(Seen::from));
         let Some(before) = before else {
-            for seen in &o.spaces {
-                self.spaces.insert(seen.key, Space::new(seen));
-            }
+            self.spaces.extend(all.map(|seen| (seen.owner, Space::new(seen))));
             return;
         };
         self.gaps.advance();
@@ -166,18 +168,18 @@ impl Estimator {
         let time = middle.saturating_sub(before);
         let mut writes = Writes { time, ..Writes::default() };
         let mut looked = false;
-        for seen in &o.spaces {
-            let space = match self.spaces.get_mut(&seen.key) {
+        for seen in all {
+            let space = match self.spaces.get_mut(&seen.owner) {
                 Some(space) if !seen.is_new => space,
                 _ => {
-                    self.spaces.insert(seen.key, Space::new(seen));
+                    self.spaces.insert(seen.owner, Space::new(seen));
                     continue;
                 }
             };
-            space.refresh(seen);
-            writes.first_time += space.pages.write(&seen.dirty, now, &mut self.gaps);
+            space.refresh(&seen);
+            writes.first_time += space.pages.write(seen.dirty, now, &mut self.gaps);
             writes.total += seen.dirty.len();
-            if let Some(unchanged) = &seen.unchanged {
+            if let Some(unchanged) = seen.unchanged {
                 looked = true;
                 writes.unchanged += unchanged.len();
             }
@@ -212,11 +214,11 @@ impl Estimator {
         self.latest.rate()
     }
 
-    /// In how many of the last eight intervals pages of a space were written: runs of pages with the same number, in
-    /// order, without those of none.
-    pub fn frequency(&self, key: SpaceKey) -> Vec<(Run, u8)> {
+    /// In how many of the last eight intervals pages of a space or of a shared object were written: runs of pages with the
+    /// same number, in order, without those of none.
+    pub fn frequency(&self, of: impl Into<Owner>) -> Vec<(Run, u8)> {
         let mut runs: Vec<(Run, u8)> = Vec::new();
-        let Some(space) = self.spaces.get(&key).filter(|_| self.gaps.intervals() > 0) else {
+        let Some(space) = self.spaces.get(&of.into()).filter(|_| self.gaps.intervals() > 0) else {
             return runs;
         };
         for written in space.pages.iter(self.now()).filter(|written| written.recent > 0) {
@@ -237,7 +239,8 @@ impl Estimator {
         hot::set(&self.spaces, self.now(), self.recent(), link_bytes_per_second)
     }
 
-    /// Every mapping of every space, as the last scan saw it.
+    /// Every mapping of every space, and every shared object, as the last scan saw it. A mapping of a shared object has no
+    /// pages of its own.
     pub fn regions(&self) -> Vec<RegionUse> {
         let now = (self.gaps.intervals() > 0).then(|| self.now());
         let (intervals, time) = self.recent();

@@ -1,14 +1,58 @@
-//! One address space: its written pages, and its mappings as they were last seen.
+//! One address space, or one shared object: its written pages, and its mappings as they were last seen.
 
 use super::RegionUse;
 use super::pages::WrittenPages;
-use crate::attach::SpaceKey;
-use crate::observation::{ObservedRegion, ObservedSpace};
+use crate::observation::{ObservedObject, ObservedRegion, ObservedSpace, Owner};
 use crate::page_set::{PageSet, Run};
+use std::borrow::Cow;
+
+/// What a scan saw of one.
+#[derive(Debug)]
+pub(super) struct Seen<'a> {
+    pub(super) owner: Owner,
+    pub(super) is_new: bool,
+    pub(super) dirty: &'a PageSet,
+    pub(super) unchanged: Option<&'a PageSet>,
+    pid: Option<i32>,
+    processes: u32,
+    regions: Cow<'a, [ObservedRegion]>,
+    populated: &'a PageSet,
+}
+
+impl<'a> From<&'a ObservedSpace> for Seen<'a> {
+    fn from(seen: &'a ObservedSpace) -> Self {
+        Self {
+            owner: seen.key.into(),
+            is_new: seen.is_new,
+            dirty: &seen.dirty,
+            unchanged: seen.unchanged.as_ref(),
+            pid: Some(seen.pid),
+            processes: 1,
+            regions: Cow::Borrowed(&seen.regions),
+            populated: &seen.populated,
+        }
+    }
+}
+
+impl<'a> From<&'a ObservedObject> for Seen<'a> {
+    fn from(seen: &'a ObservedObject) -> Self {
+        Self {
+            owner: seen.id.into(),
+            is_new: seen.is_new,
+            dirty: &seen.dirty,
+            unchanged: seen.unchanged.as_ref(),
+            pid: None,
+            processes: u32::try_from(seen.mapped_by.len()).unwrap_or(u32::MAX),
+            regions: Cow::Owned(vec![seen.region()]),
+            populated: &seen.populated,
+        }
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(super) struct Space {
-    pid: i32,
+    pid: Option<i32>,
+    processes: u32,
     pub(super) pages: WrittenPages,
     regions: Vec<ObservedRegion>,
     /// For each region: populated pages, dirty pages.
@@ -17,25 +61,31 @@ pub(super) struct Space {
 
 impl Space {
     /// The first time that it is seen: the base.
-    pub(super) fn new(seen: &ObservedSpace) -> Self {
-        let counts = counts(&seen.regions, &seen.populated, &PageSet::default());
-        Self { pid: seen.pid, pages: WrittenPages::default(), regions: seen.regions.clone(), counts }
+    pub(super) fn new(seen: Seen<'_>) -> Self {
+        let counts = counts(&seen.regions, seen.populated, &PageSet::default());
+        Self {
+            pid: seen.pid,
+            processes: seen.processes,
+            pages: WrittenPages::default(),
+            regions: seen.regions.into_owned(),
+            counts,
+        }
     }
 
     /// What is unmapped is forgotten: what comes in its place are other pages.
-    pub(super) fn refresh(&mut self, seen: &ObservedSpace) {
-        self.pid = seen.pid;
-        if self.regions != seen.regions {
+    pub(super) fn refresh(&mut self, seen: &Seen<'_>) {
+        (self.pid, self.processes) = (seen.pid, seen.processes);
+        if self.regions != *seen.regions {
             let gone = mapped(&self.regions).subtract(&mapped(&seen.regions));
             for run in gone.runs() {
                 self.pages.forget(*run);
             }
-            self.regions.clone_from(&seen.regions);
+            self.regions = seen.regions.to_vec();
         }
-        self.counts = counts(&self.regions, &seen.populated, &seen.dirty);
+        self.counts = counts(&self.regions, seen.populated, seen.dirty);
     }
 
-    pub(super) fn uses(&self, key: SpaceKey, now: Option<u32>, seconds: f64) -> Vec<RegionUse> {
+    pub(super) fn uses(&self, owner: Owner, now: Option<u32>, seconds: f64) -> Vec<RegionUse> {
         let uses = self.regions.iter().zip(&self.counts).map(|(region, (populated, dirty))| {
             let (mut recent, mut distinct) = (0u64, 0);
             if let Some(now) = now {
@@ -45,8 +95,9 @@ impl Space {
                 }
             }
             RegionUse {
-                key,
+                owner,
                 pid: self.pid,
+                processes: self.processes,
                 start: region.start,
                 end: region.end,
                 kind: region.kind,

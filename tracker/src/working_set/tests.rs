@@ -1,5 +1,6 @@
 use super::*;
-use crate::observation::{ObservedRegion, ObservedSpace};
+use crate::attach::SpaceKey;
+use crate::observation::{ObjectId, ObservedObject, ObservedRegion, ObservedSpace};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -175,12 +176,12 @@ fn the_hot_set_is_what_a_link_cannot_keep_up_with() {
     // Too slow for the first, quick enough to send both within the 400 ms of the others:
     // 1000 + T x 2000 = T x 8000 at T = 167 ms.
     let some = hot(8_000.0);
-    assert_eq!(some.spaces, [(KEY, pages(&[(0, 1000)]))]);
+    assert_eq!(some.pages, [(KEY.into(), pages(&[(0, 1000)]))]);
     assert_eq!(some.total, 1000);
     near(some.round.as_secs_f64(), 1.0 / 6.0);
     // Too slow for both; what was written once is still no reason.
     let both = hot(4_000.0);
-    assert_eq!(both.spaces, [(KEY, pages(&[(0, 1000), (2000, 800)]))]);
+    assert_eq!(both.pages, [(KEY.into(), pages(&[(0, 1000), (2000, 800)]))]);
     near(both.round.as_secs_f64(), 0.45);
     for none in [0.0, -1.0, f64::NAN] {
         assert_eq!(hot(none).total, 1800, "no link at all");
@@ -211,14 +212,13 @@ fn regions_have_their_own_numbers() {
         estimator.observe(&Observation { at, spaces: vec![first, other], ..Observation::default() });
     }
     let uses = estimator.regions();
-    let numbers: Vec<_> =
-        uses.iter().map(|u| (u.key.0, u.pid, u.kind, u.populated, u.dirty, u.distinct)).collect();
+    let numbers: Vec<_> = uses.iter().map(|u| (u.pid, u.kind, u.populated, u.dirty, u.distinct)).collect();
     assert_eq!(
         numbers,
         [
-            (0, 100, RegionKind::Heap, 100, 10, 10),
-            (0, 100, RegionKind::Anonymous, 50, 10, 10),
-            (1, 101, RegionKind::Stack, 110, 1, 10),
+            (Some(100), RegionKind::Heap, 100, 10, 10),
+            (Some(100), RegionKind::Anonymous, 50, 10, 10),
+            (Some(101), RegionKind::Stack, 110, 1, 10),
         ]
     );
     near(uses[0].pages_per_second, 100.0);
@@ -357,11 +357,60 @@ proptest! {
 
         for region in estimator.regions() {
             let own = |(key, of, page): &&Page| {
-                let is_now = region.key != KEY || *of == now(*page);
-                *key == region.key && is_now && (region.start..region.end).contains(page)
+                let is_now = region.owner != KEY.into() || *of == now(*page);
+                region.owner == (*key).into() && is_now && (region.start..region.end).contains(page)
             };
             let distinct = log.iter().flatten().filter(own).collect::<BTreeSet<_>>().len();
             prop_assert_eq!(region.distinct, distinct as u64);
         }
     }
+}
+
+#[test]
+fn a_shared_object_is_counted_once_and_forgotten_when_it_is_gone() {
+    let id = ObjectId { device: (0, 1), inode: 7 };
+    let object = |is_new, len, dirty: &[(u64, u64)]| ObservedObject {
+        id,
+        name: "/dev/shm/x".into(),
+        is_new,
+        mapped_by: vec![SpaceKey(0), SpaceKey(1)],
+        populated: pages(&[(0, len)]),
+        dirty: pages(dirty),
+        unchanged: None,
+    };
+    let shared = region(500, 600, RegionKind::Shared);
+    let mut estimator = Estimator::new();
+    let mut scan = |at: u64, objects: Vec<ObservedObject>| {
+        let of = |key| ObservedSpace {
+            populated: PageSet::default(),
+            ..space(SpaceKey(key), at == 0, vec![shared.clone()], PageSet::default())
+        };
+        let at = Duration::from_millis(100 * at);
+        let spaces = vec![of(0), of(1)];
+        estimator.observe(&Observation { at, spaces, objects, ..Observation::default() });
+        estimator.clone()
+    };
+    scan(0, vec![object(true, 100, &[(0, 100)])]);
+    scan(1, vec![object(false, 100, &[(0, 10)])]);
+    let estimator = scan(2, vec![object(false, 80, &[(5, 10)])]);
+    near(estimator.dirty_rate().total, 100.0);
+    near(estimator.wws(Duration::from_millis(200)).unwrap().pages, 15.0);
+    assert_eq!(
+        estimator.frequency(id),
+        [(Run { start: 0, len: 5 }, 1), (Run { start: 5, len: 5 }, 2), (Run { start: 10, len: 5 }, 1)]
+    );
+    let uses = estimator.regions();
+    let of_object: Vec<_> = uses.iter().filter(|region| region.owner == id.into()).collect();
+    let [only] = &of_object[..] else { panic!("{uses:?}") };
+    assert_eq!((only.pid, only.processes, only.start, only.end), (None, 2, 0, 80));
+    assert_eq!((only.populated, only.dirty, only.distinct, only.kind), (80, 10, 15, RegionKind::Shared));
+    assert_eq!(
+        uses.iter().filter(|region| region.pid.is_some()).map(|region| region.populated).sum::<u64>(),
+        0
+    );
+    let gone = scan(3, vec![]);
+    assert!(gone.regions().iter().all(|region| region.owner != id.into()));
+    // Another one with its numbers is a base, and no write.
+    let estimator = scan(4, vec![object(true, 100, &[(0, 100)])]);
+    assert_eq!(estimator.last_interval().total, 0.0);
 }

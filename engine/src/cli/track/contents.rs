@@ -1,8 +1,8 @@
 //! Which of the pages that were written have the bytes that they had before.
 
-use pageferry_tracker::observation::Observation;
-use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, Run};
-use std::collections::BTreeMap;
+use pageferry_tracker::observation::{Observation, Owner};
+use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, Run, SpaceScan};
+use std::collections::{BTreeMap, BTreeSet};
 use xxhash_rust::xxh3::xxh3_128;
 
 const PAGE: usize = 4096;
@@ -12,7 +12,7 @@ const BATCH: u64 = 64;
 /// Digests (xxh3, 128 bits) of all pages, as they were last seen dirty: 16 bytes and some for each page of 4096.
 #[derive(Debug, Default)]
 pub(super) struct Contents {
-    spaces: BTreeMap<u32, BTreeMap<u64, u128>>,
+    pages: BTreeMap<Owner, BTreeMap<u64, u128>>,
 }
 
 impl Contents {
@@ -26,39 +26,72 @@ impl Contents {
         observation: &mut Observation,
     ) -> Result<(), ReadError> {
         for key in &collected.exited {
-            self.spaces.remove(&key.0);
+            self.pages.remove(&(*key).into());
         }
+        let objects: BTreeSet<Owner> = observation.objects.iter().map(|object| object.id.into()).collect();
+        self.pages.retain(|owner, _| matches!(owner, Owner::Space(_)) || objects.contains(owner));
         for (scan, observed) in collected.spaces.iter().zip(&mut observation.spaces) {
-            let known = self.spaces.entry(scan.key.0).or_default();
+            let places = scan.dirty.runs().iter().map(|run| (*run, run.start));
+            observed.unchanged = self.look(scan.key.into(), scan, places)?;
+        }
+        for (object, observed) in collected.objects.iter().zip(&mut observation.objects) {
+            if observed.is_new {
+                self.pages.remove(&observed.id.into());
+            }
             let mut unchanged = PageSet::default();
-            let mut buffer = vec![0; BATCH as usize * PAGE];
-            let mut reader = match PageReader::new(&scan.target) {
-                Ok(reader) => reader,
-                // It has ended since the scan.
-                Err(_) if !scan.target.is_alive() => continue,
-                Err(error) => return Err(error),
-            };
-            for run in scan.dirty.runs() {
-                let mut at = run.start;
-                while at < run.end() {
-                    let piece = Run { start: at, len: (run.end() - at).min(BATCH) };
-                    let bytes = &mut buffer[..piece.len as usize * PAGE];
-                    match reader.read(&[piece], bytes) {
-                        Ok(_) => {}
-                        Err(_) if !scan.target.is_alive() => break,
-                        Err(error) => return Err(error),
-                    }
-                    for (page, bytes) in (piece.start..).zip(bytes.chunks_exact(PAGE)) {
-                        let digest = xxh3_128(bytes);
-                        if known.insert(page, digest) == Some(digest) {
-                            unchanged.insert(page, 1);
-                        }
-                    }
-                    at = piece.end();
+            let mut rest = object.dirty.clone();
+            // A page is read where the first process has it.
+            for scan in &collected.spaces {
+                if rest.is_empty() {
+                    break;
+                }
+                let places = object.runs_in(scan, &rest);
+                let here: PageSet = places.iter().map(|(run, _)| *run).collect();
+                if let Some(same) = self.look(observed.id.into(), scan, places.into_iter())? {
+                    unchanged.absorb(same);
+                    rest = rest.subtract(&here);
                 }
             }
             observed.unchanged = Some(unchanged);
         }
         Ok(())
+    }
+
+    /// Reads pages of `owner` where a space has them: runs of them, and the page at which each begins there. `None` if
+    /// the process has ended since the scan.
+    fn look(
+        &mut self,
+        owner: Owner,
+        scan: &SpaceScan,
+        places: impl Iterator<Item = (Run, u64)>,
+    ) -> Result<Option<PageSet>, ReadError> {
+        let known = self.pages.entry(owner).or_default();
+        let mut unchanged = PageSet::default();
+        let mut buffer = vec![0; BATCH as usize * PAGE];
+        let mut reader = match PageReader::new(&scan.target) {
+            Ok(reader) => reader,
+            Err(_) if !scan.target.is_alive() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        for (run, place) in places {
+            let mut done = 0;
+            while done < run.len {
+                let piece = Run { start: place + done, len: (run.len - done).min(BATCH) };
+                let bytes = &mut buffer[..piece.len as usize * PAGE];
+                match reader.read(&[piece], bytes) {
+                    Ok(_) => {}
+                    Err(_) if !scan.target.is_alive() => return Ok(Some(unchanged)),
+                    Err(error) => return Err(error),
+                }
+                for (page, bytes) in (run.start + done..).zip(bytes.chunks_exact(PAGE)) {
+                    let digest = xxh3_128(bytes);
+                    if known.insert(page, digest) == Some(digest) {
+                        unchanged.insert(page, 1);
+                    }
+                }
+                done += piece.len;
+            }
+        }
+        Ok(Some(unchanged))
     }
 }

@@ -1,14 +1,14 @@
 //! Where and when a program writes, as a grid: time across, addresses upwards, without the gaps between regions.
 
 use pageferry_tracker::PageSet;
-use pageferry_tracker::observation::{Observation, ObservedRegion, RegionKind};
+use pageferry_tracker::observation::{Observation, ObservedRegion, Owner, RegionKind};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// A stretch of address space that is shown: neighbouring regions of one process.
+/// A stretch of address space that is shown: neighbouring regions of one process, or a shared object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Span {
-    space: u32,
+    owner: Owner,
     start: u64,
     end: u64,
     name: String,
@@ -26,24 +26,30 @@ pub(super) struct Axis {
 /// Collects the regions of a recording, to lay them out.
 #[derive(Debug, Default)]
 pub(super) struct Regions {
-    /// By space and first page: end and name.
-    seen: BTreeMap<(u32, u64), (u64, String)>,
-    processes: BTreeMap<u32, i32>,
+    /// By owner and first page: end and name.
+    seen: BTreeMap<(Owner, u64), (u64, String)>,
+    processes: BTreeMap<Owner, i32>,
 }
 
 impl Regions {
     /// Takes in the regions of one observation: those with pages in them.
     pub(super) fn observe(&mut self, observation: &Observation) {
         for space in &observation.spaces {
-            self.processes.insert(space.key.0, space.pid);
+            self.processes.insert(space.key.into(), space.pid);
             for region in &space.regions {
-                let here = (space.key.0, region.start);
-                let known = self.seen.get(&here).is_some_and(|(end, _)| *end >= region.end);
-                if known || !holds_any(&space.populated, region.start, region.end) {
-                    continue;
-                }
-                self.seen.insert(here, (region.end, label(region)));
+                self.show(space.key.into(), region, &space.populated);
             }
+        }
+        for object in &observation.objects {
+            self.show(object.id.into(), &object.region(), &object.populated);
+        }
+    }
+
+    fn show(&mut self, owner: Owner, region: &ObservedRegion, populated: &PageSet) {
+        let here = (owner, region.start);
+        let known = self.seen.get(&here).is_some_and(|(end, _)| *end >= region.end);
+        if !known && holds_any(populated, region.start, region.end) {
+            self.seen.insert(here, (region.end, label(region)));
         }
     }
 
@@ -51,20 +57,20 @@ impl Regions {
     pub(super) fn axis(self) -> Axis {
         let several = self.processes.len() > 1;
         let mut spans: Vec<Span> = Vec::new();
-        for ((space, start), (end, name)) in self.seen {
+        for ((owner, start), (end, name)) in self.seen {
             match spans.last_mut() {
                 // What overlaps or touches is one stretch; it is called by its largest part.
-                Some(last) if last.space == space && start <= last.end => {
+                Some(last) if last.owner == owner && start <= last.end => {
                     if end.saturating_sub(start) > last.end - last.start {
                         last.name = name;
                     }
                     last.end = last.end.max(end);
                 }
-                _ => spans.push(Span { space, start, end, name }),
+                _ => spans.push(Span { owner, start, end, name }),
             }
         }
         for span in &mut spans {
-            if let Some(pid) = self.processes.get(&span.space).filter(|_| several) {
+            if let Some(pid) = self.processes.get(&span.owner).filter(|_| several) {
                 span.name = format!("{} ({pid})", span.name);
             }
         }
@@ -102,11 +108,11 @@ impl Axis {
     }
 
     /// Place of a page; `None` if nothing is shown there.
-    fn place(&self, space: u32, page: u64) -> Option<u64> {
-        let next = self.spans.partition_point(|span| (span.space, span.start) <= (space, page));
+    fn place(&self, owner: Owner, page: u64) -> Option<u64> {
+        let next = self.spans.partition_point(|span| (span.owner, span.start) <= (owner, page));
         let at = next.checked_sub(1)?;
         let span = &self.spans[at];
-        (span.space == space && page < span.end).then(|| self.before[at] + (page - span.start))
+        (span.owner == owner && page < span.end).then(|| self.before[at] + (page - span.start))
     }
 
     /// Name, first place and pages of each stretch, in order.
@@ -145,19 +151,22 @@ impl Heat {
         let column = ((at * self.columns as f64).ceil() as usize).clamp(1, self.columns) - 1;
         self.scans[column] += 1;
         let rows = self.rows as u64;
-        for space in observation.spaces.iter().filter(|space| !space.is_new) {
-            for run in space.dirty.runs() {
+        let spaces = observation.spaces.iter().filter(|space| !space.is_new);
+        let objects = observation.objects.iter().filter(|object| !object.is_new);
+        let written = spaces.map(|space| (Owner::from(space.key), &space.dirty));
+        for (owner, dirty) in written.chain(objects.map(|object| (object.id.into(), &object.dirty))) {
+            for run in dirty.runs() {
                 let mut page = run.start;
                 let end = run.start + run.len;
                 while page < end {
-                    let Some(place) = axis.place(space.key.0, page) else {
+                    let Some(place) = axis.place(owner, page) else {
                         page += 1;
                         continue;
                     };
                     let row = (u128::from(place) * u128::from(rows) / u128::from(axis.pages)) as u64;
                     // To the end of the cell, of the run or of the stretch.
                     let cell_end = ((row + 1) * axis.pages).div_ceil(rows);
-                    let len = (end - page).min(cell_end - place).min(axis.left(space.key.0, page)).max(1);
+                    let len = (end - page).min(cell_end - place).min(axis.left(owner, page)).max(1);
                     self.dirty[column * self.rows + row as usize] += len as f64;
                     page += len;
                 }
@@ -183,8 +192,8 @@ impl Heat {
 
 impl Axis {
     /// Pages from `page` to the end of its stretch.
-    fn left(&self, space: u32, page: u64) -> u64 {
-        let next = self.spans.partition_point(|span| (span.space, span.start) <= (space, page));
+    fn left(&self, owner: Owner, page: u64) -> u64 {
+        let next = self.spans.partition_point(|span| (span.owner, span.start) <= (owner, page));
         next.checked_sub(1).map_or(1, |at| self.spans[at].end.saturating_sub(page))
     }
 }
@@ -192,8 +201,11 @@ impl Axis {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_tracker::observation::ObservedSpace;
+    use pageferry_tracker::observation::{ObjectId, ObservedObject, ObservedSpace};
     use pageferry_tracker::{PageSet, SpaceKey};
+
+    const OBJECT: ObjectId = ObjectId { device: (0, 1), inode: 7 };
+    const FIRST: Owner = Owner::Space(SpaceKey(0));
 
     fn set(runs: &[(u64, u64)]) -> PageSet {
         let mut set = PageSet::default();
@@ -223,6 +235,15 @@ mod tests {
                 dirty: set(dirty),
                 unchanged: None,
             }],
+            objects: vec![ObservedObject {
+                id: OBJECT,
+                name: "/dev/shm/queue".to_owned(),
+                is_new: seconds == 0,
+                mapped_by: vec![SpaceKey(0)],
+                populated: set(&[(0, 50)]),
+                dirty: set(&[]),
+                unchanged: None,
+            }],
             exited: Vec::new(),
         }
     }
@@ -232,20 +253,22 @@ mod tests {
         let mut regions = Regions::default();
         regions.observe(&observation(0, &[]));
         let axis = regions.axis();
-        assert_eq!(axis.pages(), 200);
+        assert_eq!(axis.pages(), 250);
         let stretches: Vec<_> = axis.stretches().collect();
-        assert_eq!(stretches, [("heap", 0, 100), ("0x3e8000", 100, 100)]);
+        assert_eq!(stretches, [("heap", 0, 100), ("0x3e8000", 100, 100), ("queue", 200, 50)]);
         assert_eq!(
-            (axis.place(0, 150), axis.place(0, 1001), axis.place(0, 500)),
+            (axis.place(FIRST, 150), axis.place(FIRST, 1001), axis.place(FIRST, 500)),
             (Some(50), Some(101), None)
         );
-        assert_eq!(axis.place(1, 150), None);
+        assert_eq!(axis.place(Owner::Space(SpaceKey(1)), 150), None);
+        assert_eq!((axis.place(OBJECT.into(), 49), axis.place(OBJECT.into(), 50)), (Some(249), None));
     }
 
     #[test]
     fn a_cell_is_the_share_of_its_pages_that_a_scan_found_dirty() {
-        let observations =
+        let mut observations =
             [observation(0, &[(100, 100)]), observation(1, &[(100, 20)]), observation(2, &[(1050, 50)])];
+        observations.iter_mut().for_each(|observation| observation.objects.clear());
         let mut regions = Regions::default();
         observations.iter().for_each(|o| regions.observe(o));
         let axis = regions.axis();

@@ -145,6 +145,7 @@ impl<'a> Run<'a> {
             version: pageferry_tracker::recording::VERSION,
             // Known when it is attached.
             source: String::new(),
+            scope: verb.scope.scope(),
             started_unix_ms: SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .map_or(0, |since| since.as_millis() as u64),
@@ -156,8 +157,13 @@ impl<'a> Run<'a> {
         let sinks = Sinks::open(verb)?;
         let terminal = std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
         let live = terminal && verb.command.is_empty() && !sinks.use_stdout();
-        let plan =
-            Plan { target, kind: verb.tracker.kind(), interval: verb.interval.0, contents: verb.contents };
+        let plan = Plan {
+            target,
+            kind: verb.tracker.kind(),
+            scope: verb.scope.scope(),
+            interval: verb.interval.0,
+            contents: verb.contents,
+        };
         Ok(Self {
             verb,
             cancel,

@@ -4,6 +4,7 @@ use super::super::render::table;
 use super::super::units::{Bytes, Rate, Time};
 use pageferry_tracker::observation::Observation;
 use pageferry_tracker::working_set::{DirtyRate, Estimator, RegionUse};
+use pageferry_tracker::{PageSet, Scope};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Duration;
@@ -34,6 +35,22 @@ pub(super) fn rate(pages: f64) -> Rate {
     Rate((pages * 4096.0).round().max(0.0) as u64)
 }
 
+/// The name of a scope, as it is asked for.
+pub(super) fn scope(scope: Scope) -> &'static str {
+    match scope {
+        Scope::All => "all",
+        Scope::Lazy => "lazy",
+    }
+}
+
+/// The same for people.
+pub(super) fn scope_words(scope: Scope) -> &'static str {
+    match scope {
+        Scope::All => "all memory",
+        Scope::Lazy => "private memory alone",
+    }
+}
+
 /// One scan, as a JSON line and as a line of CSV. Its fields are documented in docs/TRACK.md.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct ScanLine {
@@ -53,6 +70,9 @@ pub(super) struct ScanLine {
     /// Distinct pages written since tracking began.
     pub(super) written_pages: u64,
     pub(super) dirty_pages_per_second: f64,
+    /// Of the populated and of the dirty pages, those of shared memory.
+    pub(super) shared_populated_pages: u64,
+    pub(super) shared_dirty_pages: u64,
 }
 
 /// Makes a line of each scan.
@@ -69,10 +89,18 @@ impl Tally {
         let middle = observation.at.saturating_sub(observation.took / 2);
         let time = self.before.map_or(Duration::ZERO, |before| middle.saturating_sub(before));
         let is_base = self.before.replace(middle).is_none();
-        let old = || observation.spaces.iter().filter(|space| !space.is_new && !is_base);
-        let dirty_pages: u64 = old().map(|space| space.dirty.len()).sum();
-        let unchanged: Vec<u64> = old().filter_map(|space| Some(space.unchanged.as_ref()?.len())).collect();
+        let old = |is_new: bool| !is_new && !is_base;
+        let private = observation.spaces.iter().filter(|space| old(space.is_new));
+        let shared = observation.objects.iter().filter(|object| old(object.is_new));
+        let shared_dirty_pages: u64 = shared.clone().map(|object| object.dirty.len()).sum();
+        let dirty_pages = private.clone().map(|space| space.dirty.len()).sum::<u64>() + shared_dirty_pages;
+        let unchanged = private.filter_map(|space| space.unchanged.as_ref());
+        let unchanged = unchanged.chain(shared.filter_map(|object| object.unchanged.as_ref()));
+        let unchanged: u64 = unchanged.map(PageSet::len).sum();
         let looked = observation.spaces.iter().any(|space| space.unchanged.is_some());
+        let shared_populated_pages: u64 =
+            observation.objects.iter().map(|object| object.populated.len()).sum();
+        let private_populated_pages: u64 = observation.spaces.iter().map(|space| space.populated.len()).sum();
         // A rate over exactly this time, so this is a whole number but for rounding.
         let first = (estimator.last_interval().first_time * time.as_secs_f64()).round() as u64;
         let first_time_pages = if is_base { 0 } else { first.min(dirty_pages) };
@@ -83,16 +111,18 @@ impl Tally {
             took_us: us(observation.took),
             pause_us: us(observation.pause),
             processes: observation.spaces.len() as u64,
-            populated_pages: observation.spaces.iter().map(|space| space.populated.len()).sum(),
+            populated_pages: private_populated_pages + shared_populated_pages,
             dirty_pages,
             first_time_pages,
             repeated_pages: dirty_pages - first_time_pages,
-            unchanged_pages: looked.then(|| unchanged.iter().sum()),
+            unchanged_pages: looked.then_some(unchanged),
             written_pages: self.written,
             dirty_pages_per_second: match time.is_zero() {
                 true => 0.0,
                 false => dirty_pages as f64 / time.as_secs_f64(),
             },
+            shared_populated_pages,
+            shared_dirty_pages,
         }
     }
 
@@ -105,13 +135,14 @@ impl Tally {
 impl ScanLine {
     /// Heads of the CSV's columns.
     pub(super) const CSV_HEAD: &'static str = "at_us,took_us,pause_us,processes,populated_pages,dirty_pages,\
-         first_time_pages,repeated_pages,unchanged_pages,written_pages,dirty_pages_per_second\n";
+         first_time_pages,repeated_pages,unchanged_pages,written_pages,dirty_pages_per_second,\
+         shared_populated_pages,shared_dirty_pages\n";
 
     /// The line of CSV.
     pub(super) fn csv(&self) -> String {
         let unchanged = self.unchanged_pages.map_or(String::new(), |pages| pages.to_string());
         format!(
-            "{},{},{},{},{},{},{},{},{unchanged},{},{:.1}\n",
+            "{},{},{},{},{},{},{},{},{unchanged},{},{:.1},{},{}\n",
             self.at_us,
             self.took_us,
             self.pause_us,
@@ -121,18 +152,23 @@ impl ScanLine {
             self.first_time_pages,
             self.repeated_pages,
             self.written_pages,
-            self.dirty_pages_per_second
+            self.dirty_pages_per_second,
+            self.shared_populated_pages,
+            self.shared_dirty_pages
         )
     }
 
     /// The line for people.
     pub(super) fn plain(&self) -> String {
-        let unchanged = match self.unchanged_pages {
-            Some(pages) => format!(", {} unchanged", bytes(pages as f64)),
-            None => String::new(),
-        };
+        let mut parts = String::new();
+        if self.shared_dirty_pages > 0 {
+            let _ = write!(parts, ", {} shared", bytes(self.shared_dirty_pages as f64));
+        }
+        if let Some(pages) = self.unchanged_pages {
+            let _ = write!(parts, ", {} unchanged", bytes(pages as f64));
+        }
         format!(
-            "{:>9}  {:>9} of {:>9} written ({} for the first time{unchanged}), {}, scan {}\n",
+            "{:>9}  {:>9} of {:>9} written ({} for the first time{parts}), {}, scan {}\n",
             Time(Duration::from_micros(self.at_us)).to_string(),
             bytes(self.dirty_pages as f64).to_string(),
             bytes(self.populated_pages as f64).to_string(),
@@ -154,7 +190,9 @@ pub(super) struct WindowLine {
 /// One region.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct RegionLine {
-    pid: i32,
+    /// None of one: memory that processes share.
+    pid: Option<i32>,
+    processes: u32,
     name: String,
     kind: String,
     start: String,
@@ -252,7 +290,7 @@ impl Summary {
         let regions: Vec<Vec<String>> = regions
             .map(|region| {
                 vec![
-                    region.pid.to_string(),
+                    whose(region.pid, region.processes),
                     region.kind.clone(),
                     region.name.clone(),
                     format!("{}-{}", region.start, region.end),
@@ -300,9 +338,18 @@ pub(super) fn hottest(estimator: &Estimator) -> Vec<RegionUse> {
     regions
 }
 
+/// The process of a region, or how many share it.
+pub(super) fn whose(pid: Option<i32>, processes: u32) -> String {
+    match pid {
+        Some(pid) => pid.to_string(),
+        None => format!("{processes} share"),
+    }
+}
+
 fn region_line(region: RegionUse) -> RegionLine {
     RegionLine {
         pid: region.pid,
+        processes: region.processes,
         name: region.name,
         kind: region.kind.to_string(),
         start: format!("{:#x}", region.start << 12),

@@ -3,7 +3,7 @@
 use super::super::arguments::TrackVerb;
 use super::super::units::Time;
 use super::heat::{Heat, Regions};
-use super::output::{Extent, Summary, Tally};
+use super::output::{self, Extent, Summary, Tally};
 use super::plot::{self, CELLS, Picture};
 use super::sinks::{self, Sinks};
 use anyhow::{Context, bail};
@@ -61,9 +61,10 @@ fn replay(verb: &TrackVerb, path: &Path) -> anyhow::Result<u8> {
             Ok(())
         })?;
         let title = format!(
-            "{} (pid {}): {} scans in {}, one every {}, by {}",
+            "{} (pid {}), {}: {} scans in {}, one every {}, by {}",
             header.root_name,
             header.root_pid,
+            output::scope_words(header.scope),
             extent.scans,
             Time(extent.duration),
             Time(header.interval),

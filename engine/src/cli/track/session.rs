@@ -5,7 +5,7 @@ use anyhow::Context;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use pageferry_tracker::observation::Observation;
 use pageferry_tracker::probe::Kernel;
-use pageferry_tracker::{CollectError, Target, Tracker, TrackerKind, TreeState};
+use pageferry_tracker::{CollectError, Scope, Target, Tracker, TrackerKind, TreeState};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ pub(super) struct Plan {
     pub(super) target: Target,
     /// The tracker that was asked for.
     pub(super) kind: Option<TrackerKind>,
+    pub(super) scope: Scope,
     pub(super) interval: Duration,
     /// Compare the bytes of pages that were written.
     pub(super) contents: bool,
@@ -88,8 +89,12 @@ fn is_about_the_end(error: &anyhow::Error) -> bool {
 /// Until told to stop, the end of the tree, or a failure.
 fn scan(plan: &Plan, say: &Sender<News>, stopped: &Receiver<()>) -> anyhow::Result<()> {
     let (kind, reason) = Kernel::probe().choose(plan.kind)?;
-    let mut tracker =
-        Tracker::attach(plan.target.clone(), kind).context("the process tree cannot be tracked")?;
+    let target = plan.target.clone();
+    let attached = match plan.scope {
+        Scope::Lazy => Tracker::attach(target, kind),
+        Scope::All => Tracker::attach_all(target, kind),
+    };
+    let mut tracker = attached.context("the process tree cannot be tracked")?;
     let mut contents = plan.contents.then(Contents::default);
     let _ = say.send(News::Attached { kind, reason });
     let start = Instant::now();

@@ -1,7 +1,7 @@
 //! Where scans go: a recording, a CSV file, JSON lines, plain lines.
 
 use super::super::arguments::TrackVerb;
-use super::output::{ScanLine, Summary};
+use super::output::{self, ScanLine, Summary};
 use anyhow::{Context, bail};
 use pageferry_tracker::observation::Observation;
 use pageferry_tracker::recording::{Header, Writer};
@@ -105,13 +105,17 @@ impl Sinks {
                 "program": header.root_name,
                 "tracker": header.source,
                 "reason": reason,
+                "scope": output::scope(header.scope),
                 "interval_us": header.interval.as_micros() as u64,
             });
             return self.out(&format!("{line}\n"));
         }
         self.text(&format!(
-            "tracking {} (pid {}) by {} ({reason})\n",
-            header.root_name, header.root_pid, header.source
+            "tracking {} (pid {}), {}, by {} ({reason})\n",
+            header.root_name,
+            header.root_pid,
+            output::scope_words(header.scope),
+            header.source
         ))
     }
 

@@ -1,7 +1,7 @@
 //! The live view: what a person leaves open in a terminal.
 
 use super::super::units::{Rate, Time};
-use super::output::{ScanLine, bytes, hottest, rate, working_set_rows};
+use super::output::{ScanLine, bytes, hottest, rate, whose, working_set_rows};
 use crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use pageferry_tracker::working_set::Estimator;
 use ratatui::layout::{Constraint, Layout};
@@ -120,8 +120,8 @@ impl State {
         if let Some(line) = &self.last {
             let whole = estimator.dirty_rate();
             rows = vec![
-                ["in memory".to_owned(), bytes(line.populated_pages as f64).to_string()],
-                ["written in the last scan".to_owned(), bytes(line.dirty_pages as f64).to_string()],
+                ["in memory".to_owned(), of_which(line.populated_pages, line.shared_populated_pages)],
+                ["written in the last scan".to_owned(), of_which(line.dirty_pages, line.shared_dirty_pages)],
                 ["  for the first time".to_owned(), bytes(line.first_time_pages as f64).to_string()],
                 ["  again".to_owned(), bytes(line.repeated_pages as f64).to_string()],
             ];
@@ -150,7 +150,7 @@ impl State {
         let rows = hottest(estimator).into_iter().filter(|region| region.populated + region.distinct > 0);
         let rows = rows.take(room).map(|region| {
             Row::new(vec![
-                region.pid.to_string(),
+                whose(region.pid, region.processes),
                 region.kind.to_string(),
                 region.name.clone(),
                 format!("{:#x}", region.start << 12),
@@ -160,7 +160,7 @@ impl State {
             ])
         });
         let widths = [
-            Constraint::Length(8),
+            Constraint::Length(10),
             Constraint::Length(13),
             Constraint::Fill(1),
             Constraint::Length(16),
@@ -172,6 +172,14 @@ impl State {
         Table::new(rows, widths)
             .header(Row::new(head).style(Style::new().bold()))
             .block(Block::bordered().title(" regions, the busiest first "))
+    }
+}
+
+/// All of it, and what of it is shared, if anything is.
+fn of_which(pages: u64, shared: u64) -> String {
+    match shared {
+        0 => bytes(pages as f64).to_string(),
+        _ => format!("{} ({} shared)", bytes(pages as f64), bytes(shared as f64)),
     }
 }
 
