@@ -3,6 +3,7 @@
 //! `PAGEFERRY_FAULT="point=action"` in the environment arms one point, with one of the actions
 //! `kill` (the engine dies by SIGKILL), `hang` (it stops answering), `cut` (the link's socket is shut down),
 //! `delay:MS`, `flip` (one bit of the next frame that is sent) and `truncate` (half of the next frame is sent, and then the link is cut).
+//! `lose` has the receiver not find the page that a delta or a copy is made from, and `lose-all` none from then on.
 //! A number after the action (`cut@3`) waits for the third time that the point is reached.
 
 /// What an armed point does to its caller.
@@ -15,6 +16,8 @@ pub(crate) enum Fault {
     Flip,
     /// End the link in the middle of the next frame.
     Truncate,
+    /// Be without the page that is asked for.
+    Lose,
 }
 
 /// Runs what is armed for `point`: dies, hangs or sleeps here, or tells the caller what to do to its link.
@@ -49,6 +52,8 @@ mod armed {
     struct Script {
         point: String,
         action: Action,
+        /// Not once but from then on.
+        lasting: bool,
         /// How often the point has to be reached still.
         countdown: AtomicU32,
     }
@@ -67,10 +72,12 @@ mod armed {
                 "cut" => Action::Tell(Fault::Cut),
                 "flip" => Action::Tell(Fault::Flip),
                 "truncate" => Action::Tell(Fault::Truncate),
+                "lose" | "lose-all" => Action::Tell(Fault::Lose),
                 _ => return None,
             },
         };
-        Some(Script { point: point.to_owned(), action, countdown: AtomicU32::new(times) })
+        let lasting = rest.starts_with("lose-all");
+        Some(Script { point: point.to_owned(), action, lasting, countdown: AtomicU32::new(times) })
     }
 
     pub(super) fn reached(point: &str) -> Option<Fault> {
@@ -82,8 +89,14 @@ mod armed {
                 Some(parse(&text).unwrap_or_else(|| panic!("PAGEFERRY_FAULT={text} is not a fault script")))
             })
             .as_ref()?;
-        if script.point != point || script.countdown.fetch_sub(1, Ordering::SeqCst) != 1 {
+        if script.point != point {
             return None;
+        }
+        let count = |left: u32| Some(left.saturating_sub(1));
+        match script.countdown.fetch_update(Ordering::SeqCst, Ordering::SeqCst, count) {
+            Ok(1) => {}
+            Ok(0) if script.lasting => {}
+            _ => return None,
         }
         tracing::warn!(point, action = ?script.action, "a scripted fault");
         match script.action {

@@ -23,6 +23,6 @@ pub use cancel::Cancel;
 pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use observe::{Event, Observer, Silent};
-pub use plan::{ReceivePlan, SendPlan};
+pub use plan::{CodingChoice, ReceivePlan, SendPlan};
 pub use report::MigrationReport;
 pub use source::send;

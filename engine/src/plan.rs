@@ -6,6 +6,18 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How pages may be coded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CodingChoice {
+    /// By what is measured of the link, the processor and the data: whatever is quickest.
+    #[default]
+    Auto,
+    /// As they are; only zero pages are marks. For comparisons.
+    Raw,
+    /// All by zstd; no deltas and no copies of other pages. For comparisons.
+    Zstd,
+}
+
 /// The plan of the sending side.
 #[derive(Clone, Debug)]
 pub struct SendPlan {
@@ -22,6 +34,11 @@ pub struct SendPlan {
     /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
     /// travel as what differs. 0 turns it off; `None` is a sixteenth of the program's memory.
     pub delta_cache: Option<u64>,
+    /// Connections, each with a worker of its own that reads, hashes, codes and sends; `None` is one for each
+    /// processor, eight at most, and never more than the receiver takes.
+    pub streams: Option<u16>,
+    /// How pages may be coded.
+    pub coding: CodingChoice,
     /// Dirty tracker to use; `None` lets the probe choose.
     pub tracker: Option<TrackerKind>,
     /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
@@ -50,6 +67,8 @@ impl SendPlan {
             max_rounds: 30,
             bandwidth: None,
             delta_cache: None,
+            streams: None,
+            coding: CodingChoice::Auto,
             tracker: None,
             hide: None,
             verify: false,
@@ -71,6 +90,9 @@ impl SendPlan {
         }
         if self.max_rounds == 0 {
             return Err(PlanError::NoRounds);
+        }
+        if self.streams == Some(0) {
+            return Err(PlanError::NoStreams);
         }
         if self.bandwidth == Some(0) {
             return Err(PlanError::NoBandwidth);
@@ -134,6 +156,9 @@ pub enum PlanError {
     /// At least one round is needed to copy the memory.
     #[error("the maximal number of rounds must be at least 1")]
     NoRounds,
+    /// Pages need a connection.
+    #[error("the number of connections must be at least 1")]
+    NoStreams,
     /// A bandwidth of zero never ends.
     #[error("the bandwidth must be more than zero")]
     NoBandwidth,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Version of the JSON schema; grows when a field changes its meaning or goes away.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// A whole migration as its source saw it. Times are microseconds, sizes bytes, pages 4 KiB.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -46,6 +46,10 @@ pub struct MigrationReport {
     pub rounds: Vec<RoundReport>,
     /// Bytes on the wire from first to last.
     pub bytes_sent: u64,
+    /// Connections that pages went over.
+    pub streams: u32,
+    /// Pages that the destination asked for again, because it could not make them of what it was sent.
+    pub repeated_pages: u64,
     /// Bytes of CRIU's images on the wire.
     pub image_bytes: u64,
     /// From the start of `send` until the program ran at the destination.
@@ -81,7 +85,7 @@ pub struct RoundReport {
     pub frozen: bool,
     /// Pages that had to be looked at: dirty, or never given to the destination.
     pub dirty_pages: u64,
-    /// Pages whose bytes were sent.
+    /// Pages that were given to the destination, by whatever coding, and are not zeros.
     pub sent_pages: u64,
     /// Pages that were dirty but have the content that the destination already has.
     pub unchanged_pages: u64,
@@ -89,11 +93,8 @@ pub struct RoundReport {
     pub zero_pages: u64,
     /// Pages that went away (unmapped, or given back).
     pub gone_pages: u64,
-    /// Of the sent pages, those that travelled compressed.
-    pub compressed_pages: u64,
-    /// Of the sent pages, those that travelled as what differs from what was sent before.
-    #[serde(default)]
-    pub delta_pages: u64,
+    /// How many pages, and how many bytes, went by each coding.
+    pub codings: Codings,
     /// Bytes on the wire, frames included.
     pub sent_bytes: u64,
     /// From the scan until the destination acknowledged.
@@ -106,6 +107,66 @@ pub struct RoundReport {
     pub link_rate: f64,
     /// Downtime that the policy expected after this round.
     pub predicted_downtime_us: u64,
+}
+
+/// Pages and bytes that went by one coding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes on the wire, heads of frames included. Zero pages are marks in the frames of others.
+    pub bytes: u64,
+}
+
+/// How the pages of a round travelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Codings {
+    /// Not at all: the destination had them as they were.
+    pub unchanged: Share,
+    /// As a mark that they are zeros.
+    pub zero: Share,
+    /// As the name of another page that the destination held, with the same content.
+    pub copy: Share,
+    /// As what differed from what was sent of them before.
+    pub delta: Share,
+    /// By zstd, on top of what was sent of them before.
+    pub zstd_on_base: Share,
+    /// By zstd.
+    pub zstd: Share,
+    /// As they were.
+    pub raw: Share,
+}
+
+impl Codings {
+    /// Name and count of every coding, from the one that costs the link least.
+    pub fn shares(&self) -> [(&'static str, Share); 7] {
+        [
+            ("unchanged", self.unchanged),
+            ("zero", self.zero),
+            ("copy", self.copy),
+            ("delta", self.delta),
+            ("zstd on base", self.zstd_on_base),
+            ("zstd", self.zstd),
+            ("raw", self.raw),
+        ]
+    }
+
+    /// Adds what another part of the same round counted.
+    pub fn add(&mut self, other: &Codings) {
+        let pairs = [
+            (&mut self.unchanged, other.unchanged),
+            (&mut self.zero, other.zero),
+            (&mut self.copy, other.copy),
+            (&mut self.delta, other.delta),
+            (&mut self.zstd_on_base, other.zstd_on_base),
+            (&mut self.zstd, other.zstd),
+            (&mut self.raw, other.raw),
+        ];
+        for (share, more) in pairs {
+            share.pages += more.pages;
+            share.bytes += more.bytes;
+        }
+    }
 }
 
 /// Downtime: from just before the source is told to stop until the source hears that the program runs at the

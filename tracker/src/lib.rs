@@ -15,7 +15,7 @@
 //! loop {
 //!     let collected = tracker.collect(TreeState::Running)?;
 //!     for space in &collected.spaces {
-//!         let mut reader = PageReader::new(&space.target)?;
+//!         let reader = PageReader::new(&space.target)?;
 //!         let mut bytes = vec![0; space.dirty.len() as usize * 4096];
 //!         let vanished = reader.read(space.dirty.runs(), &mut bytes)?;
 //!         println!("{}: {} dirty pages, {} gone", space.target.pid(), space.dirty.len(), vanished.len());

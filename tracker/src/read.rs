@@ -46,7 +46,6 @@ pub enum ReadError {
 pub struct PageReader {
     target: Target,
     memory: File,
-    remote: Vec<RemoteIoVec>,
 }
 
 impl PageReader {
@@ -64,7 +63,7 @@ impl PageReader {
         if !target.is_alive() {
             return Err(ReadError::Gone(pid));
         }
-        Ok(Self { target: target.clone(), memory, remote: Vec::new() })
+        Ok(Self { target: target.clone(), memory })
     }
 
     /// Reads the pages of `runs`, one after the other, into `buffer`, which has to be exactly as long. Returns the
@@ -72,7 +71,7 @@ impl PageReader {
     ///
     /// # Errors
     /// [`ReadError`]; the buffer's content means nothing then.
-    pub fn read(&mut self, runs: &[Run], buffer: &mut [u8]) -> Result<Vec<u64>, ReadError> {
+    pub fn read(&self, runs: &[Run], buffer: &mut [u8]) -> Result<Vec<u64>, ReadError> {
         let pid = self.target.pid();
         let pages: u64 = runs.iter().map(|run| run.len).sum();
         if pages as usize * PAGE != buffer.len() {
@@ -81,8 +80,9 @@ impl PageReader {
         let mut missing = Vec::new();
         let mut sealed: Option<PageSet> = None;
         let mut done = 0usize;
+        let mut remote = Vec::with_capacity(runs.len().min(PIECES));
         while done < buffer.len() {
-            self.remote.clear();
+            remote.clear();
             let mut skip = done as u64 / PAGE as u64;
             for run in runs {
                 if skip >= run.len {
@@ -90,14 +90,14 @@ impl PageReader {
                     continue;
                 }
                 let base = (run.start + skip) as usize * PAGE;
-                self.remote.push(RemoteIoVec { base, len: (run.len - skip) as usize * PAGE });
+                remote.push(RemoteIoVec { base, len: (run.len - skip) as usize * PAGE });
                 skip = 0;
-                if self.remote.len() == PIECES {
+                if remote.len() == PIECES {
                     break;
                 }
             }
             let mut local = [IoSliceMut::new(&mut buffer[done..])];
-            match process_vm_readv(Pid::from_raw(pid), &mut local, &self.remote) {
+            match process_vm_readv(Pid::from_raw(pid), &mut local, &remote) {
                 Ok(got) if got >= PAGE => {
                     done += got - got % PAGE;
                     continue;

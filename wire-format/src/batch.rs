@@ -110,8 +110,11 @@ impl PageBatch {
         &self.sources
     }
 
-    /// Says how the payload is coded.
+    /// Says how the payload is coded. Bases are forgotten where the coding has none.
     pub fn set_coding(&mut self, coding: Coding) {
+        if !matches!(coding, Coding::Delta | Coding::ZstdOnBase) {
+            self.bases.clear();
+        }
         self.coding = coding;
     }
 

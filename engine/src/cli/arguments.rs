@@ -2,6 +2,7 @@
 
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry::CodingChoice;
 use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -175,6 +176,27 @@ impl ScopeName {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum CodingName {
+    /// Whatever is quickest on this link, processor and data.
+    Auto,
+    /// As they are.
+    Raw,
+    /// All by zstd, without deltas and without copies of equal pages.
+    Zstd,
+}
+
+impl CodingName {
+    /// The choice in the words of the library.
+    pub(super) fn choice(self) -> CodingChoice {
+        match self {
+            CodingName::Auto => CodingChoice::Auto,
+            CodingName::Raw => CodingChoice::Raw,
+            CodingName::Zstd => CodingChoice::Zstd,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum HideName {
     /// The shim, and the synthetic parent for a CRIU into which nothing can be preloaded.
     Auto,
@@ -264,6 +286,12 @@ pub(super) struct MigrateVerb {
     /// it off [default: a sixteenth of the program's memory].
     #[arg(long, value_name = "SIZE")]
     pub(super) delta_cache: Option<Bytes>,
+    /// Connections, each with a worker of its own [default: one a processor, 8 at most].
+    #[arg(long, value_name = "N")]
+    pub(super) streams: Option<u16>,
+    /// How pages may be coded: by what is measured, or one way only, for comparisons.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) coding: CodingName,
     /// How dirty pages are found.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) tracker: TrackerName,

@@ -76,6 +76,8 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
+    plan.streams = verb.streams;
+    plan.coding = verb.coding.choice();
     plan.tracker = verb.tracker.kind();
     plan.hide = match verb.hide {
         HideName::Auto => None,

@@ -2,6 +2,7 @@
 
 use super::units::{Bytes, Rate, micros};
 use pageferry::MigrationReport;
+use pageferry::report::Codings;
 use std::fmt::Write;
 
 /// Columns that line up: as wide as their widest cell, `right` ones to the right.
@@ -73,6 +74,17 @@ pub(super) fn report(report: &MigrationReport) -> String {
         &[1, 2, 3, 4, 5, 6, 7, 8],
         rows,
     );
+    let mut codings = Codings::default();
+    report.rounds.iter().for_each(|round| codings.add(&round.codings));
+    let rows = codings.shares().into_iter().filter(|(_, share)| share.pages > 0).map(|(name, share)| {
+        let each = match share.bytes {
+            0 => "-".to_owned(),
+            bytes => format!("{:.0}", bytes as f64 / share.pages as f64),
+        };
+        vec![name.to_owned(), share.pages.to_string(), Bytes(share.bytes).to_string(), each]
+    });
+    text.push('\n');
+    text += &table(&["coding", "pages", "bytes", "a page"], &[1, 2, 3], rows);
     let downtime = &report.downtime_us;
     let parts = downtime.parts().map(|(name, us)| vec![name.to_owned(), micros(us).to_string()]);
     let total = vec!["total".to_owned(), micros(downtime.total).to_string()];

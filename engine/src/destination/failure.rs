@@ -31,6 +31,8 @@ pub(crate) enum ReceiveError {
     ImageCount { have: usize, announced: u32 },
     #[error("space {} is not known, or was sealed already", .0.0)]
     UnknownSpace(SpaceId),
+    #[error("the connection is for a session that is not being received")]
+    UnknownSession,
     #[error("the sender sent {0}")]
     Order(&'static str),
     #[error("the sender sent {0} at the wrong time")]
@@ -113,6 +115,7 @@ impl ReceiveError {
             | ReceiveError::NotCompared { .. }
             | ReceiveError::RegionsDiffer { .. } => AbortCode::VerifyFailed,
             ReceiveError::Channel(ChannelError::Frame(_))
+            | ReceiveError::UnknownSession
             | ReceiveError::Order(_)
             | ReceiveError::Unexpected(_)
             | ReceiveError::UnknownSpace(_)

@@ -2,6 +2,7 @@
 
 mod failure;
 mod guard;
+mod hub;
 mod receive;
 mod restore;
 pub(crate) mod serve;
@@ -15,6 +16,7 @@ use crate::link::{Channel, Incoming, TcpLink};
 use crate::observe::Event;
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
+use hub::Hub;
 use pageferry_criu_glue::{Criu, ImageDir, Restore, RestoreOptions, TcpPolicy};
 use pageferry_wire_format::{self as wire, AbortCode, ControlMessage, HandoverState, Hello, Welcome};
 use receive::Reception;
@@ -23,7 +25,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serve::Server;
 use sessions::Sessions;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use store::PageStore;
 
@@ -40,6 +42,8 @@ pub struct Receiver {
     address: SocketAddr,
     criu: Criu,
     sessions: Sessions,
+    /// Where further connections of the session under way find it.
+    hub: Mutex<Option<Arc<Hub>>>,
 }
 
 /// Connections that are talked to at a time: one migrates, the others ask.
@@ -80,7 +84,7 @@ impl Receiver {
         let listener = TcpListener::bind(plan.listen).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        Ok(Self { plan, listener, address, criu, sessions: Sessions::default() })
+        Ok(Self { plan, listener, address, criu, sessions: Sessions::default(), hub: Mutex::default() })
     }
 
     /// The address that is listened on.
@@ -170,6 +174,13 @@ impl Receiver {
                     Err(error) => refuse(&mut channel, &error),
                 }
             }
+            Ok(Incoming::Control(ControlMessage::Join { session, stream })) => {
+                let hub = self.hub.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                match hub.filter(|hub| hub.session() == session) {
+                    Some(hub) => hub.serve(channel, stream),
+                    None => refuse(&mut channel, &ReceiveError::UnknownSession),
+                }
+            }
             Ok(Incoming::Control(ControlMessage::Query { session })) => {
                 let end = Instant::now() + OUTCOME;
                 let state = loop {
@@ -224,13 +235,16 @@ impl Receiver {
     ) -> Result<bool, ReceiveError> {
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
-        let mut store = PageStore::new(self.plan.memory_limit)?;
+        let store = PageStore::new(self.plan.memory_limit)?;
+        let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
+        let _door = Door::open(self, Arc::clone(&hub));
+        channel.link_mut().set_alarm(Some(hub.alarm().clone()));
         crate::fault::point("dest-welcome");
         channel.control(&ControlMessage::Welcome(Welcome {
             version: wire::version::CURRENT,
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory: free_memory(self.plan.memory_limit),
-            streams: 1,
+            streams: most_streams(),
             kept: 0,
         }))?;
         // CRIU starts while the rounds run: its start is no part of the downtime.
@@ -243,7 +257,9 @@ impl Receiver {
             ..RestoreOptions::default()
         };
         let restore = Restore::prepare(&self.criu, &images, options)?;
-        let cargo = Reception::new(channel, &mut store, &images, observer).run()?;
+        let cargo = Reception::new(channel, &hub, &images, observer).run()?;
+        let store = hub.close().ok_or(ReceiveError::Order("an end twice"))?;
+        channel.link_mut().set_alarm(None);
         let server = Server::new(store)?;
         let alive = Rebirth {
             plan: &self.plan,
@@ -272,6 +288,33 @@ impl Receiver {
     }
 }
 
+/// Further connections find the session as long as this lives.
+struct Door<'a> {
+    receiver: &'a Receiver,
+    hub: Arc<Hub>,
+}
+
+impl<'a> Door<'a> {
+    fn open(receiver: &'a Receiver, hub: Arc<Hub>) -> Self {
+        *receiver.hub.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&hub));
+        Self { receiver, hub }
+    }
+}
+
+impl Drop for Door<'_> {
+    fn drop(&mut self) {
+        *self.receiver.hub.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Whatever was received and not taken goes with it.
+        drop(self.hub.close());
+    }
+}
+
+/// Connections that a session may have: more than two for each processor only wait for each other.
+fn most_streams() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (2 * processors).clamp(1, usize::from(hub::MOST_STREAMS)) as u16
+}
+
 /// Bytes that the store could take, by the plan and by what the machine has.
 fn free_memory(limit: Option<u64>) -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -289,6 +332,7 @@ fn refuse(channel: &mut Channel, error: &ReceiveError) {
         return;
     }
     channel.link_mut().set_cancel(None);
+    channel.link_mut().set_alarm(None);
     channel.link_mut().set_stall(Duration::from_millis(500));
     let _ = channel.control(&ControlMessage::abort(error.code(), &error.chain()));
     channel.link_mut().close_gently(Duration::from_secs(1));

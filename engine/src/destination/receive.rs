@@ -1,7 +1,8 @@
 //! From the first frame to the last image: pages into the store, images into RAM.
 
 use super::failure::ReceiveError;
-use super::store::{PageStore, StoreError};
+use super::hub::Hub;
+use super::store::StoreError;
 use crate::link::{Channel, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
@@ -31,15 +32,15 @@ pub(super) struct Cargo {
 /// Receives everything up to the end of the images.
 pub(super) struct Reception<'a> {
     pub(super) channel: &'a mut Channel,
-    pub(super) store: &'a mut PageStore,
+    pub(super) hub: &'a Hub,
     pub(super) images: &'a ImageDir,
     pub(super) observer: &'a dyn Observer,
     spaces: BTreeMap<SpaceId, Incomer>,
     all_sealed: bool,
     files: BTreeMap<String, u64>,
     open_image: Option<(String, File)>,
-    /// Pages that were stored so far, with repetitions.
-    stored_pages: u64,
+    /// The round that was completed last; pages that were asked for again then are still to come.
+    asked_again: bool,
     /// Bytes of all spaces as they were announced.
     announced: u64,
     /// Pages of the sealed spaces.
@@ -49,20 +50,20 @@ pub(super) struct Reception<'a> {
 impl<'a> Reception<'a> {
     pub(super) fn new(
         channel: &'a mut Channel,
-        store: &'a mut PageStore,
+        hub: &'a Hub,
         images: &'a ImageDir,
         observer: &'a dyn Observer,
     ) -> Self {
         Self {
             channel,
-            store,
+            hub,
             images,
             observer,
             spaces: BTreeMap::new(),
             all_sealed: false,
             files: BTreeMap::new(),
             open_image: None,
-            stored_pages: 0,
+            asked_again: false,
             announced: 0,
             sealed_pages: 0,
         }
@@ -70,9 +71,17 @@ impl<'a> Reception<'a> {
 
     /// The receiving loop.
     pub(super) fn run(mut self) -> Result<Cargo, ReceiveError> {
+        match self.receive_all() {
+            Ok(()) => Ok(Cargo { spaces: self.spaces }),
+            // Where another connection failed first, that is the reason.
+            Err(error) => Err(self.hub.failure().unwrap_or(error)),
+        }
+    }
+
+    fn receive_all(&mut self) -> Result<(), ReceiveError> {
         loop {
             match self.channel.receive()? {
-                Incoming::Pages(payload) => self.pages(payload)?,
+                Incoming::Pages(payload) => self.hub.pages(self.channel, payload, 0)?,
                 Incoming::Owned(batch) => self.owned(batch)?,
                 Incoming::Image(chunk, payload) => {
                     if !self.all_sealed {
@@ -88,24 +97,11 @@ impl<'a> Reception<'a> {
                 Incoming::Digests(_) => return Err(ReceiveError::Order("digests before the images")),
                 Incoming::Control(message) => {
                     if self.control(message)? {
-                        return Ok(Cargo { spaces: self.spaces });
+                        return Ok(());
                     }
                 }
             }
         }
-    }
-
-    fn pages(&mut self, payload: usize) -> Result<(), ReceiveError> {
-        crate::fault::point("dest-pages");
-        let (batch, link) = self.channel.batch_and_link();
-        let space = batch.space();
-        if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
-            return Err(ReceiveError::UnknownSpace(space));
-        }
-        let mut landing = self.store.begin_batch(batch, payload)?;
-        link.receive_all(&mut landing.slices())?;
-        self.stored_pages += self.store.finish_batch(landing)?.stored;
-        Ok(())
     }
 
     fn owned(&mut self, batch: OwnedBatch) -> Result<(), ReceiveError> {
@@ -149,25 +145,36 @@ impl<'a> Reception<'a> {
                         return Err(ReceiveError::Order("a space that is known already"));
                     }
                     self.announced = self.announced.saturating_add(info.pages.saturating_mul(4096));
-                    self.store.reserve(self.announced)?;
+                    let announced = self.announced;
+                    self.hub.with_store(|store| store.reserve(announced))?;
                     self.spaces.insert(info.space, Incomer { vpid: info.vpid, ..Incomer::default() });
+                    self.hub.open(info.space, announced / 4096);
                 }
             }
             ControlMessage::SpaceGone { space } => {
                 self.spaces.remove(&space).ok_or(ReceiveError::UnknownSpace(space))?;
-                self.store.remove_space(space);
+                self.hub.shut(space);
+                self.hub.with_store(|store| {
+                    store.remove_space(space);
+                    Ok(())
+                })?;
             }
             ControlMessage::Discard { space, runs } => {
                 if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
                     return Err(ReceiveError::UnknownSpace(space));
                 }
-                self.store.discard(space, &runs);
+                self.hub.with_store(|store| {
+                    store.discard(space, &runs);
+                    Ok(())
+                })?;
             }
             ControlMessage::RoundEnd { round, .. } => {
                 crate::fault::point("dest-round");
-                self.store.settle();
+                let again = self.hub.complete(round)?;
+                self.asked_again = !again.is_empty();
+                self.ask_again(again)?;
                 self.channel.control(&ControlMessage::RoundAck { round })?;
-                self.observer.event(&Event::Received { round, stored_pages: self.stored_pages });
+                self.observer.event(&Event::Received { round, stored_pages: self.hub.stored_pages() });
             }
             ControlMessage::SpaceSeal { space, vpid, pages, digest, regions } => {
                 self.seal(space, vpid, pages, digest, regions)?;
@@ -178,7 +185,13 @@ impl<'a> Reception<'a> {
                 if sealed != spaces as usize || sealed != self.spaces.len() {
                     return Err(ReceiveError::SealCount { sealed, announced: spaces });
                 }
+                if std::mem::take(&mut self.asked_again) {
+                    self.unseal();
+                    self.channel.control(&ControlMessage::Unsealed)?;
+                    return Ok(false);
+                }
                 self.all_sealed = true;
+                self.spaces.keys().for_each(|space| self.hub.shut(*space));
                 self.channel.control(&ControlMessage::Sealed { pages: self.sealed_pages })?;
             }
             ControlMessage::ImagesEnd { files, bytes } => {
@@ -209,17 +222,42 @@ impl<'a> Reception<'a> {
         if incomer.sealed || !(incomer.owned_complete || incomer.owned.is_empty()) {
             return Err(ReceiveError::Order("a seal in the middle of a space"));
         }
-        let outcome = self.store.seal(space, &incomer.owned).map_err(|source| match source {
-            StoreError::Missing { .. } => ReceiveError::Seal { space, source: Some(source) },
-            other => ReceiveError::Store(other),
-        })?;
-        if outcome.pages != pages || outcome.digest != digest {
-            return Err(ReceiveError::Seal { space, source: None });
+        // Where pages are still to come again, nothing can be compared yet: the answer to the end of the seal is no.
+        if !self.asked_again {
+            let owned = &incomer.owned;
+            let sealed = self.hub.with_store(|store| store.seal(space, owned));
+            let outcome = sealed.map_err(|error| match error {
+                ReceiveError::Store(source @ StoreError::Missing { .. }) => {
+                    ReceiveError::Seal { space, source: Some(source) }
+                }
+                other => other,
+            })?;
+            if outcome.pages != pages || outcome.digest != digest {
+                return Err(ReceiveError::Seal { space, source: None });
+            }
         }
         self.sealed_pages += pages;
         incomer.vpid = vpid;
         incomer.regions = regions;
         incomer.sealed = true;
+        Ok(())
+    }
+
+    /// The source seals anew when it has sent what was asked for.
+    fn unseal(&mut self) {
+        self.sealed_pages = 0;
+        for incomer in self.spaces.values_mut() {
+            *incomer = Incomer { vpid: incomer.vpid, ..Incomer::default() };
+        }
+    }
+
+    fn ask_again(&mut self, again: Vec<(SpaceId, Vec<PageRun>)>) -> Result<(), ReceiveError> {
+        for (space, runs) in again {
+            tracing::warn!(space = space.0, runs = runs.len(), "asking for pages again");
+            for runs in runs.chunks(limits::MAX_RUNS_PER_FRAME) {
+                self.channel.control(&ControlMessage::Again { spaces: vec![(space, runs.to_vec())] })?;
+            }
+        }
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! Frames on a link: numbered, checked, and with the page bytes passed through untouched.
 
-use super::{LinkError, TcpLink, shaper::Shaper};
+use super::{LinkError, SharedShaper, TcpLink};
 use crate::fault::{self, Fault};
 use pageferry_wire_format::{
     AbortCode, ControlMessage, Decoder, DigestBatch, EncodeError, FrameError, HEADER_BYTES, Head, ImageChunk,
@@ -63,8 +63,7 @@ pub(crate) struct Channel {
     head_out: Vec<u8>,
     head_in: Vec<u8>,
     batch: PageBatch,
-    shaper: Option<Shaper>,
-    epoch: Instant,
+    shaper: Option<SharedShaper>,
 }
 
 impl Channel {
@@ -77,7 +76,6 @@ impl Channel {
             head_in: Vec::new(),
             batch: PageBatch::default(),
             shaper: None,
-            epoch: Instant::now(),
         }
     }
 
@@ -89,10 +87,9 @@ impl Channel {
         &mut self.link
     }
 
-    /// Limits what page batches take of the link; `None` lifts the limit.
-    pub(crate) fn set_bandwidth(&mut self, bytes_per_second: Option<u64>) {
-        self.shaper = bytes_per_second.map(Shaper::new);
-        self.epoch = Instant::now();
+    /// Limits what page batches take of the link, together with other channels that share the limit; `None` lifts it.
+    pub(crate) fn set_shaper(&mut self, shaper: Option<SharedShaper>) {
+        self.shaper = shaper;
     }
 
     /// Lends the batch's head and the link at the same time.
@@ -117,11 +114,8 @@ impl Channel {
         self.head_out.clear();
         let bytes: usize = payload.iter().map(|slice| slice.len()).sum();
         batch.encode(bytes, &mut self.sequencer, &mut self.head_out)?;
-        if let Some(shaper) = &mut self.shaper {
-            let wait = shaper.take(self.epoch.elapsed(), self.head_out.len() + bytes);
-            if !wait.is_zero() {
-                std::thread::sleep(wait);
-            }
+        if let Some(shaper) = &self.shaper {
+            std::thread::sleep(shaper.take(self.head_out.len() + bytes));
         }
         self.send(payload)
     }
@@ -156,7 +150,7 @@ impl Channel {
                 let _ = self.link.send_all(&mut [IoSlice::new(&self.head_out[..half])]);
                 self.link.shutdown();
             }
-            None => {}
+            Some(Fault::Lose) | None => {}
         }
         let before = self.link.sent();
         let mut slices = Vec::with_capacity(payload.len() + 1);
@@ -171,19 +165,28 @@ impl Channel {
 
     /// A peer that gives up says why before it closes: that tells more than a broken connection.
     fn explain(&mut self, error: LinkError) -> ChannelError {
-        if matches!(error, LinkError::Lost(_) | LinkError::Closed) {
-            self.link.set_stall(Duration::from_millis(200));
-            while self.link.readable() {
-                match self.receive() {
-                    Ok(Incoming::Control(ControlMessage::Abort { code, detail })) => {
-                        return ChannelError::Aborted { code, detail };
-                    }
-                    Ok(_) => {}
-                    Err(_) => break,
-                }
-            }
+        if matches!(error, LinkError::Lost(_) | LinkError::Closed)
+            && let Some(reason) = self.last_words(Duration::ZERO)
+        {
+            return reason;
         }
         ChannelError::Link(error)
+    }
+
+    /// Why the peer gave up, if it says so within `patience`. The channel is of no use after this.
+    pub(crate) fn last_words(&mut self, patience: Duration) -> Option<ChannelError> {
+        let end = Instant::now() + patience;
+        self.link.set_stall(Duration::from_millis(200));
+        while self.link.readable_within(end.saturating_duration_since(Instant::now())) {
+            match self.receive() {
+                Ok(Incoming::Control(ControlMessage::Abort { code, detail })) => {
+                    return Some(ChannelError::Aborted { code, detail });
+                }
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+        None
     }
 
     /// Receives the next frame's head. The payload of a [`Incoming::Pages`] or [`Incoming::Image`] has to be

@@ -4,6 +4,8 @@ pub mod shaper;
 pub mod tcp;
 
 pub(crate) mod channel;
+mod limit;
 
 pub(crate) use channel::{Channel, ChannelError, Incoming};
+pub(crate) use limit::SharedShaper;
 pub use tcp::{LinkError, TcpLink};

@@ -39,6 +39,7 @@ pub struct TcpLink {
     stream: TcpStream,
     stall: Duration,
     cancel: Option<Cancel>,
+    alarm: Option<Cancel>,
     sent: u64,
     received: u64,
 }
@@ -64,7 +65,7 @@ impl TcpLink {
         // The system's default may be an algorithm made for long fat networks that reaches a third of the rate
         // between neighbours. Where cubic is missing the default has to do.
         let _ = rustix::net::sockopt::set_tcp_congestion(&stream, "cubic");
-        Ok(Self { stream, stall: Duration::from_secs(30), cancel: None, sent: 0, received: 0 })
+        Ok(Self { stream, stall: Duration::from_secs(30), cancel: None, alarm: None, sent: 0, received: 0 })
     }
 
     /// How long not a byte may move.
@@ -75,6 +76,11 @@ impl TcpLink {
     /// Who may interrupt a wait; `None` makes waits uninterruptible (after the commit).
     pub fn set_cancel(&mut self, cancel: Option<Cancel>) {
         self.cancel = cancel;
+    }
+
+    /// Who else may interrupt a wait: something that this connection belongs to has failed.
+    pub fn set_alarm(&mut self, alarm: Option<Cancel>) {
+        self.alarm = alarm;
     }
 
     /// Bytes that went out.
@@ -128,8 +134,23 @@ impl TcpLink {
 
     /// Whether something can be read now (a message, or the end of the connection).
     pub fn readable(&self) -> bool {
+        self.readable_within(Duration::ZERO)
+    }
+
+    /// Whether something can be read before `patience` is over.
+    pub fn readable_within(&self, patience: Duration) -> bool {
         let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
-        matches!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(n) if n > 0)
+        let spec =
+            Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: i64::from(patience.subsec_nanos()) };
+        matches!(poll(&mut fds, Some(&spec)), Ok(n) if n > 0)
+    }
+
+    /// A handle by which another thread can end this connection.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn handle(&self) -> io::Result<TcpStream> {
+        self.stream.try_clone()
     }
 
     /// Sends all of `slices`.
@@ -191,12 +212,12 @@ impl TcpLink {
             let left = end.saturating_duration_since(Instant::now());
             let spec = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
             let mut fds = vec![PollFd::new(&self.stream, flags)];
-            if let Some(cancel) = &self.cancel {
+            for cancel in self.cancel.iter().chain(&self.alarm) {
                 fds.push(PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN));
             }
             match poll(&mut fds, Some(&spec)) {
                 Ok(0) => return Ok(false),
-                Ok(_) if fds.get(1).is_some_and(|fd| !fd.revents().is_empty()) => {
+                Ok(_) if fds[1..].iter().any(|fd| !fd.revents().is_empty()) => {
                     return Err(LinkError::Cancelled);
                 }
                 Ok(_) => return Ok(true),

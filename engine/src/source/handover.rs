@@ -3,6 +3,7 @@
 use super::failure::SendError;
 use super::precopy::wire_regions;
 use super::sent::wire_runs;
+use super::tally::Tally;
 use super::watchman::Watchman;
 use super::{Migration, Phase};
 use crate::fault::Fault;
@@ -43,7 +44,7 @@ impl Migration<'_> {
         });
         self.check_cancel()?;
         let patience = self.plan.stall_timeout;
-        self.channel().set_bandwidth(None);
+        self.lift_bandwidth();
 
         self.phase = Phase::Freezing;
         crate::fault::point("freeze");
@@ -59,7 +60,7 @@ impl Migration<'_> {
         crate::fault::point("frozen");
         let started = laps.last;
         let round = self.report.rounds.len() as u32;
-        let before = self.channel().link().sent();
+        let before = self.sent_bytes();
         let collected = self.tracker_mut().collect(TreeState::Frozen)?;
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
@@ -67,24 +68,26 @@ impl Migration<'_> {
         let todo = self.take_in(&collected, round, true)?;
         let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
         self.report.downtime_us.collect = laps.lap(self.observer, "collect");
-        let tally = self.send_todo(&todo, round, true)?;
+        let mut tally = self.send_todo(&todo, round, true)?;
+        self.end_round(round, &tally)?;
         self.report.downtime_us.last_pages = laps.lap(self.observer, "last pages");
 
         self.phase = Phase::Sealing;
         crate::fault::point("seal");
-        self.seal(&collected)?;
+        self.seal(&collected, round, &mut tally)?;
+        // What is left to say goes over the first connection.
+        self.close_streams();
         self.report.downtime_us.seal = laps.lap(self.observer, "seal");
-        let sent_bytes = self.channel().link().sent() - before;
+        let sent_bytes = self.sent_bytes() - before;
         self.report.rounds.push(RoundReport {
             round,
             frozen: true,
             dirty_pages: todo_pages,
-            sent_pages: tally.sent,
-            unchanged_pages: tally.unchanged,
-            zero_pages: tally.zero,
+            sent_pages: tally.sent(),
+            unchanged_pages: tally.codings.unchanged.pages,
+            zero_pages: tally.codings.zero.pages,
             gone_pages: tally.gone,
-            compressed_pages: tally.compressed,
-            delta_pages: tally.delta,
+            codings: tally.codings,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,
             pause_us: 0,
@@ -161,15 +164,40 @@ impl Migration<'_> {
     ///
     /// These are all pages of all mappings that CRIU's restorer leaves to userfaultfd, in every process: of such
     /// mappings it takes nothing from its images, not even what is in them.
-    fn seal(&mut self, collected: &Collected) -> Result<(), SendError> {
+    ///
+    /// What the destination could not make of deltas and copies it asks for again, and the seal is repeated.
+    fn seal(&mut self, collected: &Collected, round: u32, tally: &mut Tally) -> Result<(), SendError> {
+        self.report.processes = collected.spaces.len() as u32;
+        for _ in 0..Self::SEALS {
+            let memory_pages = self.say_seal(collected)?;
+            self.report.memory_bytes = memory_pages * 4096;
+            // Sent before the seal, and answered before it.
+            let again = self.acknowledged(round)?;
+            match self.answer("the seal")? {
+                ControlMessage::Sealed { pages } if pages == memory_pages => return Ok(()),
+                ControlMessage::Unsealed if !again.is_empty() => tally.add(&self.send_again(again, round)?),
+                other => {
+                    return Err(SendError::Protocol(format!(
+                        "{other:?} instead of a seal over {memory_pages} pages"
+                    )));
+                }
+            }
+        }
+        Err(SendError::Protocol("the same pages again and again".to_owned()))
+    }
+
+    /// Says what every space consists of; gives the number of pages.
+    fn say_seal(&mut self, collected: &Collected) -> Result<u64, SendError> {
         let mut memory_pages = 0;
         for scan in &collected.spaces {
-            let owned = &scan.populated;
-            let space = self.space(scan.key.0);
-            let (id, vpid) = (space.place.id, space.place.vpid);
-            let (pages, digest) = (space.sent.len(), space.sent.digest());
+            let (id, vpid) = {
+                let place = &self.space(scan.key.0).place;
+                (place.id, place.vpid)
+            };
+            let sent = self.books().space(id);
+            let (pages, digest) = (sent.len(), sent.digest());
             memory_pages += pages;
-            let runs = wire_runs(owned);
+            let runs = wire_runs(&scan.populated);
             let count = runs.chunks(limits::MAX_RUNS_PER_FRAME).count();
             for (index, runs) in runs.chunks(limits::MAX_RUNS_PER_FRAME).enumerate() {
                 let batch = OwnedBatch { space: id, runs: runs.to_vec(), more: index + 1 < count };
@@ -183,15 +211,8 @@ impl Migration<'_> {
                 regions: wire_regions(scan),
             })?;
         }
-        self.report.memory_bytes = memory_pages * 4096;
-        self.report.processes = collected.spaces.len() as u32;
         self.control(&ControlMessage::SealEnd { spaces: collected.spaces.len() as u32 })?;
-        match self.answer("the seal")? {
-            ControlMessage::Sealed { pages } if pages == memory_pages => Ok(()),
-            other => {
-                Err(SendError::Protocol(format!("{other:?} instead of a seal over {memory_pages} pages")))
-            }
-        }
+        Ok(memory_pages)
     }
 
     /// What CRIU is kept from dumping: what the engine carries, but for the pages under the threads' stack

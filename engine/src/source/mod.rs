@@ -1,15 +1,21 @@
 //! The sending side of a migration.
 
+mod books;
 mod deltas;
 mod failure;
 mod handover;
 mod machine;
 mod pages;
 mod precopy;
+mod queue;
 mod rollback;
 mod sent;
+mod streams;
+mod tally;
+mod twins;
 mod verify;
 mod watchman;
+mod ways;
 
 use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};
@@ -18,13 +24,15 @@ use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
 use crate::plan::SendPlan;
 use crate::report::{MigrationReport, SCHEMA};
+use books::Books;
 use failure::SendError;
 use machine::{Aftermath, Phase};
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, Target, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
-use sent::SentPages;
+use pages::Worker;
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use watchman::Watchman;
 
@@ -67,11 +75,10 @@ fn refusal(error: SendError) -> MigrationError {
     }
 }
 
-/// One address space and what the destination has of it.
+/// One address space of the tree.
 struct Space {
     place: Place,
     reader: PageReader,
-    sent: SentPages,
 }
 
 /// A migration under way. Dropping it undoes everything: the dump is aborted (the tree runs on), the tracker
@@ -92,7 +99,10 @@ struct Migration<'a> {
     peer_memory: u64,
     layout: Layout,
     spaces: BTreeMap<u32, Space>,
-    sender: pages::PageSender,
+    /// What the destination holds.
+    books: Mutex<Books>,
+    /// One for each connection.
+    workers: Vec<Worker>,
     /// Tasks in which a SIGSTOP waits.
     held: Vec<Target>,
     /// Lets them go if this engine dies before the commit.
@@ -102,6 +112,10 @@ struct Migration<'a> {
     images: ImageDir,
     tracker: Option<Tracker>,
     channel: Option<Channel>,
+    /// Further connections, for pages only.
+    further: Vec<Channel>,
+    /// Bytes that went over further connections that are closed.
+    closed_bytes: u64,
 }
 
 impl<'a> Migration<'a> {
@@ -127,10 +141,6 @@ impl<'a> Migration<'a> {
             ),
         };
         let session = session_id().map_err(SendError::Identity)?;
-        let mut sender = pages::PageSender::new()?;
-        if let Some(bandwidth) = plan.bandwidth {
-            sender.limit_link(bandwidth);
-        }
         let report = MigrationReport {
             schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -163,13 +173,16 @@ impl<'a> Migration<'a> {
             peer_memory: u64::MAX,
             layout: Layout::default(),
             spaces: BTreeMap::new(),
-            sender,
+            books: Mutex::default(),
+            workers: Vec::new(),
             held: Vec::new(),
             watchman: None,
             dump: None,
             images: ImageDir::new()?,
             tracker: None,
             channel: None,
+            further: Vec::new(),
+            closed_bytes: 0,
         })
     }
 
@@ -214,7 +227,7 @@ impl<'a> Migration<'a> {
         self.peer_memory = welcome.memory;
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
-        self.channel().set_bandwidth(plan.bandwidth);
+        self.open_streams(welcome.streams)?;
         self.observer.event(&Event::Connected { to: self.plan.to, version: welcome.engine });
         Ok(())
     }
@@ -287,8 +300,13 @@ impl<'a> Migration<'a> {
         self.dump.as_mut().expect("CRIU was started before the freeze")
     }
 
-    fn space(&mut self, key: u32) -> &mut Space {
-        self.spaces.get_mut(&key).expect("a space was made for every key that was taken in")
+    fn space(&self, key: u32) -> &Space {
+        self.spaces.get(&key).expect("a space was made for every key that was taken in")
+    }
+
+    /// The books, while no worker is at them. Each change of theirs is one call that leaves them whole.
+    fn books(&mut self) -> &mut Books {
+        self.books.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn control(&mut self, message: &ControlMessage) -> Result<(), SendError> {

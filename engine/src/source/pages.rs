@@ -1,53 +1,23 @@
-//! Reads pages of the target, leaves out what the destination has, and sends the rest: one worker that reads,
-//! hashes and sends, so that a page's bytes stay in the cache from the first step to the last.
+//! One worker of the pipeline: it takes a batch off the queue, reads, hashes, codes and sends it, so that a page's bytes
+//! stay in the core's cache from the first step to the last. Each worker has its own connection and its own buffers.
 
-use super::deltas::DeltaCache;
-use super::sent::SentPages;
-use crate::layout::Place;
+use super::books::{Books, Fate, Look, Output};
+use super::queue::{Queue, Task};
+use super::tally::Tally;
+use super::ways::{Way, Ways};
 use crate::link::{Channel, ChannelError};
-use pageferry_tracker::{PageReader, PageSet, ReadError, Run};
+use crate::report::Share;
+use pageferry_tracker::{ReadError, Run};
+use pageferry_wire_format::delta::Page;
 use pageferry_wire_format::{
-    Coding, CodingChooser, EncodeError, PageBatch, PageNo, ZstdEncoder, delta, digest,
+    Coding, EncodeError, PageBatch, PageDigest, PageNo, SpaceId, ZstdEncoder, digest, limits,
 };
 use std::io::IoSlice;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
-/// Pages of a batch: 256 KiB is one call to read them, and stays in a core's second-level cache while they
-/// are hashed and sent.
-const BATCH: u64 = 64;
-
-/// A delta that is longer than this is not worth one: half a page, after which zstd or the link itself is as good.
-const LONGEST_DELTA: usize = PAGE / 2;
-
-/// What became of the pages of a round.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) sent: u64,
-    pub(crate) unchanged: u64,
-    pub(crate) zero: u64,
-    pub(crate) gone: u64,
-    pub(crate) compressed: u64,
-    pub(crate) delta: u64,
-    pub(crate) bytes: u64,
-}
-
-impl Tally {
-    pub(crate) fn add(&mut self, other: &Tally) {
-        self.sent += other.sent;
-        self.unchanged += other.unchanged;
-        self.zero += other.zero;
-        self.gone += other.gone;
-        self.compressed += other.compressed;
-        self.delta += other.delta;
-        self.bytes += other.bytes;
-    }
-
-    /// Pages that were looked at.
-    pub(crate) fn pages(&self) -> u64 {
-        self.sent + self.unchanged + self.zero + self.gone
-    }
-}
+const PAGE: usize = size_of::<Page>();
 
 /// How sending pages fails.
 #[derive(Debug, thiserror::Error)]
@@ -71,32 +41,91 @@ pub(crate) enum SendPagesError {
     Channel(#[from] ChannelError),
 }
 
-/// The worker and its buffers.
-pub(crate) struct PageSender {
-    bytes: Vec<u8>,
-    packed: Vec<u8>,
-    batch: PageBatch,
-    runs: Vec<Run>,
-    chooser: CodingChooser,
-    zstd: ZstdEncoder,
-    cache: DeltaCache,
-    /// Pages that travel as what differs, and their deltas.
-    delta_batch: PageBatch,
-    deltas: Vec<u8>,
+/// What the workers of a round share.
+pub(crate) struct Round<'a> {
+    pub(crate) queue: Queue<'a>,
+    pub(crate) books: &'a Mutex<Books>,
+    pub(crate) number: u32,
+    /// The tree stands still, so a page that cannot be read is a bug and not a change.
+    pub(crate) frozen: bool,
+    /// Somebody failed or was told to stop: the others need not go on.
+    pub(crate) stop: AtomicBool,
+    pub(crate) done_pages: AtomicU64,
+    pub(crate) sent_bytes: AtomicU64,
 }
 
-impl PageSender {
-    pub(crate) fn new() -> Result<Self, EncodeError> {
+impl<'a> Round<'a> {
+    pub(crate) fn new(queue: Queue<'a>, books: &'a Mutex<Books>, number: u32, frozen: bool) -> Self {
+        Self {
+            queue,
+            books,
+            number,
+            frozen,
+            stop: AtomicBool::new(false),
+            done_pages: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Pages of a batch that travel in one frame: where they are in the buffer, as (from, to).
+#[derive(Default)]
+struct Group {
+    batch: PageBatch,
+    pieces: Vec<(usize, usize)>,
+}
+
+impl Group {
+    fn clear(&mut self, space: SpaceId, round: u32, coding: Coding) {
+        self.batch.clear(space, round, coding);
+        self.pieces.clear();
+    }
+
+    fn piece(&mut self, from: usize) {
+        match self.pieces.last_mut() {
+            Some(last) if last.1 == from => last.1 = from + PAGE,
+            _ => self.pieces.push((from, from + PAGE)),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.pieces.iter().map(|(from, to)| to - from).sum()
+    }
+}
+
+/// The worker and its buffers.
+pub(crate) struct Worker {
+    bytes: Vec<u8>,
+    /// Of every page whether it is zeros, and its digest.
+    contents: Vec<(bool, PageDigest)>,
+    runs: Vec<Run>,
+    whole: Group,
+    on_base: Group,
+    deltas: PageBatch,
+    copies: PageBatch,
+    out: Output,
+    /// Pages in one piece, for the compressor.
+    gathered: Vec<u8>,
+    packed: Vec<u8>,
+    chooser: Ways,
+    zstd: ZstdEncoder,
+}
+
+impl Worker {
+    pub(crate) fn new(chooser: Ways) -> Result<Self, EncodeError> {
         Ok(Self {
-            bytes: vec![0; BATCH as usize * PAGE],
-            packed: Vec::new(),
-            batch: PageBatch::default(),
+            bytes: Vec::new(),
+            contents: Vec::new(),
             runs: Vec::new(),
-            chooser: CodingChooser::default(),
+            whole: Group::default(),
+            on_base: Group::default(),
+            deltas: PageBatch::default(),
+            copies: PageBatch::default(),
+            out: Output::default(),
+            gathered: Vec::new(),
+            packed: Vec::new(),
+            chooser,
             zstd: ZstdEncoder::new()?,
-            cache: DeltaCache::default(),
-            delta_batch: PageBatch::default(),
-            deltas: Vec::new(),
         })
     }
 
@@ -105,175 +134,233 @@ impl PageSender {
         self.chooser.observe_link(bytes_per_second as usize, Duration::from_secs(1));
     }
 
-    /// What was sent of pages that are likely to be sent again.
-    pub(crate) fn cache(&mut self) -> &mut DeltaCache {
-        &mut self.cache
-    }
-
-    /// Sends the pages of `todo`. `frozen`: the tree stands still, so a page that cannot be read is a bug
-    /// and not a change. `tick` is called after every batch with what was done so far, and ends the round early with `false`.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one call site a phase, and every argument is a different thing"
-    )]
-    pub(crate) fn send(
+    /// Sends batches until the queue is empty or somebody says stop. `tick` is called after each of them and ends the
+    /// round early with `false`.
+    pub(crate) fn run(
         &mut self,
         channel: &mut Channel,
-        place: &Place,
-        reader: &mut PageReader,
-        sent: &mut SentPages,
-        todo: &PageSet,
-        round: u32,
-        frozen: bool,
-        tick: &mut dyn FnMut(&Tally) -> bool,
+        round: &Round<'_>,
+        tick: &mut dyn FnMut() -> bool,
     ) -> Result<Tally, SendPagesError> {
         let mut tally = Tally::default();
-        let mut rest = todo.runs().iter().copied();
-        let mut next = rest.next();
-        while next.is_some() {
-            self.runs.clear();
-            let mut room = BATCH;
-            while let Some(run) = next
-                && room > 0
-            {
-                let take = run.len.min(room);
-                self.runs.push(Run { start: run.start, len: take });
-                room -= take;
-                next = if take < run.len {
-                    Some(Run { start: run.start + take, len: run.len - take })
-                } else {
-                    rest.next()
-                };
+        let result = loop {
+            if round.stop.load(Ordering::Relaxed) {
+                break Ok(());
             }
-            self.send_batch(channel, place, reader, sent, round, frozen, &mut tally)?;
-            if !tick(&tally) {
-                break;
+            let most = self.chooser.batch_pages().min(limits::MAX_BATCH_PAGES) as u64;
+            let Some(task) = round.queue.next(most, &mut self.runs) else { break Ok(()) };
+            let before = (tally.pages(), tally.bytes());
+            let sent = self.send_batch(channel, round, task, &mut tally);
+            if let Err(error) = sent.and_then(|()| Ok(channel.hear_abort()?)) {
+                break Err(error);
             }
+            round.done_pages.fetch_add(tally.pages() - before.0, Ordering::Relaxed);
+            round.sent_bytes.fetch_add(tally.bytes() - before.1, Ordering::Relaxed);
+            if !tick() {
+                round.stop.store(true, Ordering::Relaxed);
+            }
+        };
+        if result.is_err() {
+            round.stop.store(true, Ordering::Relaxed);
         }
-        Ok(tally)
+        result.map(|()| tally)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "as send")]
     fn send_batch(
         &mut self,
         channel: &mut Channel,
-        place: &Place,
-        reader: &mut PageReader,
-        sent: &mut SentPages,
-        round: u32,
-        frozen: bool,
+        round: &Round<'_>,
+        task: &Task<'_>,
         tally: &mut Tally,
     ) -> Result<(), SendPagesError> {
-        let pid = place.target.pid();
+        let pid = task.place.target.pid();
         let pages: u64 = self.runs.iter().map(|run| run.len).sum();
-        let bytes = &mut self.bytes[..pages as usize * PAGE];
-        let vanished = match reader.read(&self.runs, bytes) {
+        let len = pages as usize * PAGE;
+        if self.bytes.len() < len {
+            self.bytes.resize(len, 0);
+        }
+        let vanished = match task.reader.read(&self.runs, &mut self.bytes[..len]) {
             Ok(vanished) => vanished,
             // A process of a running tree may end at any time: the next scan does not find it any more. If it was
             // the root, that scan says so.
-            Err(ReadError::Gone(_)) if !frozen => {
+            Err(ReadError::Gone(_)) if !round.frozen => {
                 tally.gone += pages;
                 return Ok(());
             }
             Err(source) => return Err(SendPagesError::Read { pid, pages, source }),
         };
-        if frozen && let Some(page) = vanished.first() {
+        if round.frozen
+            && let Some(page) = vanished.first()
+        {
             return Err(SendPagesError::Vanished { pid, page: *page });
         }
+        self.sort(round, task.place.id, len, &vanished, tally);
+        self.send_whole(channel, tally)?;
+        self.send_on_base(channel, tally)?;
+        if !self.deltas.is_empty() {
+            let share = &mut tally.codings.delta;
+            send(channel, &mut self.chooser, &self.deltas, &[IoSlice::new(&self.out.deltas)], share)?;
+        }
+        if !self.copies.is_empty() {
+            send(channel, &mut self.chooser, &self.copies, &[], &mut tally.codings.copy)?;
+        }
+        Ok(())
+    }
 
-        self.batch.clear(place.id, round, Coding::Raw);
-        self.delta_batch.clear(place.id, round, Coding::Delta);
-        self.deltas.clear();
-        // Runs of neighbouring bytes in the buffer that travel: (from, to).
-        let mut pieces: Vec<(usize, usize)> = Vec::with_capacity(8);
-        let numbers = self.runs.iter().flat_map(|run| run.start..run.start + run.len);
+    /// Hashes the pages of the batch, and decides how each of them travels.
+    fn sort(&mut self, round: &Round<'_>, space: SpaceId, len: usize, vanished: &[u64], tally: &mut Tally) {
+        let Self { bytes, contents, runs, whole, on_base, deltas, copies, out, .. } = self;
+        let pages = bytes[..len].as_chunks::<PAGE>().0;
+        contents.clear();
+        contents.extend(pages.iter().map(|page| match digest::is_zero(page) {
+            true => (true, digest::ZERO_PAGE),
+            false => (false, digest::page(page)),
+        }));
+        whole.clear(space, round.number, Coding::Raw);
+        on_base.clear(space, round.number, Coding::ZstdOnBase);
+        deltas.clear(space, round.number, Coding::Delta);
+        copies.clear(space, round.number, Coding::Copy);
+        out.deltas.clear();
+        out.bases.clear();
+        // Every change of the books is one call that leaves them whole.
+        let mut books = round.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let numbers = runs.iter().flat_map(|run| run.start..run.start + run.len);
         for (index, number) in numbers.enumerate() {
             if !vanished.is_empty() && vanished.contains(&number) {
                 // It was unmapped after the scan: the next scan does not find it, and it is forgotten then.
                 tally.gone += 1;
                 continue;
             }
-            let from = index * PAGE;
-            let page = &bytes[from..from + PAGE];
-            let zero = digest::is_zero(page);
-            let content = if zero { digest::ZERO_PAGE } else { digest::page(page) };
-            let before = sent.get(number).copied();
-            if before == Some(content) {
-                tally.unchanged += 1;
-                continue;
-            }
-            sent.insert(number, content);
-            if let Some(before) = before.filter(|_| !zero) {
-                let page: &delta::Page = page.try_into().expect("a page");
-                let base = self.cache.base(place.id, number, &before);
-                let start = self.deltas.len();
-                let small =
-                    base.is_some_and(|base| delta::encode(base, page, &mut self.deltas) <= LONGEST_DELTA);
-                // In the freeze nothing is sent again.
-                if !frozen {
-                    self.cache.keep(place.id, number, page, content, round);
+            let (page, (zero, content)) = (PageNo(number), contents[index]);
+            let look = Look {
+                space,
+                page: number,
+                bytes: &pages[index],
+                content,
+                zero,
+                round: round.number,
+                last: round.frozen,
+            };
+            let in_hand = |of: SpaceId, at: u64| {
+                let place = (of == space).then(|| place_of(runs, at)).flatten()?;
+                (place < index).then(|| &pages[place])
+            };
+            match books.enter(&look, out, in_hand) {
+                Fate::Unchanged => tally.codings.unchanged.pages += 1,
+                Fate::Zero => {
+                    whole.batch.push(page, true, content);
+                    tally.codings.zero.pages += 1;
                 }
-                if small {
-                    self.delta_batch.push_on_base(PageNo(number), content, before);
-                    tally.delta += 1;
-                    tally.sent += 1;
-                    continue;
+                Fate::Copy(from) => copies.push_copy(page, content, from),
+                Fate::Delta(base) => deltas.push_on_base(page, content, base),
+                Fate::OnBase(base) => {
+                    on_base.batch.push_on_base(page, content, base);
+                    on_base.piece(index * PAGE);
                 }
-                self.deltas.truncate(start);
-            }
-            self.batch.push(PageNo(number), zero, content);
-            if zero {
-                tally.zero += 1;
-                continue;
-            }
-            tally.sent += 1;
-            match pieces.last_mut() {
-                Some(last) if last.1 == from => last.1 = from + PAGE,
-                _ => pieces.push((from, from + PAGE)),
+                Fate::Whole => {
+                    whole.batch.push(page, false, content);
+                    whole.piece(index * PAGE);
+                }
             }
         }
-        if !self.delta_batch.is_empty() {
-            let start = Instant::now();
-            let wire = channel.pages(&self.delta_batch, &[IoSlice::new(&self.deltas)])?;
-            self.chooser.observe_link(wire, start.elapsed());
-            tally.bytes += wire as u64;
-        }
-        if self.batch.is_empty() {
-            channel.hear_abort()?;
+    }
+
+    /// Pages that nothing is known of, and marks of zero pages.
+    fn send_whole(&mut self, channel: &mut Channel, tally: &mut Tally) -> Result<(), SendPagesError> {
+        let group = &mut self.whole;
+        if group.batch.is_empty() {
             return Ok(());
         }
-
-        let raw: usize = pieces.iter().map(|(from, to)| to - from).sum();
-        let mut packed = false;
-        if raw > 0 && self.chooser.compress() {
-            // The codec wants its input in one piece.
-            let mut at = 0;
-            for (from, to) in &mut pieces {
-                bytes.copy_within(*from..*to, at);
-                at += *to - *from;
-            }
+        let raw = group.bytes();
+        if raw > 0
+            && let way @ Way::Zstd(level) = self.chooser.choose(false)
+        {
+            let plain = gather(&self.bytes, &group.pieces, &mut self.gathered);
             let start = Instant::now();
-            self.zstd.encode(1, &bytes[..raw], &mut self.packed)?;
-            self.chooser.observe_zstd(raw, self.packed.len(), start.elapsed());
-            pieces.clear();
-            pieces.push((0, raw));
+            self.zstd.encode(level, plain, &mut self.packed)?;
+            self.chooser.observe(way, raw, self.packed.len(), start.elapsed());
             if self.packed.len() < raw {
-                packed = true;
-                self.batch.set_coding(Coding::Zstd);
-                tally.compressed += (raw / PAGE) as u64;
+                group.batch.set_coding(Coding::Zstd);
+                let payload = [IoSlice::new(&self.packed)];
+                return send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.zstd);
             }
         }
-        let start = Instant::now();
-        let wire = if packed {
-            channel.pages(&self.batch, &[IoSlice::new(&self.packed)])?
-        } else {
-            let slices: Vec<IoSlice<'_>> =
-                pieces.iter().map(|(from, to)| IoSlice::new(&bytes[*from..*to])).collect();
-            channel.pages(&self.batch, &slices)?
-        };
-        self.chooser.observe_link(wire, start.elapsed());
-        tally.bytes += wire as u64;
-        channel.hear_abort()?;
-        Ok(())
+        let payload: Vec<_> =
+            group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
+        send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.raw)
     }
+
+    /// Pages of which the destination has other bytes, of which little is left.
+    fn send_on_base(&mut self, channel: &mut Channel, tally: &mut Tally) -> Result<(), SendPagesError> {
+        let group = &mut self.on_base;
+        if group.batch.is_empty() {
+            return Ok(());
+        }
+        let raw = group.bytes();
+        let way = self.chooser.choose(true);
+        if let Way::Zstd(level) | Way::ZstdOnBase(level) = way {
+            let plain = gather(&self.bytes, &group.pieces, &mut self.gathered);
+            let start = Instant::now();
+            match way {
+                Way::ZstdOnBase(_) => {
+                    self.zstd.encode_on(level, &self.out.bases, plain, &mut self.packed)?;
+                }
+                _ => self.zstd.encode(level, plain, &mut self.packed)?,
+            }
+            self.chooser.observe(way, raw, self.packed.len(), start.elapsed());
+            if self.packed.len() < raw {
+                let payload = [IoSlice::new(&self.packed)];
+                let (coding, share) = match way {
+                    Way::ZstdOnBase(_) => (Coding::ZstdOnBase, &mut tally.codings.zstd_on_base),
+                    _ => (Coding::Zstd, &mut tally.codings.zstd),
+                };
+                group.batch.set_coding(coding);
+                return send(channel, &mut self.chooser, &group.batch, &payload, share);
+            }
+        }
+        group.batch.set_coding(Coding::Raw);
+        let payload: Vec<_> =
+            group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
+        send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.raw)
+    }
+}
+
+/// Sends one frame, and counts it.
+fn send(
+    channel: &mut Channel,
+    chooser: &mut Ways,
+    batch: &PageBatch,
+    payload: &[IoSlice<'_>],
+    share: &mut Share,
+) -> Result<(), SendPagesError> {
+    let start = Instant::now();
+    let wire = channel.pages(batch, payload)?;
+    chooser.observe_link(wire, start.elapsed());
+    share.pages += batch.nonzero() as u64;
+    share.bytes += wire as u64;
+    Ok(())
+}
+
+/// The pages of `pieces`, in one piece: where they are if they are in a row, else in `room`.
+fn gather<'a>(bytes: &'a [u8], pieces: &[(usize, usize)], room: &'a mut Vec<u8>) -> &'a [u8] {
+    if let [(from, to)] = pieces {
+        return &bytes[*from..*to];
+    }
+    room.clear();
+    for (from, to) in pieces {
+        room.extend_from_slice(&bytes[*from..*to]);
+    }
+    room
+}
+
+/// Where in a batch a page is, counted from its first.
+fn place_of(runs: &[Run], page: u64) -> Option<usize> {
+    let mut before = 0;
+    for run in runs {
+        if (run.start..run.start + run.len).contains(&page) {
+            return Some((before + page - run.start) as usize);
+        }
+        before += run.len;
+    }
+    None
 }

@@ -1,7 +1,6 @@
 //! Rounds: the program runs, and what it writes is sent again until little enough is left.
 
 use super::failure::SendError;
-use super::pages::Tally;
 use super::{Migration, Phase, Space};
 use crate::observe::Event;
 use crate::policy::{Adaptive, Decision, Measured, RoundPolicy, RoundSample};
@@ -13,8 +12,6 @@ use std::time::{Duration, Instant};
 
 /// Rounds smaller than this say nothing about the pace: they are all overhead.
 const PACE_PAGES: u64 = 256;
-/// How often progress is told.
-const TELL: Duration = Duration::from_millis(100);
 
 /// Share of the program's memory that the delta cache takes unless it is told: 1/16.
 const DELTA_CACHE_SHARE: u64 = 16;
@@ -49,7 +46,8 @@ impl Migration<'_> {
             let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
             self.check_room(resident_pages)?;
             let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
-            self.sender.cache().set_budget(self.plan.delta_cache.unwrap_or(share));
+            let cache = self.plan.delta_cache.unwrap_or(share);
+            self.books().make_room(resident_pages, collected.spaces.len(), cache);
             let decision = policy.decide(&RoundSample {
                 round,
                 todo_pages,
@@ -64,18 +62,11 @@ impl Migration<'_> {
             }
             self.observer.event(&Event::RoundStarted { round, dirty_pages: todo_pages });
             let sending = Instant::now();
-            let before = self.channel().link().sent();
+            let before = self.sent_bytes();
             let tally = self.send_todo(&todo, round, false)?;
             let sent = sending.elapsed();
-            self.control(&ControlMessage::RoundEnd {
-                round,
-                pages: tally.sent + tally.zero,
-                bytes: tally.bytes,
-            })?;
-            match self.answer("the acknowledgement of a round")? {
-                ControlMessage::RoundAck { round: acknowledged } if acknowledged == round => {}
-                other => return Err(SendError::Protocol(format!("{other:?} instead of an acknowledgement"))),
-            }
+            self.end_round(round, &tally)?;
+            self.acknowledged(round)?;
             let acked = sending.elapsed();
             self.tracker_mut().acknowledge(collected.ticket);
 
@@ -89,17 +80,16 @@ impl Migration<'_> {
                 round,
                 frozen: false,
                 dirty_pages: todo_pages,
-                sent_pages: tally.sent,
-                unchanged_pages: tally.unchanged,
-                zero_pages: tally.zero,
+                sent_pages: tally.sent(),
+                unchanged_pages: tally.codings.unchanged.pages,
+                zero_pages: tally.codings.zero.pages,
                 gone_pages: tally.gone,
-                compressed_pages: tally.compressed,
-                delta_pages: tally.delta,
-                sent_bytes: self.channel().link().sent() - before,
+                codings: tally.codings,
+                sent_bytes: self.sent_bytes() - before,
                 duration_us: start.elapsed().as_micros() as u64,
                 pause_us: collected.pause.as_micros() as u64,
                 dirty_rate: rate(todo_pages, since_last),
-                link_rate: rate(tally.bytes, acked),
+                link_rate: rate(tally.bytes(), acked),
                 predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
             };
             self.observer.event(&Event::RoundEnded(report.clone()));
@@ -119,7 +109,7 @@ impl Migration<'_> {
         for key in &collected.exited {
             // Only of those that it heard of: one may have ended before it was announced.
             if let (Some(place), Some(_)) = (self.layout.remove(*key), self.spaces.remove(&key.0)) {
-                self.sender.cache().forget(place.id);
+                self.books().forget(place.id);
                 self.control(&ControlMessage::SpaceGone { space: place.id })?;
             }
         }
@@ -138,9 +128,9 @@ impl Migration<'_> {
             self.control(&ControlMessage::Spaces { round, spaces: fresh })?;
         }
         for scan in &collected.spaces {
-            let Some(space) = self.spaces.get_mut(&scan.key.0) else { continue };
-            let gone = space.sent.retain(&scan.populated);
+            let Some(space) = self.spaces.get(&scan.key.0) else { continue };
             let id = space.place.id;
+            let gone = self.books().space(id).retain(&scan.populated);
             if !gone.is_empty() {
                 for runs in super::sent::wire_runs(&gone).chunks(super::RUNS_A_MESSAGE) {
                     self.control(&ControlMessage::Discard { space: id, runs: runs.to_vec() })?;
@@ -163,53 +153,16 @@ impl Migration<'_> {
             name: scan.target.name(),
             pages: scan.populated.len(),
         };
-        vacant.insert(Space { place, reader, sent: Default::default() });
+        vacant.insert(Space { place, reader });
         Ok(Some(info))
     }
 
     /// A page is due when it is there and was written, or is there and was never given: what the kernel says
     /// about writes is not believed for pages that the destination does not have.
-    fn due(&self, scan: &SpaceScan) -> PageSet {
-        let sent = &self.spaces[&scan.key.0].sent;
+    fn due(&mut self, scan: &SpaceScan) -> PageSet {
+        let id = self.space(scan.key.0).place.id;
+        let sent = self.books().space(id);
         scan.dirty.intersect(&scan.populated).union(&sent.missing(&scan.populated))
-    }
-
-    /// Sends what is due, space by space.
-    pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
-        let total_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
-        let mut tally = Tally::default();
-        let mut told = Instant::now();
-        let observer = self.observer;
-        for Todo { key, pages } in todo {
-            let space = self.spaces.get_mut(key).expect("take_in has made a space for every key");
-            let channel = self.channel.as_mut().expect("connected before the first round");
-            let done = tally;
-            let cancel = self.cancel;
-            let part = self.sender.send(
-                channel,
-                &space.place,
-                &mut space.reader,
-                &mut space.sent,
-                pages,
-                round,
-                frozen,
-                &mut |part| {
-                    if told.elapsed() >= TELL {
-                        told = Instant::now();
-                        observer.event(&Event::Progress {
-                            round,
-                            done_pages: done.pages() + part.pages(),
-                            total_pages,
-                            sent_bytes: done.bytes + part.bytes,
-                        });
-                    }
-                    !cancel.is_cancelled()
-                },
-            )?;
-            self.check_cancel()?;
-            tally.add(&part);
-        }
-        Ok(tally)
     }
 }
 

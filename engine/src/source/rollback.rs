@@ -21,8 +21,7 @@ impl Migration<'_> {
             self.report.total_us = started.elapsed().as_micros() as u64;
         }
         self.report.engine_peak_rss_bytes = peak_resident_bytes();
-        let sent = self.channel.as_ref().map_or(0, |channel| channel.link().sent());
-        self.report.bytes_sent = sent;
+        self.report.bytes_sent = self.sent_bytes();
         let Err(error) = result else {
             self.report.outcome = "completed".to_owned();
             return Ok(self.report);

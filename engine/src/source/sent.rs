@@ -55,6 +55,17 @@ impl SentPages {
         self.digest.insert(PageNo(page), &digest);
     }
 
+    /// The destination does not have `page`.
+    pub(crate) fn remove(&mut self, page: u64) {
+        let Some(table) = self.tables.get_mut(&(page / PAGES)) else { return };
+        let index = (page % PAGES) as usize;
+        if table.has(index) {
+            table.given[index / 64] &= !(1 << (index % 64));
+            self.digest.remove(PageNo(page), &table.digests[index]);
+            self.pages -= 1;
+        }
+    }
+
     /// Number of pages.
     pub(crate) fn len(&self) -> u64 {
         self.pages
@@ -176,6 +187,7 @@ mod tests {
             given in proptest::collection::vec((0u64..3000, 0u64..8), 0..300),
             kept in proptest::collection::vec((0u64..3000, 1u64..700), 0..12),
             wanted in proptest::collection::vec((0u64..3000, 1u64..700), 0..12),
+            removed in proptest::collection::vec(0u64..3000, 0..100),
         ) {
             let (kept, wanted) = (set(&kept), set(&wanted));
             let mut sent = SentPages::default();
@@ -183,6 +195,10 @@ mod tests {
             for (page, content) in given {
                 sent.insert(page, digest_of(content));
                 model.insert(page, digest_of(content));
+            }
+            for page in removed {
+                sent.remove(page);
+                model.remove(&page);
             }
             let missing = sent.missing(&wanted);
             for page in 0..4000 {

@@ -31,8 +31,8 @@ impl Migration<'_> {
                         .min(STEP)
                         .min((limits::MAX_DIGESTS_PER_FRAME - batch.digests.len()) as u64);
                     let bytes = &mut buffer[..len as usize * 4096];
-                    let space = self.spaces.get_mut(&scan.key.0).expect("taken in");
-                    let missing = space
+                    let missing = self
+                        .space(scan.key.0)
                         .reader
                         .read(&[Run { start: at, len }], bytes)
                         .map_err(|source| SendError::Reader { pid, source })?;

@@ -7,6 +7,7 @@ mod faults;
 mod ferry;
 mod programs;
 mod refusals;
+mod streams;
 mod swap;
 #[path = "../../../tracker/tests/live/swap_device.rs"]
 mod swap_device;
@@ -24,7 +25,14 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let ferry: Arc<Mutex<Option<Ferry>>> = Arc::default();
     let mut trials = Vec::new();
-    let tests = [programs::tests(), refusals::tests(), faults::tests(), swap::tests(), tracking::tests()];
+    let tests = [
+        programs::tests(),
+        refusals::tests(),
+        streams::tests(),
+        faults::tests(),
+        swap::tests(),
+        tracking::tests(),
+    ];
     for (name, test) in tests.into_iter().flatten() {
         let ferry = Arc::clone(&ferry);
         trials.push(Trial::ignorable_test(name, move || run(&ferry, test)));

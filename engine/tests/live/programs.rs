@@ -62,7 +62,7 @@ fn sparse(ferry: &Ferry) -> anyhow::Result<()> {
         let outcome =
             ferry.migrate(subject.pid, None, &[&options[..], &["--delta-cache", cache]].concat())?;
         let report = outcome.moved()?;
-        let deltas: u64 = report.rounds.iter().map(|round| round.delta_pages).sum();
+        let deltas: u64 = report.rounds.iter().map(|round| round.codings.delta.pages).sum();
         ensure!((deltas > 0) == (cache != "0"), "{deltas} deltas with a cache of {cache}");
         let last = report.rounds.last().context("rounds")?;
         bytes.push(last.sent_bytes as f64 / last.sent_pages.max(1) as f64);

@@ -71,7 +71,7 @@ impl Compare {
 
     /// The digests that the pages have now, of those that can be read.
     fn digest(&self, populated: &PageSet) -> io::Result<Base> {
-        let mut reader = PageReader::new(&self.target).map_err(refused)?;
+        let reader = PageReader::new(&self.target).map_err(refused)?;
         let mut now =
             Base { pages: PageSet::default(), digests: Vec::with_capacity(populated.len() as usize) };
         let mut buffer = vec![0; BATCH as usize * PAGE];

@@ -105,7 +105,7 @@ fn prepared(kind: TrackerKind) -> (Subject, u64, Tracker) {
 fn read_pages(subject: &Subject, at: u64, count: u64) -> (Vec<u8>, Vec<u64>) {
     let mut bytes = vec![0xEE; count as usize * 4096];
     let run = Run { start: at / 4096, len: count };
-    let mut reader = PageReader::new(&subject.target()).expect("a reader");
+    let reader = PageReader::new(&subject.target()).expect("a reader");
     let missing = reader.read(&[run], &mut bytes).expect("a read");
     (bytes, missing.into_iter().map(|page| page - at / 4096).collect())
 }

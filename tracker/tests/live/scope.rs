@@ -362,7 +362,7 @@ fn objects_are_read_where_they_are_mapped(kind: TrackerKind) {
     let object = object(&collected, subject.pid(), at);
     assert_eq!(object.page_in(scan, 19), Some(at / 4096 + 3));
     assert_eq!((object.page_in(scan, 15), object.page_in(scan, 32)), (None, None), "not mapped");
-    let mut reader = PageReader::new(&scan.target).expect("a reader");
+    let reader = PageReader::new(&scan.target).expect("a reader");
     for page in [19, 20] {
         let run = Run { start: object.page_in(scan, page).expect("it is mapped"), len: 1 };
         let mut bytes = [0; 4096];

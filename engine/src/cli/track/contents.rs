@@ -68,7 +68,7 @@ impl Contents {
         let known = self.pages.entry(owner).or_default();
         let mut unchanged = PageSet::default();
         let mut buffer = vec![0; BATCH as usize * PAGE];
-        let mut reader = match PageReader::new(&scan.target) {
+        let reader = match PageReader::new(&scan.target) {
             Ok(reader) => reader,
             Err(_) if !scan.target.is_alive() => return Ok(None),
             Err(error) => return Err(error),

@@ -45,8 +45,8 @@ pub enum StoreError {
         #[source]
         cause: DecodeError,
     },
-    /// A batch in a coding that this store does not take.
-    #[error("a batch of space {} came in the coding {coding:?}, which is not taken here", space.0)]
+    /// A batch in a coding that has no bytes to receive (copies are carried out by `copy_pages`).
+    #[error("a batch of space {} came in the coding {coding:?}, which brings no bytes", space.0)]
     Coding {
         /// The address space.
         space: SpaceId,

@@ -17,6 +17,8 @@ pub(super) struct Returned {
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     pub(super) packed: Vec<u8>,
+    /// What a batch was compressed on top of.
+    pub(super) bases: Vec<u8>,
     plain: Vec<u8>,
     decoder: Option<ZstdDecoder>,
 }
@@ -43,10 +45,13 @@ impl Landing {
     pub fn slices(&mut self) -> Vec<IoSliceMut<'_>> {
         self.checked = false;
         match self.coding {
+            Coding::Zstd | Coding::ZstdOnBase | Coding::Delta => {
+                vec![IoSliceMut::new(&mut self.buffers.packed)]
+            }
+            Coding::Copy => Vec::new(),
             Coding::Raw => {
                 self.extents.iter_mut().map(|extent| IoSliceMut::new(extent.bytes_mut())).collect()
             }
-            _ => vec![IoSliceMut::new(&mut self.buffers.packed)],
         }
     }
 
@@ -54,8 +59,9 @@ impl Landing {
     #[cfg(test)]
     pub fn payload_len(&self) -> usize {
         match self.coding {
+            Coding::Zstd | Coding::ZstdOnBase | Coding::Delta => self.buffers.packed.len(),
+            Coding::Copy => 0,
             Coding::Raw => self.pages.len() * SLOT_BYTES,
-            _ => self.buffers.packed.len(),
         }
     }
 
@@ -99,23 +105,27 @@ impl Landing {
     /// Makes pages of a packed payload, in their slots.
     fn unpack(&mut self) -> Result<(), StoreError> {
         match self.coding {
-            Coding::Raw => return Ok(()),
+            Coding::Raw | Coding::Copy => return Ok(()),
             Coding::Delta => return self.apply(),
-            Coding::Zstd => {}
-            coding => return Err(StoreError::Coding { space: self.space, coding }),
+            Coding::Zstd | Coding::ZstdOnBase => {}
         }
+        let on_base = self.coding == Coding::ZstdOnBase;
         let (space, pages) = (self.space, self.pages.len());
         let failed = |cause| StoreError::Unpack { space, pages, cause };
-        let Buffers { packed, plain, decoder } = &mut self.buffers;
+        let Buffers { packed, bases, plain, decoder } = &mut self.buffers;
         let decoder = match decoder {
             Some(decoder) => decoder,
             None => decoder.insert(ZstdDecoder::new().map_err(failed)?),
         };
+        let mut unpack = |into: &mut [u8]| match on_base {
+            true => decoder.decode_on(bases, packed, into).map_err(failed),
+            false => decoder.decode(packed, into).map_err(failed),
+        };
         if let [extent] = &mut self.extents[..] {
-            return decoder.decode(packed, extent.bytes_mut()).map_err(failed);
+            return unpack(extent.bytes_mut());
         }
         plain.resize(pages * SLOT_BYTES, 0);
-        decoder.decode(packed, plain).map_err(failed)?;
+        unpack(plain)?;
         let mut rest = &self.buffers.plain[..];
         for extent in &mut self.extents {
             let slots = extent.bytes_mut();

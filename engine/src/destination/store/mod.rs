@@ -7,6 +7,7 @@
 //! frozen, does not read the memory again.
 
 mod budget;
+mod copies;
 mod error;
 mod index;
 mod landing;
@@ -14,6 +15,7 @@ mod prefault;
 mod slots;
 mod tables;
 
+pub use copies::CopyOrder;
 #[cfg(test)]
 use error::Bound;
 pub use error::StoreError;
@@ -124,7 +126,7 @@ impl PageStore {
             std::mem::take(&mut returned.buffers)
         };
         let (space, round, coding) = (batch.space(), batch.round(), batch.coding());
-        if matches!(coding, Coding::Copy | Coding::ZstdOnBase) {
+        if coding == Coding::Copy {
             return Err(StoreError::Coding { space, coding });
         }
         let tables = self.spaces.get(&space).map(|index| &index.tables);
@@ -149,8 +151,10 @@ impl PageStore {
         // From here on the slots find their way back whatever happens.
         let mut landing =
             Landing { space, round, pages, zeros, extents, coding, buffers, checked: false, returned };
-        if coding == Coding::Delta {
-            self.lay_bases(&mut landing, batch.bases())?;
+        match coding {
+            Coding::Raw | Coding::Zstd | Coding::Copy => {}
+            Coding::Delta => self.lay_bases(&mut landing, batch.bases())?,
+            Coding::ZstdOnBase => self.gather_bases(&mut landing, batch.bases())?,
         }
         Ok(landing)
     }
@@ -158,22 +162,45 @@ impl PageStore {
     /// Puts into the slots of a batch of deltas what they were made from.
     fn lay_bases(&self, landing: &mut Landing, bases: &[digest::PageDigest]) -> Result<(), StoreError> {
         let space = landing.space;
-        let index = self.spaces.get(&space);
         let slots =
             landing.extents.iter_mut().flat_map(|extent| extent.bytes_mut().as_chunks_mut::<SLOT_BYTES>().0);
         for ((bytes, &(page, _)), base) in slots.zip(&landing.pages).zip(bases) {
-            let wrong = StoreError::Base { space, page };
-            if index.and_then(|index| index.digest_of(page)) != Some(*base) {
-                return Err(wrong);
-            }
-            match self.stretch(space, page, 1) {
-                Some(before) => bytes.copy_from_slice(before),
-                None if *base == digest::ZERO_PAGE => bytes.fill(0),
-                // It was handed on to the restored program.
-                None => return Err(wrong),
-            }
+            self.read(space, page, base, bytes).ok_or(StoreError::Base { space, page })?;
         }
         Ok(())
+    }
+
+    /// Puts together what a batch was compressed on top of.
+    fn gather_bases(&self, landing: &mut Landing, bases: &[digest::PageDigest]) -> Result<(), StoreError> {
+        let space = landing.space;
+        let room = &mut landing.buffers.bases;
+        room.resize(landing.pages.len() * SLOT_BYTES, 0);
+        for ((bytes, &(page, _)), base) in
+            room.as_chunks_mut::<SLOT_BYTES>().0.iter_mut().zip(&landing.pages).zip(bases)
+        {
+            self.read(space, page, base, bytes).ok_or(StoreError::Base { space, page })?;
+        }
+        Ok(())
+    }
+
+    /// Copies a page's bytes out, if they are here and are those that `content` says.
+    fn read(
+        &self,
+        space: SpaceId,
+        page: PageNo,
+        content: &digest::PageDigest,
+        into: &mut [u8; SLOT_BYTES],
+    ) -> Option<()> {
+        if self.spaces.get(&space)?.digest_of(page) != Some(*content) {
+            return None;
+        }
+        match self.stretch(space, page, 1) {
+            Some(bytes) => into.copy_from_slice(bytes),
+            None if *content == digest::ZERO_PAGE => into.fill(0),
+            // It was handed on to the restored program.
+            None => return None,
+        }
+        Some(())
     }
 
     /// Checks a received batch against its digests and lets its pages replace what was there.

@@ -1,0 +1,364 @@
+//! What the connections of a session share: the store, and the books on how far each connection is.
+//!
+//! Pages come over any of them, everything else over the first. A round is complete when every connection has said that
+//! its part of it is; between two such points no page comes twice, and copies of pages that are still under way on
+//! another connection are put off until then.
+
+use super::failure::ReceiveError;
+use super::store::{CopyOrder, PageStore, StoreError};
+use crate::Cancel;
+use crate::fault::Fault;
+use crate::link::{Channel, ChannelError, Incoming, LinkError};
+use pageferry_wire_format::{Coding, ControlMessage, PageNo, PageRun, SpaceId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IoSliceMut;
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Connections of a session besides the first, at most.
+pub(super) const MOST_STREAMS: u16 = 16;
+
+/// Number of the connection that a session begins with.
+const FIRST: u16 = 0;
+
+/// Pages that may be put off beyond those that were announced: a program may grow while it is copied.
+const SLACK_PAGES: u64 = 1 << 20;
+
+/// The meeting point of a session's connections.
+#[derive(Debug)]
+pub(super) struct Hub {
+    session: u128,
+    stall: Duration,
+    books: Mutex<Books>,
+    changed: Condvar,
+    /// Wakes the thread of the first connection when another one has failed.
+    alarm: Cancel,
+}
+
+#[derive(Debug)]
+struct Books {
+    /// Taken when everything has arrived.
+    store: Option<PageStore>,
+    /// Announced and not sealed.
+    open: BTreeSet<SpaceId>,
+    streams: BTreeMap<u16, Stream>,
+    /// Copies of pages that are not here yet.
+    later: Vec<CopyOrder>,
+    /// Pages whose base or original was not here.
+    again: BTreeMap<SpaceId, BTreeSet<PageNo>>,
+    /// Most pages that may be put off or asked for again.
+    patience: u64,
+    stored_pages: u64,
+    /// Grows with everything that arrives: who waits for others sees that they live.
+    moves: u64,
+    failure: Option<ReceiveError>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Stream {
+    /// The round that it said was complete, last.
+    reached: Option<u32>,
+    /// To end it from another thread. The first one ends by itself.
+    handle: Option<TcpStream>,
+}
+
+impl Hub {
+    pub(super) fn new(session: u128, store: PageStore, stall: Duration) -> Result<Self, ReceiveError> {
+        let first = Stream { reached: None, handle: None };
+        let books = Books {
+            store: Some(store),
+            open: BTreeSet::new(),
+            streams: BTreeMap::from([(FIRST, first)]),
+            later: Vec::new(),
+            again: BTreeMap::new(),
+            patience: SLACK_PAGES,
+            stored_pages: 0,
+            moves: 0,
+            failure: None,
+            closed: false,
+        };
+        let alarm = Cancel::new().map_err(LinkError::Lost)?;
+        Ok(Self { session, stall, books: Mutex::new(books), changed: Condvar::new(), alarm })
+    }
+
+    pub(super) fn session(&self) -> u128 {
+        self.session
+    }
+
+    /// Interrupts a wait of the first connection when another one has failed.
+    pub(super) fn alarm(&self) -> &Cancel {
+        &self.alarm
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        // A panic elsewhere ends the session; what is read here after it is thrown away with it.
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something with the store.
+    pub(super) fn with_store<R>(
+        &self,
+        act: impl FnOnce(&mut PageStore) -> Result<R, StoreError>,
+    ) -> Result<R, ReceiveError> {
+        let mut books = self.lock();
+        let store = books.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
+        Ok(act(store)?)
+    }
+
+    /// A space is announced: its pages may come, over any connection. `pages`: of all spaces so far.
+    pub(super) fn open(&self, space: SpaceId, pages: u64) {
+        let mut books = self.lock();
+        books.open.insert(space);
+        books.patience = pages.saturating_add(SLACK_PAGES);
+        self.changed.notify_all();
+    }
+
+    /// No more pages of a space are to come.
+    pub(super) fn shut(&self, space: SpaceId) {
+        self.lock().open.remove(&space);
+    }
+
+    /// Pages that were stored so far, with repetitions.
+    pub(super) fn stored_pages(&self) -> u64 {
+        self.lock().stored_pages
+    }
+
+    /// Receives a batch whose head has just arrived, with the payload still in the link.
+    pub(super) fn pages(
+        &self,
+        channel: &mut Channel,
+        payload: usize,
+        stream: u16,
+    ) -> Result<(), ReceiveError> {
+        crate::fault::point("dest-pages");
+        let (batch, link) = channel.batch_and_link();
+        let space = batch.space();
+        let begun = {
+            let mut books = self.lock();
+            // A further connection may be ahead of the first one, which announces spaces.
+            if stream != FIRST && !books.open.contains(&space) {
+                books = self.wait(books, |books| books.open.contains(&space))?;
+            }
+            if !books.open.contains(&space) {
+                return Err(ReceiveError::UnknownSpace(space));
+            }
+            let lost =
+                is_made_of_others(batch.coding()) && crate::fault::point("dest-base") == Some(Fault::Lose);
+            if lost {
+                Err(StoreError::Base { space, page: PageNo(0) })
+            } else if batch.coding() == Coding::Copy {
+                let orders = CopyOrder::of(batch);
+                return books.copy(orders).inspect(|()| self.changed.notify_all());
+            } else {
+                let store = books.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
+                store.begin_batch(batch, payload)
+            }
+        };
+        let mut landing = match begun {
+            Ok(landing) => landing,
+            Err(StoreError::Base { .. }) => {
+                // What they were made from is not here: they are asked for again, and never guessed.
+                let mut sink = vec![0; payload];
+                link.receive_all(&mut [IoSliceMut::new(&mut sink)])?;
+                let pages = batch.pages().map(|(page, ..)| page);
+                return self.lock().ask_again(space, pages);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        link.receive_all(&mut landing.slices())?;
+        landing.check()?;
+        let mut books = self.lock();
+        let store = books.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
+        books.stored_pages += store.finish_batch(landing)?.stored;
+        books.moves += 1;
+        Ok(())
+    }
+
+    /// A connection says that it has brought all of a round.
+    fn reached(&self, stream: u16, round: u32) -> Result<(), ReceiveError> {
+        let mut books = self.lock();
+        if let Some(stream) = books.streams.get_mut(&stream) {
+            stream.reached = Some(round);
+        }
+        books.moves += 1;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The first connection has brought all of a round: waits for the others, and makes the copies that were put
+    /// off. Gives what is to be asked for again.
+    pub(super) fn complete(&self, round: u32) -> Result<Vec<(SpaceId, Vec<PageRun>)>, ReceiveError> {
+        self.reached(FIRST, round)?;
+        let mut books = self
+            .wait(self.lock(), |books| books.streams.values().all(|stream| stream.reached == Some(round)))?;
+        let later = std::mem::take(&mut books.later);
+        books.copy(later)?;
+        for order in std::mem::take(&mut books.later) {
+            books.ask_again(order.space, std::iter::once(order.page))?;
+        }
+        if let Some(store) = &mut books.store {
+            store.settle();
+        }
+        let again = std::mem::take(&mut books.again);
+        Ok(again.into_iter().map(|(space, pages)| (space, runs_of(&pages))).collect())
+    }
+
+    /// Waits for `done`, as long as anything arrives at all.
+    fn wait<'a>(
+        &'a self,
+        mut books: MutexGuard<'a, Books>,
+        done: impl Fn(&Books) -> bool,
+    ) -> Result<MutexGuard<'a, Books>, ReceiveError> {
+        loop {
+            if let Some(error) = books.failure.take() {
+                return Err(error);
+            }
+            if done(&books) {
+                return Ok(books);
+            }
+            if books.closed {
+                return Err(LinkError::Closed.into());
+            }
+            let before = books.moves;
+            let (woken, timeout) =
+                self.changed.wait_timeout(books, self.stall).unwrap_or_else(PoisonError::into_inner);
+            books = woken;
+            if timeout.timed_out() && books.moves == before && !done(&books) {
+                return Err(LinkError::Stalled(self.stall).into());
+            }
+        }
+    }
+
+    /// Takes a further connection into the session, and receives what comes over it until it ends.
+    pub(super) fn serve(&self, mut channel: Channel, stream: u16) {
+        match self.join(&mut channel, stream) {
+            Ok(()) => {}
+            Err(error) => {
+                super::refuse(&mut channel, &error);
+                return;
+            }
+        }
+        let result = self.receive(&mut channel, stream);
+        let mut books = self.lock();
+        books.streams.remove(&stream);
+        if let Err(error) = result
+            && !books.closed
+        {
+            books.failure.get_or_insert(error);
+            self.alarm.cancel();
+        }
+        self.changed.notify_all();
+    }
+
+    fn join(&self, channel: &mut Channel, stream: u16) -> Result<(), ReceiveError> {
+        let handle = channel.link().handle().map_err(LinkError::Lost)?;
+        {
+            let mut books = self.lock();
+            if books.closed || stream == FIRST || stream > MOST_STREAMS || books.streams.contains_key(&stream)
+            {
+                return Err(ReceiveError::Order("a further connection that the session does not take"));
+            }
+            books.streams.insert(stream, Stream { reached: None, handle: Some(handle) });
+        }
+        channel.link_mut().set_stall(self.stall);
+        channel.control(&ControlMessage::Joined).map_err(|error| {
+            self.lock().streams.remove(&stream);
+            error.into()
+        })
+    }
+
+    fn receive(&self, channel: &mut Channel, stream: u16) -> Result<(), ReceiveError> {
+        loop {
+            let before = channel.link().received();
+            match channel.receive() {
+                Ok(Incoming::Pages(payload)) => self.pages(channel, payload, stream)?,
+                Ok(Incoming::Control(ControlMessage::RoundEnd { round, .. })) => {
+                    self.reached(stream, round)?
+                }
+                Ok(Incoming::Control(ControlMessage::Ping { .. })) => {}
+                Ok(other) => {
+                    return Err(ReceiveError::Unexpected(format!("{other:?} over a further connection")));
+                }
+                // It has nothing to carry while the first one is busy with something else.
+                Err(ChannelError::Link(LinkError::Stalled(_))) if channel.link().received() == before => {}
+                // The source closes it when the program is sealed.
+                Err(ChannelError::Link(LinkError::Closed))
+                    if channel.link().received() == before && self.lock().open.is_empty() =>
+                {
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// What a further connection failed of: the better explanation of why the first one ended.
+    pub(super) fn failure(&self) -> Option<ReceiveError> {
+        self.lock().failure.take()
+    }
+
+    /// Ends the further connections, waits until nobody is at the store any more, and gives it.
+    pub(super) fn close(&self) -> Option<PageStore> {
+        let mut books = self.lock();
+        books.closed = true;
+        for handle in books.streams.values().filter_map(|stream| stream.handle.as_ref()) {
+            let _ = handle.shutdown(Shutdown::Both);
+        }
+        self.changed.notify_all();
+        while books.streams.keys().any(|number| *number != FIRST) {
+            books = self.changed.wait(books).unwrap_or_else(PoisonError::into_inner);
+        }
+        books.store.take()
+    }
+}
+
+impl Books {
+    /// Makes the copies whose originals are here, and puts off the others.
+    fn copy(&mut self, orders: Vec<CopyOrder>) -> Result<(), ReceiveError> {
+        let store = self.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
+        let asked = orders.len() as u64;
+        let left = store.copy_pages(orders)?;
+        self.stored_pages += asked - left.len() as u64;
+        self.moves += 1;
+        self.later.extend(left);
+        self.check_patience()
+    }
+
+    fn ask_again(&mut self, space: SpaceId, pages: impl Iterator<Item = PageNo>) -> Result<(), ReceiveError> {
+        self.again.entry(space).or_default().extend(pages);
+        self.moves += 1;
+        self.check_patience()
+    }
+
+    fn check_patience(&self) -> Result<(), ReceiveError> {
+        let again: u64 = self.again.values().map(|pages| pages.len() as u64).sum();
+        if self.later.len() as u64 + again > self.patience {
+            return Err(ReceiveError::Order(
+                "more copies and deltas of pages that are not here than it has pages",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Whether pages in this coding need other bytes than those that come with them.
+fn is_made_of_others(coding: Coding) -> bool {
+    matches!(coding, Coding::Delta | Coding::ZstdOnBase | Coding::Copy)
+}
+
+/// Pages as runs.
+fn runs_of(pages: &BTreeSet<PageNo>) -> Vec<PageRun> {
+    let mut runs: Vec<PageRun> = Vec::new();
+    for page in pages {
+        match runs.last_mut() {
+            Some(run) if run.end() == page.0 => run.len += 1,
+            _ => runs.push(PageRun { start: *page, len: 1 }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! Several connections that bring pages in every order.
+
+use super::*;
+use crate::link::TcpLink;
+use pageferry_wire_format::{PageBatch, PageRef, digest};
+use std::io::IoSlice;
+use std::net::TcpListener;
+use std::sync::Arc;
+
+const SPACE: SpaceId = SpaceId(1);
+const STALL: Duration = Duration::from_millis(300);
+
+type Bytes = [u8; 4096];
+
+fn bytes(seed: u8) -> Bytes {
+    std::array::from_fn(|at| seed ^ (at / 7) as u8)
+}
+
+fn hub() -> Arc<Hub> {
+    let hub = Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap();
+    hub.open(SPACE, 100);
+    Arc::new(hub)
+}
+
+fn pair() -> (Channel, Channel) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = TcpLink::connect(listener.local_addr().unwrap(), Duration::from_secs(5)).unwrap();
+    let destination = TcpLink::new(listener.accept().unwrap().0).unwrap();
+    (Channel::new(source), Channel::new(destination))
+}
+
+fn whole(page: u64, seed: u8) -> (PageBatch, Vec<u8>) {
+    let mut batch = PageBatch::default();
+    batch.clear(SPACE, 0, Coding::Raw);
+    batch.push(PageNo(page), false, digest::page(&bytes(seed)));
+    (batch, bytes(seed).to_vec())
+}
+
+fn copy(page: u64, seed: u8, from: u64) -> (PageBatch, Vec<u8>) {
+    let mut batch = PageBatch::default();
+    batch.clear(SPACE, 0, Coding::Copy);
+    let from = PageRef { space: SPACE, page: PageNo(from) };
+    batch.push_copy(PageNo(page), digest::page(&bytes(seed)), from);
+    (batch, Vec::new())
+}
+
+/// Sends a batch over a connection of its own, as if it were the first.
+fn bring(hub: &Hub, (batch, payload): (PageBatch, Vec<u8>)) -> Result<(), ReceiveError> {
+    let (mut source, mut destination) = pair();
+    source.pages(&batch, &[IoSlice::new(&payload)]).unwrap();
+    match destination.receive().unwrap() {
+        Incoming::Pages(len) => hub.pages(&mut destination, len, FIRST),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn content(hub: &Hub, page: u64) -> Option<Vec<u8>> {
+    let read = |store: &mut PageStore| Ok(store.stretch(SPACE, PageNo(page), 1).map(<[u8]>::to_vec));
+    hub.with_store(read).unwrap()
+}
+
+#[test]
+fn a_copy_waits_for_a_page_that_is_still_under_way() {
+    let hub = hub();
+    bring(&hub, copy(5, 1, 4)).unwrap();
+    bring(&hub, copy(6, 1, 5)).unwrap();
+    assert_eq!(content(&hub, 5), None);
+    bring(&hub, whole(4, 1)).unwrap();
+    bring(&hub, copy(7, 1, 4)).unwrap();
+    assert_eq!(content(&hub, 7).as_deref(), Some(&bytes(1)[..]), "what is there is copied at once");
+    assert_eq!(hub.complete(0).unwrap(), []);
+    assert_eq!(content(&hub, 5).as_deref(), Some(&bytes(1)[..]));
+    assert_eq!(content(&hub, 6).as_deref(), Some(&bytes(1)[..]), "a copy of a copy");
+}
+
+#[test]
+fn what_never_came_or_came_with_other_bytes_is_asked_for_again_once() {
+    let hub = hub();
+    bring(&hub, whole(4, 1)).unwrap();
+    bring(&hub, copy(5, 2, 4)).unwrap();
+    bring(&hub, copy(6, 2, 4)).unwrap();
+    bring(&hub, copy(9, 2, 44)).unwrap();
+    let run = |start, len| PageRun { start: PageNo(start), len };
+    assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run(5, 2), run(9, 1)])]);
+    assert_eq!(content(&hub, 5), None);
+    assert_eq!(hub.complete(1).unwrap(), []);
+}
+
+#[test]
+fn deltas_of_other_bytes_change_nothing() {
+    let hub = hub();
+    bring(&hub, whole(4, 1)).unwrap();
+    let (mut batch, mut deltas) = (PageBatch::default(), Vec::new());
+    batch.clear(SPACE, 1, Coding::Delta);
+    let mut new = bytes(2);
+    new[100] ^= 1;
+    pageferry_wire_format::delta::encode(&bytes(2), &new, &mut deltas);
+    batch.push_on_base(PageNo(4), digest::page(&new), digest::page(&bytes(2)));
+    bring(&hub, (batch, deltas)).unwrap();
+    assert_eq!(content(&hub, 4).as_deref(), Some(&bytes(1)[..]));
+    let run = PageRun { start: PageNo(4), len: 1 };
+    assert_eq!(hub.complete(1).unwrap(), [(SPACE, vec![run])]);
+}
+
+#[test]
+fn a_peer_that_asks_for_copies_of_nothing_for_ever_is_refused() {
+    let hub = hub();
+    hub.lock().patience = 3;
+    for page in 0..3 {
+        bring(&hub, copy(page, 1, 1000)).unwrap();
+    }
+    assert!(matches!(bring(&hub, copy(3, 1, 1000)), Err(ReceiveError::Order(_))));
+}
+
+/// A further connection, and the thread that serves it.
+fn further(hub: &Arc<Hub>, stream: u16) -> (Channel, std::thread::JoinHandle<()>) {
+    let (mut source, destination) = pair();
+    let hub = Arc::clone(hub);
+    let thread = std::thread::spawn(move || hub.serve(destination, stream));
+    assert_eq!(source.answer("to be taken").unwrap(), ControlMessage::Joined);
+    (source, thread)
+}
+
+#[test]
+fn a_round_is_complete_when_every_connection_says_so() {
+    let hub = hub();
+    let (mut source, thread) = further(&hub, 3);
+    let waiting = {
+        let hub = Arc::clone(&hub);
+        std::thread::spawn(move || hub.complete(0))
+    };
+    let (batch, payload) = whole(8, 4);
+    // Longer than the stall in all, but something moves.
+    for _ in 0..3 {
+        std::thread::sleep(STALL / 2);
+        source.pages(&batch, &[IoSlice::new(&payload)]).unwrap();
+        assert!(!waiting.is_finished());
+    }
+    source.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 0 }).unwrap();
+    assert_eq!(waiting.join().unwrap().unwrap(), []);
+    assert_eq!(content(&hub, 8).as_deref(), Some(&bytes(4)[..]));
+    hub.shut(SPACE);
+    drop(source);
+    thread.join().unwrap();
+    assert!(hub.close().is_some());
+}
+
+#[test]
+fn pages_that_are_ahead_of_their_announcement_wait_for_it() {
+    let hub = Arc::new(Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap());
+    let (mut source, thread) = further(&hub, 1);
+    let (batch, payload) = whole(8, 4);
+    source.pages(&batch, &[IoSlice::new(&payload)]).unwrap();
+    source.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 0 }).unwrap();
+    std::thread::sleep(STALL / 3);
+    hub.open(SPACE, 1);
+    assert_eq!(hub.complete(0).unwrap(), []);
+    assert_eq!(content(&hub, 8).as_deref(), Some(&bytes(4)[..]));
+    assert!(hub.close().is_some());
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_connection_that_fails_or_falls_silent_ends_the_round() {
+    let hub = hub();
+    let (source, thread) = further(&hub, 1);
+    drop(source);
+    thread.join().unwrap();
+    assert!(hub.alarm().is_cancelled(), "the first connection is woken");
+    assert!(hub.complete(0).is_err());
+
+    let hub = self::hub();
+    let (_source, thread) = further(&hub, 1);
+    let error = hub.complete(0).unwrap_err();
+    assert!(matches!(error, ReceiveError::Channel(ChannelError::Link(LinkError::Stalled(_)))), "{error}");
+    assert!(hub.close().is_some());
+    thread.join().unwrap();
+}
+
+#[test]
+fn strangers_and_seconds_are_not_taken() {
+    let hub = hub();
+    let (_source, thread) = further(&hub, 1);
+    for stream in [0, 1, MOST_STREAMS + 1] {
+        let (mut source, destination) = pair();
+        hub.serve(destination, stream);
+        assert!(matches!(source.answer("to be taken"), Err(ChannelError::Aborted { .. })), "{stream}");
+    }
+    drop(hub.close());
+    thread.join().unwrap();
+}

@@ -1,0 +1,255 @@
+//! The source's books: what the destination holds, page by page, and so how each page has to travel. One for all workers,
+//! behind a lock that is held for the looks, not for the reading, hashing and compressing.
+
+use super::deltas::DeltaCache;
+use super::sent::SentPages;
+use super::twins::Twins;
+use pageferry_wire_format::delta::{self, Page};
+use pageferry_wire_format::{PageDigest, PageNo, PageRef, SpaceId};
+use std::collections::BTreeMap;
+
+/// A delta that is longer than this is not worth one: half a page, after which zstd or the link itself is as good.
+const LONGEST_DELTA: usize = size_of::<Page>() / 2;
+
+/// How a page travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The destination has it as it is.
+    Unchanged,
+    /// As a mark.
+    Zero,
+    /// The destination copies another page that it holds.
+    Copy(PageRef),
+    /// As what differs from the content with this digest. It was appended to the deltas.
+    Delta(PageDigest),
+    /// Whole, or compressed on top of the content with this digest, whose bytes were appended to the bases.
+    OnBase(PageDigest),
+    /// Whole.
+    Whole,
+}
+
+/// What one look at a page needs to know.
+pub(crate) struct Look<'a> {
+    pub(crate) space: SpaceId,
+    pub(crate) page: u64,
+    pub(crate) bytes: &'a Page,
+    pub(crate) content: PageDigest,
+    pub(crate) zero: bool,
+    pub(crate) round: u32,
+    /// Nothing is sent again after this: there is no point in keeping bytes.
+    pub(crate) last: bool,
+}
+
+/// Where the bytes go that a page travels with instead of its own.
+#[derive(Default)]
+pub(crate) struct Output {
+    pub(crate) deltas: Vec<u8>,
+    pub(crate) bases: Vec<u8>,
+}
+
+/// The books.
+#[derive(Default)]
+pub(crate) struct Books {
+    spaces: BTreeMap<SpaceId, SentPages>,
+    cache: DeltaCache,
+    twins: Twins,
+    /// Only whole pages travel: without deltas and copies.
+    plain: bool,
+}
+
+impl Books {
+    /// Pages travel whole (raw or by zstd), and nothing is kept for deltas.
+    pub(crate) fn set_plain(&mut self) {
+        self.plain = true;
+    }
+
+    /// What the destination holds of a space.
+    pub(crate) fn space(&mut self, space: SpaceId) -> &mut SentPages {
+        self.spaces.entry(space).or_default()
+    }
+
+    /// A space is gone.
+    pub(crate) fn forget(&mut self, space: SpaceId) {
+        self.spaces.remove(&space);
+        self.cache.forget(space);
+    }
+
+    /// The tree has `pages` pages in `processes` processes, and the delta cache may take so many bytes.
+    pub(crate) fn make_room(&mut self, pages: u64, processes: usize, cache: u64) {
+        if self.plain {
+            return;
+        }
+        self.cache.set_budget(cache);
+        self.twins.reserve(pages, processes > 1);
+    }
+
+    /// Enters a page that is about to be sent, and says how. `in_hand` gives the bytes of a page that was looked at in
+    /// the same batch before, if it was.
+    pub(crate) fn enter<'a>(
+        &mut self,
+        look: &Look<'_>,
+        out: &mut Output,
+        in_hand: impl Fn(SpaceId, u64) -> Option<&'a Page>,
+    ) -> Fate {
+        let Look { space, page, bytes, content, zero, round, last } = *look;
+        let sent = self.spaces.entry(space).or_default();
+        let before = sent.get(page).copied();
+        if before == Some(content) {
+            return Fate::Unchanged;
+        }
+        sent.insert(page, content);
+        if zero {
+            return Fate::Zero;
+        }
+        if self.plain {
+            return Fate::Whole;
+        }
+        let mut fate = Fate::Whole;
+        if self.twins.is_of_interest(&content) {
+            let spaces = &self.spaces;
+            let there = |of: SpaceId, at: u64| {
+                (of, at) != (space, page)
+                    && spaces.get(&of).and_then(|sent| sent.get(at)) == Some(&content)
+                    // Equal digests are believed, but where both pages are at hand there is no need to.
+                    && in_hand(of, at).is_none_or(|other| other == bytes)
+            };
+            match self.twins.find(&content, there) {
+                Some((of, at)) => fate = Fate::Copy(PageRef { space: of, page: PageNo(at) }),
+                None => self.twins.enter(&content, space, page),
+            }
+        }
+        let Some(before) = before else { return fate };
+        // The page is sent a second time at least: from now on its bytes are worth keeping.
+        if fate == Fate::Whole
+            && let Some(base) = self.cache.base(space, page, &before)
+        {
+            let start = out.deltas.len();
+            if delta::encode(base, bytes, &mut out.deltas) <= LONGEST_DELTA {
+                fate = Fate::Delta(before);
+            } else {
+                out.deltas.truncate(start);
+                out.bases.extend_from_slice(base);
+                fate = Fate::OnBase(before);
+            }
+        }
+        if !last {
+            self.cache.keep(space, page, bytes, content, round);
+        }
+        fate
+    }
+
+    /// The destination could not make these pages of what it was sent: they count as never sent.
+    pub(crate) fn take_back(&mut self, space: SpaceId, pages: impl Iterator<Item = u64>) {
+        let Some(sent) = self.spaces.get_mut(&space) else { return };
+        pages.for_each(|page| sent.remove(page));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_wire_format::digest;
+
+    const A: SpaceId = SpaceId(0);
+    const B: SpaceId = SpaceId(1);
+
+    struct Bench {
+        books: Books,
+        out: Output,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let mut books = Books::default();
+            books.make_room(1000, 2, 1 << 20);
+            Self { books, out: Output::default() }
+        }
+
+        fn send(&mut self, space: SpaceId, page: u64, bytes: &Page, round: u32) -> Fate {
+            let zero = digest::is_zero(bytes);
+            let content = if zero { digest::ZERO_PAGE } else { digest::page(bytes) };
+            let look = Look { space, page, bytes, content, zero, round, last: false };
+            self.books.enter(&look, &mut self.out, |_, _| None)
+        }
+    }
+
+    fn noise(seed: u64) -> Page {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        std::array::from_fn(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+    }
+
+    #[test]
+    fn a_page_goes_once_and_then_only_what_is_new() {
+        let mut bench = Bench::new();
+        let mut page = noise(1);
+        assert_eq!(bench.send(A, 7, &page, 0), Fate::Whole);
+        assert_eq!(bench.send(A, 7, &page, 1), Fate::Unchanged);
+        page[100] ^= 1;
+        let second = digest::page(&page);
+        assert_eq!(bench.send(A, 7, &page, 2), Fate::Whole, "what was sent once was not kept");
+        page[100] ^= 3;
+        assert_eq!(bench.send(A, 7, &page, 3), Fate::Delta(second));
+        assert!(bench.out.deltas.len() < 40 && bench.out.bases.is_empty());
+        let third = digest::page(&page);
+        assert_eq!(bench.send(A, 7, &noise(2), 4), Fate::OnBase(third));
+        assert_eq!(bench.out.bases, page);
+        assert_eq!(bench.send(A, 7, &[0; 4096], 5), Fate::Zero);
+    }
+
+    #[test]
+    fn equal_pages_are_sent_once_as_long_as_the_other_one_is_there() {
+        let mut bench = Bench::new();
+        let page = noise(1);
+        let at = |space, page| Fate::Copy(PageRef { space, page: PageNo(page) });
+        bench.send(A, 7, &page, 0);
+        assert_eq!(bench.send(B, 7, &page, 0), at(A, 7));
+        assert_eq!(bench.send(A, 8, &page, 0), at(A, 7));
+        bench.send(A, 7, &noise(2), 1);
+        assert_eq!(bench.send(B, 9, &page, 1), Fate::Whole, "only the first of equal pages is remembered");
+        assert_eq!(bench.send(B, 10, &page, 1), at(B, 9));
+        bench.books.forget(B);
+        assert_eq!(bench.send(A, 11, &page, 2), Fate::Whole);
+    }
+
+    #[test]
+    fn equal_digests_are_not_believed_against_the_bytes() {
+        let mut bench = Bench::new();
+        let (page, other) = (noise(1), noise(2));
+        let content = digest::page(&page);
+        let look = |page, bytes| Look { space: A, page, bytes, content, zero: false, round: 0, last: false };
+        assert_eq!(bench.books.enter(&look(1, &page), &mut bench.out, |_, _| None), Fate::Whole);
+        // The bytes of another page under the same digest: what a collision would be.
+        let fate = bench.books.enter(&look(2, &other), &mut bench.out, |_, at| (at == 1).then_some(&page));
+        assert_eq!(fate, Fate::Whole);
+    }
+
+    #[test]
+    fn what_is_asked_for_again_is_sent_whole() {
+        let mut bench = Bench::new();
+        let page = noise(1);
+        bench.send(A, 7, &page, 0);
+        assert!(matches!(bench.send(B, 7, &page, 0), Fate::Copy(_)));
+        bench.books.take_back(A, [7].into_iter());
+        bench.books.take_back(B, [7].into_iter());
+        let before = (bench.books.space(A).len(), bench.books.space(B).len());
+        assert_eq!(before, (0, 0));
+        assert_eq!(bench.send(B, 7, &page, 1), Fate::Whole);
+    }
+
+    #[test]
+    fn plain_is_plain() {
+        let mut bench = Bench::new();
+        bench.books.set_plain();
+        let mut page = noise(1);
+        for round in 0..4 {
+            page[0] ^= 1;
+            assert_eq!(bench.send(A, 1, &page, round), Fate::Whole);
+        }
+        assert_eq!(bench.send(B, 1, &page, 4), Fate::Whole);
+    }
+}

@@ -1,0 +1,227 @@
+//! The connections of a migration and the workers on them: opening, a round over all of them, and its end.
+
+use super::failure::SendError;
+use super::pages::{Round, SendPagesError, Worker};
+use super::precopy::Todo;
+use super::queue::{Queue, Task};
+use super::tally::Tally;
+use super::ways::Ways;
+use super::{Migration, Space};
+use crate::link::ChannelError;
+use crate::observe::Event;
+use crate::plan::CodingChoice;
+use pageferry_tracker::PageSet;
+use pageferry_wire_format::{Coding, ControlMessage, PageRun, SpaceId};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(100);
+
+/// A worker is woken for so many pages at least: below it a thread costs more than it gains.
+const PAGES_A_WORKER: u64 = 1024;
+
+/// Connections that are opened at most, unless a number is asked for.
+const MOST_STREAMS: usize = 8;
+
+/// How often pages may be asked for again while the tree stands still.
+const SEALS: usize = 3;
+
+/// How long to wait for the peer's reason after a further connection has failed.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+impl Migration<'_> {
+    /// Opens the connections beside the first, as many as the plan or the processors and the receiver say.
+    pub(super) fn open_streams(&mut self, most: u16) -> Result<(), SendError> {
+        let wanted =
+            self.plan.streams.map_or_else(default_streams, usize::from).min(usize::from(most)).max(1);
+        let shaper = self.plan.bandwidth.map(crate::link::SharedShaper::new);
+        self.channel().set_shaper(shaper.clone());
+        for stream in 1..wanted {
+            let mut channel = self.open_channel()?;
+            channel.control(&ControlMessage::Join { session: self.session, stream: stream as u16 })?;
+            match channel.answer("a further connection to be taken")? {
+                ControlMessage::Joined => {}
+                other => {
+                    return Err(SendError::Protocol(format!("{other:?} instead of taking a connection")));
+                }
+            }
+            channel.link_mut().set_stall(self.plan.stall_timeout);
+            channel.set_shaper(shaper.clone());
+            self.further.push(channel);
+        }
+        for _ in 0..wanted {
+            let chooser = match self.plan.coding {
+                CodingChoice::Auto => Ways::default(),
+                CodingChoice::Raw => Ways::only(Coding::Raw),
+                CodingChoice::Zstd => Ways::only(Coding::Zstd),
+            };
+            let mut worker = Worker::new(chooser)?;
+            if let Some(bandwidth) = self.plan.bandwidth {
+                worker.limit_link(bandwidth / wanted as u64);
+            }
+            self.workers.push(worker);
+        }
+        if self.plan.coding != CodingChoice::Auto {
+            self.books().set_plain();
+        }
+        self.report.streams = wanted as u32;
+        Ok(())
+    }
+
+    /// From here on the program waits: the links may be used as they are.
+    pub(super) fn lift_bandwidth(&mut self) {
+        self.channel().set_shaper(None);
+        self.further.iter_mut().for_each(|channel| channel.set_shaper(None));
+    }
+
+    /// Bytes that went out, over all connections.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        let first = self.channel.as_ref().map_or(0, |channel| channel.link().sent());
+        first + self.closed_bytes + self.further.iter().map(|channel| channel.link().sent()).sum::<u64>()
+    }
+
+    /// Closes the connections beside the first.
+    pub(super) fn close_streams(&mut self) {
+        self.closed_bytes += self.further.drain(..).map(|channel| channel.link().sent()).sum::<u64>();
+    }
+
+    /// Sends what is due, with a worker on each connection.
+    pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
+        let (observer, cancel) = (self.observer, self.cancel);
+        let Self { spaces, books, workers, further, channel, .. } = self;
+        let channel = channel.as_mut().expect("connected before the first round");
+        let tasks = todo.iter().map(|Todo { key, pages }| {
+            let Space { place, reader } = &spaces[key];
+            Task { place, reader, pages }
+        });
+        let round = Round::new(Queue::new(tasks.collect()), books, round, frozen);
+        let total_pages = round.queue.pages();
+        let helpers = (total_pages / PAGES_A_WORKER).min(further.len() as u64) as usize;
+        let (first, others) = workers.split_first_mut().expect("a worker for the first connection");
+        let mut told = Instant::now();
+        let mut tick = || {
+            if told.elapsed() >= TELL {
+                told = Instant::now();
+                observer.event(&Event::Progress {
+                    round: round.number,
+                    done_pages: round.done_pages.load(Ordering::Relaxed),
+                    total_pages,
+                    sent_bytes: round.sent_bytes.load(Ordering::Relaxed),
+                });
+            }
+            !cancel.is_cancelled()
+        };
+        let results = std::thread::scope(|scope| {
+            let threads: Vec<_> = others
+                .iter_mut()
+                .zip(further.iter_mut())
+                .take(helpers)
+                .map(|(worker, channel)| {
+                    let round = &round;
+                    scope.spawn(move || worker.run(channel, round, &mut || !cancel.is_cancelled()))
+                })
+                .collect();
+            let mut results = vec![first.run(channel, &round, &mut tick)];
+            results.extend(threads.into_iter().map(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }));
+            results
+        });
+        let mut tally = Tally::default();
+        let mut failed = None;
+        for result in results {
+            match result {
+                Ok(part) => tally.add(&part),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        match failed {
+            None => {
+                self.check_cancel()?;
+                Ok(tally)
+            }
+            Some(error) => Err(self.explain(error)),
+        }
+    }
+
+    /// A connection that broke says nothing; the receiver may have said why on the first one.
+    fn explain(&mut self, error: SendPagesError) -> SendError {
+        let SendPagesError::Channel(ChannelError::Link(link)) = error else { return error.into() };
+        match self.channel().last_words(LAST_WORDS) {
+            Some(reason) => reason.into(),
+            None => ChannelError::Link(link).into(),
+        }
+    }
+
+    /// Says on every connection that a round is all sent.
+    pub(super) fn end_round(&mut self, round: u32, tally: &Tally) -> Result<(), SendError> {
+        let end = ControlMessage::RoundEnd {
+            round,
+            pages: tally.sent() + tally.codings.zero.pages,
+            bytes: tally.bytes(),
+        };
+        for stream in 0..self.further.len() {
+            if let Err(error) = self.further[stream].control(&end) {
+                return Err(self.explain(error.into()));
+            }
+        }
+        self.control(&end)
+    }
+
+    /// Waits until the destination holds a round; what it could not make of what it was sent counts as not sent.
+    pub(super) fn acknowledged(&mut self, round: u32) -> Result<Vec<(SpaceId, Vec<PageRun>)>, SendError> {
+        let mut again = Vec::new();
+        loop {
+            match self.answer("the acknowledgement of a round")? {
+                ControlMessage::RoundAck { round: acknowledged } if acknowledged == round => {
+                    return Ok(again);
+                }
+                ControlMessage::Again { spaces } => {
+                    for (space, runs) in &spaces {
+                        let pages = runs.iter().map(|run| run.len).sum::<u64>();
+                        tracing::warn!(space = space.0, pages, "the destination asks for pages again");
+                        self.report.repeated_pages += pages;
+                        self.books().take_back(*space, runs.iter().flat_map(PageRun::pages));
+                    }
+                    again.extend(spaces);
+                }
+                other => return Err(SendError::Protocol(format!("{other:?} instead of an acknowledgement"))),
+            }
+        }
+    }
+
+    /// Sends pages that were asked for in the freeze, as they are.
+    pub(super) fn send_again(
+        &mut self,
+        again: Vec<(SpaceId, Vec<PageRun>)>,
+        round: u32,
+    ) -> Result<Tally, SendError> {
+        self.books().set_plain();
+        let mut todo = Vec::new();
+        for (id, runs) in again {
+            let Some(key) = self.spaces.iter().find(|(_, space)| space.place.id == id).map(|(key, _)| *key)
+            else {
+                return Err(SendError::Protocol(format!(
+                    "pages of an unknown space {} were asked for",
+                    id.0
+                )));
+            };
+            let mut pages = PageSet::default();
+            runs.iter().for_each(|run| pages.insert(run.start.0, run.len));
+            todo.push(Todo { key, pages });
+        }
+        let tally = self.send_todo(&todo, round, true)?;
+        self.end_round(round, &tally)?;
+        Ok(tally)
+    }
+
+    /// How often the seal may be tried.
+    pub(super) const SEALS: usize = SEALS;
+}
+
+/// A worker for each processor that this process may use.
+fn default_streams() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MOST_STREAMS)
+}
