@@ -1,7 +1,9 @@
 //! The workloads as they run: each says ok as long as nothing is wrong, finds a single wrong word wherever it
 //! is, and survives plain CRIU (so that what a migration test finds is the migration's fault).
 
+use clap::ValueEnum;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use pageferry_benches::bench::bytes::program::Program;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::bench::{baseline, beside_this};
@@ -20,7 +22,7 @@ const WORKLOADS: [&[&str]; 7] = [
     &["forked", "--workers", "2"],
     &["mixed"],
     &["churn"],
-    &["writer", "--reads", "1"],
+    &["writer", "--reads", "1", "--words", "8", "--every", "3"],
     &["pattern", "--pattern", "hot-set"],
 ];
 
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
     for (name, bench) in [
         ("bare_copies_all_of_it_in_every_variant", bare_copies as fn() -> Result<(), Failed>),
         ("goodput_stands_beside_the_bare_loop", goodput_compares),
+        ("bytes_of_a_migration_stand_beside_raw_and_zstd", bytes_compares),
     ] {
         trials.push(Trial::ignorable_test(name, move || match why_no_migrations(name) {
             Some(why) => Ok(Completion::ignored_with(why)),
@@ -129,6 +132,45 @@ fn goodput_compares() -> Result<(), Failed> {
         && ratio >= number(row, "limit_ratio")
         && number(row, "engine_memory_percent") <= number(row, "limit_percent");
     assert_eq!(row["pass"], met, "{row}");
+    Ok(())
+}
+
+/// Every program, with memory that takes a slow link a second.
+fn bytes_compares() -> Result<(), Failed> {
+    let mut arguments = vec!["bytes", "--memory", "6MiB", "--link", "200mbit"];
+    let mut expected: Vec<_> = Program::value_variants().iter().map(|program| program.name()).collect();
+    if Command::new("redis-server").arg("--version").output().is_err() {
+        // It says what it leaves out.
+        eprintln!("redis-server is not installed: without redis");
+        expected.retain(|name| name != "redis");
+    }
+    let names = expected.join(",");
+    arguments.extend(["--workloads", &names]);
+    let rows = rows(&arguments, false)?;
+    let names: Vec<_> = rows.iter().filter_map(|row| row["workload"].as_str()).collect();
+    assert_eq!(names, expected);
+    for row in &rows {
+        let [raw, distinct, zstd3, sent] =
+            ["raw_bytes", "distinct_bytes", "zstd3_bytes", "sent_bytes"].map(|name| number(row, name));
+        let forked = row["workload"].as_str().is_some_and(|name| name.starts_with("forked"));
+        let times = if forked { 8.0 } else { 1.0 };
+        assert!(raw >= times * f64::from(6 << 20) && raw < times * f64::from(32 << 20), "{row}");
+        assert!(distinct > 0.0 && distinct <= raw && zstd3 > 0.0 && sent > 0.0, "{row}");
+        assert!(number(row, "s") > 0.0 && number(row, "raw_s") > 0.0, "{row}");
+        // Raw pages cannot be quicker than their link.
+        assert!(number(row, "raw_s") > 0.5 * f64::from(6 << 20) / 25e6, "{row}");
+        if row["workload"] == "noise" {
+            assert!(zstd3 > f64::from(6 << 20), "noise that is compressed: {row}");
+            assert!(sent > f64::from(6 << 20), "noise that is compressed: {row}");
+        }
+        if row["workload"] == "forked-noise" {
+            // What one has, and a tenth of it eight times.
+            let (least, most) = (1.7 * f64::from(6 << 20), 2.5 * f64::from(6 << 20));
+            assert!((least..most).contains(&distinct), "{row}");
+        }
+        let goals = row["goals"].as_array().ok_or("no goals")?;
+        assert_eq!(row["pass"], goals.iter().all(|goal| goal["pass"] == true), "{row}");
+    }
     Ok(())
 }
 

@@ -31,7 +31,7 @@ pub struct Report {
     pub hide: String,
     /// Rounds.
     pub rounds: Vec<Round>,
-    /// Bytes on the wire.
+    /// Bytes on the wire, CRIU's images included.
     pub bytes_sent: u64,
     /// Whole time.
     pub total_us: u64,
@@ -57,6 +57,16 @@ pub struct Round {
     pub sent_bytes: u64,
     /// From the scan until the acknowledgement.
     pub duration_us: u64,
+    /// Whether it ran in the freeze.
+    pub frozen: bool,
+}
+
+impl Report {
+    /// Time of all rounds before the freeze, in seconds.
+    pub fn precopy_s(&self) -> f64 {
+        let live = self.rounds.iter().filter(|round| !round.frozen);
+        live.map(|round| round.duration_us).sum::<u64>() as f64 / 1e6
+    }
 }
 
 /// A migration that succeeded.

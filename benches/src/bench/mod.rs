@@ -9,6 +9,7 @@ use std::process::ExitCode;
 pub mod attach;
 pub mod bare;
 pub mod baseline;
+pub mod bytes;
 pub mod child;
 pub mod codings;
 pub mod downtime;
@@ -16,8 +17,10 @@ pub mod ferry;
 pub mod goodput;
 pub mod hosts;
 pub mod machine;
+pub mod moved_redis;
 pub mod puppet;
 pub mod redis;
+pub mod resident;
 pub mod scan;
 pub mod slowdown;
 pub mod stats;
@@ -40,6 +43,8 @@ enum Bench {
     Downtime(downtime::Options),
     /// How fast memory is copied before the freeze, and what the engine needs for it
     Goodput(goodput::Options),
+    /// How many bytes a migration sends, and how long that takes on slow links, beside raw pages and zstd
+    Bytes(bytes::Options),
     /// The loop that `goodput` compares with, alone: which sizes and socket options are the fastest
     Bare(bare::Options),
     /// What a program feels while its memory is copied
@@ -59,6 +64,9 @@ enum Bench {
     Codings(codings::Options),
     /// The coding of pages that were sent before, beside QEMU's XBZRLE
     Xbzrle(codings::Options),
+    /// What the memory of a process tree would be to compressors
+    #[command(hide = true)]
+    Resident(resident::Options),
     /// The bare loop, source side: read a process, send
     #[command(hide = true)]
     BareSource(baseline::bare::source::Options),
@@ -127,6 +135,8 @@ impl Command {
         match self.bench {
             Bench::Downtime(options) => downtime::run(&options),
             Bench::Goodput(options) => goodput::run(&options),
+            Bench::Bytes(options) => bytes::run(&options),
+            Bench::Resident(options) => resident::run(&options),
             Bench::Bare(options) => bare::run(&options),
             Bench::Slowdown(options) => slowdown::run(&options),
             Bench::Scan(options) => scan::run(&options),

@@ -2,13 +2,13 @@
 
 use super::ferry::{Ferry, Migration};
 use super::hosts::{Host, Hosts};
+use super::moved_redis::MovedRedis;
 use super::stats::Runs;
 use super::subject::{Subject, throughput};
 use super::table::Table;
 use super::{Common, child, ensure_memory, machine, workload};
-use crate::redis::verify::VerifyReport;
 use crate::workload::state::{Line, read_lines, realtime_us};
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -18,8 +18,6 @@ use std::time::Duration;
 
 /// How long the program is watched before the migration begins.
 const BEFORE: Duration = Duration::from_secs(3);
-/// Port of redis.
-const REDIS: u16 = 6379;
 
 /// Options of this measurement.
 #[derive(Clone, Debug, Args)]
@@ -138,17 +136,9 @@ impl Trial<'_> {
     fn redis(&self, memory: ByteSize) -> anyhow::Result<(f64, f64)> {
         let path = |name: &str| self.scratch.join(name).to_string_lossy().into_owned();
         let program = workload()?.to_string_lossy().into_owned();
-        let (port, folder) = (REDIS.to_string(), self.scratch.to_string_lossy().into_owned());
-        // No save points: an empty list of them is an empty argument.
-        let server = ["redis-server", "--port", &port, "--bind", "0.0.0.0", "--protected-mode", "no"];
-        let quiet = ["--save", "", "--appendonly", "no", "--dir", &folder];
-        let words = server.iter().chain(&quiet);
-        let pid = self.hosts.start(Host::Source, &self.scratch.join("redis.log"), words)?;
-        let [source, destination] =
-            [Host::Source, Host::Destination].map(|host| format!("{}:{REDIS}", host.address()));
         let bytes = memory.as_u64().to_string();
-        let fill = [program.as_str(), "redis-fill", "--address", &source, "--bytes", &bytes];
-        child::output("redis-fill", &mut self.hosts.exec(Host::Client, fill), Duration::from_secs(300))?;
+        let redis = MovedRedis::start(self.hosts, self.scratch, &["--bytes", &bytes])?;
+        let [source, destination] = [Host::Source, Host::Destination].map(MovedRedis::address);
         let (state, journal, report) = (path("load"), path("journal"), path("load-report"));
         let load = [
             program.as_str(),
@@ -171,29 +161,12 @@ impl Trial<'_> {
         child::sleep(Duration::from_secs(1))?;
         let from = realtime_us();
         child::sleep(BEFORE)?;
-        let migration = self.ferry.migrate(self.hosts, self.scratch, pid, self.extra)?;
+        let migration = self.ferry.migrate(self.hosts, self.scratch, redis.pid, self.extra)?;
         child::sleep(Duration::from_millis(500))?;
         load.terminate();
         load.finish(Duration::from_secs(30))?;
-        let verify = [
-            program.as_str(),
-            "redis-verify",
-            "--address",
-            &destination,
-            "--bytes",
-            &bytes,
-            "--journal",
-            &journal,
-        ];
-        let verified = child::output(
-            "redis-verify",
-            &mut self.hosts.exec(Host::Client, verify),
-            Duration::from_secs(300),
-        )?;
-        let verified: VerifyReport =
-            serde_json::from_str(&verified).context("reading what redis-verify said")?;
-        ensure!(verified.lost == 0, "the moved redis lost data: {:?}", verified.first_lost);
-        self.hosts.kill(Host::Destination, pid)?;
+        redis.verify(self.hosts, &["--journal", &journal])?;
+        self.hosts.kill(Host::Destination, redis.pid)?;
         compare(&read_lines(Path::new(&state))?, from, &migration)
     }
 }

@@ -1,7 +1,7 @@
 //! Fills redis with values that can be computed again.
 
 use super::resp::{Connection, Reply};
-use super::{SHORTEST, Values};
+use super::{Look, SHORTEST, Values};
 use crate::workload::content::Entropy;
 use anyhow::Context;
 use bytesize::ByteSize;
@@ -31,6 +31,9 @@ pub struct Family {
     /// Values that compress well
     #[arg(long)]
     pub compressible: bool,
+    /// Values as of web sessions: JSON with ids, names, times and random tokens
+    #[arg(long, conflicts_with = "compressible")]
+    pub sessions: bool,
 }
 
 impl Family {
@@ -41,8 +44,12 @@ impl Family {
 
     /// How values are made.
     pub fn values(&self) -> Values {
-        let entropy = if self.compressible { Entropy::Compressible } else { Entropy::Incompressible };
-        Values { seed: self.seed, size: self.value_size.max(SHORTEST), entropy }
+        let look = match (self.sessions, self.compressible) {
+            (true, _) => Look::Session,
+            (false, true) => Look::Words(Entropy::Compressible),
+            (false, false) => Look::Words(Entropy::Incompressible),
+        };
+        Values { seed: self.seed, size: self.value_size.max(SHORTEST), look }
     }
 
     /// Name of a key.

@@ -1,6 +1,6 @@
 //! What a load client was told by redis, kept for the verification.
 
-use super::Values;
+use super::{Look, Values};
 use crate::workload::content::Entropy;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -43,7 +43,7 @@ impl Journal {
 
     /// How values are made.
     pub fn values(&self) -> Values {
-        Values { seed: self.seed, size: self.value_size, entropy: Entropy::Incompressible }
+        Values { seed: self.seed, size: self.value_size, look: Look::Words(Entropy::Incompressible) }
     }
 
     /// Name of a key.

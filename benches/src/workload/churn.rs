@@ -201,7 +201,7 @@ pub fn run(common: &Common) -> anyhow::Result<ExitCode> {
     let entropy = common.style().entropy;
     // A quarter stays where it is, for who wants to know a place.
     let anchored =
-        Field::new(mix(common.seed, 9), (common.pages() / 4).max(1), Style { entropy, full_page: false });
+        Field::new(mix(common.seed, 9), (common.pages() / 4).max(1), Style { entropy, ..Style::default() });
     let mut anchor = Mapping::new(Backing::Private, anchored.pages())?;
     anchored.fill(anchor.words_mut());
     state.describe(&[entry("anchor", &anchor)])?;

@@ -57,13 +57,28 @@ fn inverse(a: u64, m: u64) -> Option<u64> {
 /// How many older versions of a page a wrong word is compared with.
 const OLDER: usize = 1000;
 
-/// How the pages of a field are written.
-#[derive(Clone, Copy, Debug, Default)]
+/// What a write changes in a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// So many words of it (1 to [`WORDS`]), always the same ones, spread evenly.
+    Words(usize),
+    /// All of it, to content that looks like this.
+    Page(Entropy),
+}
+
+/// How the pages of a field are filled and written.
+#[derive(Clone, Copy, Debug)]
 pub struct Style {
     /// Look of the content.
     pub entropy: Entropy,
-    /// Rewrite the whole page instead of one word of it.
-    pub full_page: bool,
+    /// What a write changes.
+    pub change: Change,
+}
+
+impl Default for Style {
+    fn default() -> Self {
+        Self { entropy: Entropy::default(), change: Change::Words(1) }
+    }
 }
 
 /// What a region holds: all pages filled, then every `stride`-th from `offset` on written again and again.
@@ -118,10 +133,13 @@ impl Field {
         let visits = self.sweep.visits(visited, self.done) + 1;
         let words = &mut words[page * WORDS..(page + 1) * WORDS];
         let key = self.key(page);
-        if self.style.full_page {
-            content::fill(words, mix(key, visits), self.style.entropy);
-        } else {
-            words[marked_word(key)] = mix(key, visits);
+        match self.style.change {
+            Change::Page(entropy) => content::fill(words, mix(key, visits), entropy),
+            Change::Words(count) => {
+                for at in marked_words(key, count) {
+                    words[at] = content::word(mix(key, visits), at, Entropy::Incompressible);
+                }
+            }
         }
         self.done += 1;
     }
@@ -175,11 +193,13 @@ struct Version {
 
 impl Version {
     fn word(self, at: usize) -> u64 {
-        let Style { entropy, full_page } = self.style;
-        match self.visits {
-            0 => content::word(self.key, at, entropy),
-            visits if full_page => content::word(mix(self.key, visits), at, entropy),
-            visits if at == marked_word(self.key) => mix(self.key, visits),
+        let Style { entropy, change } = self.style;
+        let written = mix(self.key, self.visits);
+        match change {
+            Change::Page(rewritten) if self.visits > 0 => content::word(written, at, rewritten),
+            Change::Words(count) if self.visits > 0 && is_marked(self.key, count, at) => {
+                content::word(written, at, Entropy::Incompressible)
+            }
             _ => content::word(self.key, at, entropy),
         }
     }
@@ -189,9 +209,15 @@ impl Version {
     }
 }
 
-/// The word of a page that a one-word write changes: not the same in every page, so that the whole page counts.
-fn marked_word(key: u64) -> usize {
-    (key % WORDS as u64) as usize
+/// The words of a page that a write of so many changes: not the same in every page, so that the whole page counts.
+fn marked_words(key: u64, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |nth| (key as usize % WORDS + nth * (WORDS / count)) % WORDS)
+}
+
+/// Whether a word is one of them, without going through all.
+fn is_marked(key: u64, count: usize, at: usize) -> bool {
+    let (step, distance) = (WORDS / count, (at + WORDS - key as usize % WORDS) % WORDS);
+    distance.is_multiple_of(step) && distance / step < count
 }
 
 #[cfg(test)]
@@ -216,8 +242,11 @@ mod tests {
     fn a_field_that_was_written_checks_and_one_wrong_bit_anywhere_does_not() {
         for style in [
             Style::default(),
-            Style { full_page: true, ..Style::default() },
-            Style { entropy: Entropy::Compressible, full_page: false },
+            Style { change: Change::Words(8), ..Style::default() },
+            Style { change: Change::Words(WORDS), ..Style::default() },
+            Style { change: Change::Page(Entropy::Incompressible), ..Style::default() },
+            Style { change: Change::Page(Entropy::Compressible), ..Style::default() },
+            Style { entropy: Entropy::Compressible, change: Change::Words(1) },
         ] {
             let mut words = vec![0u64; 9 * WORDS];
             let mut field = Field::lattice(5, 9, 1, 3, style);
@@ -231,6 +260,22 @@ mod tests {
                 let corruption = field.check(&words).expect_err("a flipped bit is found");
                 assert_eq!(corruption.page * WORDS + corruption.word, at);
                 words[at] ^= 1 << (at % 64);
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_changes_as_many_words_as_it_says() {
+        for count in [1, 3, 8, 64, 100, WORDS] {
+            let mut words = vec![0u64; 5 * WORDS];
+            let mut field = Field::new(1, 5, Style { change: Change::Words(count), ..Style::default() });
+            field.fill(&mut words);
+            for _ in 0..12 {
+                let before = words.clone();
+                field.write(&mut words);
+                let changed = words.iter().zip(&before).filter(|(new, old)| new != old).count();
+                assert_eq!(changed, count);
+                assert_eq!(field.check(&words), Ok(()));
             }
         }
     }

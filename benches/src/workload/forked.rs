@@ -11,33 +11,49 @@ use std::sync::atomic::Ordering;
 /// parent, word 1 + i that of worker i.
 const WANTED: usize = 0;
 
-/// Runs `workers` workers beside the parent, which writes too.
+/// Runs `workers` workers beside the parent, which writes too: each of them every `every`-th page of its own, `passes`
+/// times (for ever, if not given).
 ///
 /// # Errors
 /// What kept it from running.
-pub fn run(common: &Common, workers: usize) -> anyhow::Result<ExitCode> {
-    anyhow::ensure!(workers > 0 && workers < 500, "1 to 499 workers are possible");
+pub fn run(
+    common: &Common,
+    workers: usize,
+    every: Option<usize>,
+    passes: Option<u64>,
+) -> anyhow::Result<ExitCode> {
+    anyhow::ensure!(workers < 500, "0 to 499 workers are possible");
+    let every = every.unwrap_or(workers + 1);
+    anyhow::ensure!(
+        every > workers,
+        "each of {} processes needs pages of its own: --every {}",
+        workers + 1,
+        workers + 1
+    );
     let mut state = common.begin()?;
-    let pages = common.pages().max(workers + 1);
-    let field = |index| Field::lattice(common.seed, pages, index, workers + 1, common.style());
-    let pace = || Pace::share(common.rate, workers + 1);
+    let pages = common.pages().max(every);
+    let field = |index| Field::lattice(common.seed, pages, index, every, common.style());
+    let most = |index: usize| passes.map(|passes| passes * (pages - index).div_ceil(every) as u64);
+    let pace = |index| Pace::share(common.rate, workers + 1).at_most(most(index));
     let mut memory = Mapping::new(Backing::Private, pages)?;
     field(0).fill(memory.words_mut());
     let control = Mapping::new(Backing::Shared, 1)?;
     let (answers, answer) = pipe()?;
     let parent = std::process::id();
     for index in 1..=workers {
-        process::fork(|| match work(parent, index, &mut memory, field(index), pace(), &control, &answer) {
-            Ok(()) => 0,
-            Err(error) => {
-                eprintln!("worker {index}: {error}");
-                1
+        process::fork(|| {
+            match work(parent, index, &mut memory, field(index), pace(index), &control, &answer) {
+                Ok(()) => 0,
+                Err(error) => {
+                    eprintln!("worker {index}: {error}");
+                    1
+                }
             }
         })?;
     }
     drop(answer);
     state.describe(&[entry("memory", &memory)])?;
-    lead(&mut state, workers, memory, field(0), pace(), &control, answers)
+    lead(&mut state, workers, memory, field(0), pace(0), &control, answers)
 }
 
 /// What a worker does until its parent is gone.

@@ -3,7 +3,7 @@
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use content::Entropy;
-use field::Style;
+use field::{Change, Style};
 use pace::Rate;
 use state::{RegionEntry, State};
 use std::path::PathBuf;
@@ -50,6 +50,12 @@ enum Workload {
         /// Number of workers
         #[arg(long, default_value_t = 3)]
         workers: usize,
+        /// A process writes only every N-th page, each its own (otherwise all of them share all pages among them)
+        #[arg(long, value_name = "N")]
+        every: Option<usize>,
+        /// Stop writing after so many writes of each of these pages
+        #[arg(long, value_name = "N")]
+        passes: Option<u64>,
     },
     /// PROT_NONE, read-only, file-private, locked, shared, memfd and huge memory, pipes and sockets
     Mixed(Common),
@@ -62,6 +68,9 @@ enum Workload {
         /// Pages to read at random places for every page written
         #[arg(long, default_value_t = 0)]
         reads: u32,
+        /// Write only every N-th page
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        every: u32,
     },
     /// One region, written in a known pattern, with a log of every write; the truth for working-set estimates
     Pattern(pattern::Options),
@@ -94,9 +103,16 @@ pub struct Common {
     /// Content that does not compress (the default)
     #[arg(long)]
     pub incompressible: bool,
-    /// Rewrite whole pages instead of one word in each
+    /// Rewrite whole pages instead of some words in each
     #[arg(long)]
     pub full_page: bool,
+    /// With --full-page: to content that compresses well, whatever was there before
+    #[arg(long, requires = "full_page")]
+    pub rewrite_compressible: bool,
+    /// Words that a write changes in a page, 1 to 512
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=512),
+        conflicts_with = "full_page")]
+    pub words: u16,
     /// Become the leader of a session of its own (as a daemon is), if possible
     #[arg(long)]
     pub own_session: bool,
@@ -111,7 +127,10 @@ impl Common {
     /// How pages are written.
     pub fn style(&self) -> Style {
         let entropy = if self.compressible { Entropy::Compressible } else { Entropy::Incompressible };
-        Style { entropy, full_page: self.full_page }
+        let rewritten = if self.rewrite_compressible { Entropy::Compressible } else { entropy };
+        let change =
+            if self.full_page { Change::Page(rewritten) } else { Change::Words(usize::from(self.words)) };
+        Style { entropy, change }
     }
 
     fn begin(&self) -> anyhow::Result<State> {
@@ -133,10 +152,12 @@ impl Command {
         match self.workload {
             Workload::Count(common) => count::run(&common),
             Workload::Threads { common, threads } => threads::run(&common, threads),
-            Workload::Forked { common, workers } => forked::run(&common, workers),
+            Workload::Forked { common, workers, every, passes } => {
+                forked::run(&common, workers, every, passes)
+            }
             Workload::Mixed(common) => mixed::run(&common),
             Workload::Churn(common) => churn::run(&common),
-            Workload::Writer { common, reads } => writer::run(&common, reads),
+            Workload::Writer { common, reads, every } => writer::run(&common, reads, every as usize),
             Workload::Pattern(options) => pattern::run(&options),
             Workload::RedisLoad(options) => crate::redis::load::run(&options),
             Workload::RedisFill(options) => crate::redis::fill::run(&options),

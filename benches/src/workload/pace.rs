@@ -35,6 +35,8 @@ pub struct Pace {
     per_second: Option<f64>,
     last: Instant,
     owed: f64,
+    /// Operations that are left to deal out, if there is an end to them.
+    left: Option<u64>,
 }
 
 impl Pace {
@@ -48,7 +50,7 @@ impl Pace {
 
     /// This many operations a second; `None` is as fast as it goes.
     pub fn new(per_second: Option<f64>) -> Self {
-        Self { per_second, last: Instant::now(), owed: 0.0 }
+        Self { per_second, last: Instant::now(), owed: 0.0, left: None }
     }
 
     /// The same for one of `parts` that share a rate.
@@ -57,9 +59,24 @@ impl Pace {
         Self { per_second: whole.per_second.map(|rate| rate / parts as f64), ..whole }
     }
 
+    /// The same until so many operations were dealt out; `None` is for ever.
+    pub fn at_most(self, left: Option<u64>) -> Self {
+        Self { left, ..self }
+    }
+
     /// How many operations are due. Sleeps for a millisecond first unless there is no limit.
     pub fn due(&mut self) -> u64 {
-        let Some(per_second) = self.per_second else { return BATCH };
+        let due = self.due_for_ever();
+        let Some(left) = &mut self.left else { return due };
+        let due = due.min(*left);
+        *left -= due;
+        due
+    }
+
+    fn due_for_ever(&mut self) -> u64 {
+        let Some(per_second) = self.per_second.or((self.left == Some(0)).then_some(0.0)) else {
+            return BATCH;
+        };
         thread::sleep(Duration::from_millis(1));
         let now = Instant::now();
         let passed = now.saturating_duration_since(self.last).as_secs_f64().min(0.05);
@@ -88,5 +105,11 @@ mod tests {
     fn no_limit_hands_out_batches_and_a_rate_of_zero_nothing() {
         assert_eq!(Pace::pages(Rate::Max).due(), BATCH);
         assert_eq!(Pace::pages(Rate::Bytes(0)).due(), 0);
+    }
+
+    #[test]
+    fn no_more_are_dealt_out_than_there_are() {
+        let mut pace = Pace::pages(Rate::Max).at_most(Some(BATCH + 3));
+        assert_eq!([pace.due(), pace.due(), pace.due()], [BATCH, 3, 0]);
     }
 }

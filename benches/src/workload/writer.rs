@@ -5,13 +5,13 @@ use super::{Common, entry, field::Field, pace::Pace};
 use crate::sys::memory::{Backing, Mapping};
 use std::process::ExitCode;
 
-/// Writes at the rate of `common`, and reads (and compares) `reads` pages at random places for each write.
+/// Writes every `every`-th page at the rate of `common`, and reads (and compares) `reads` pages at random places for each write.
 ///
 /// # Errors
 /// What kept it from running, or a page that was wrong when it was read.
-pub fn run(common: &Common, reads: u32) -> anyhow::Result<ExitCode> {
+pub fn run(common: &Common, reads: u32, every: usize) -> anyhow::Result<ExitCode> {
     let mut state = common.begin()?;
-    let mut field = Field::new(common.seed, common.pages(), common.style());
+    let mut field = Field::lattice(common.seed, common.pages(), 0, every, common.style());
     let mut memory = Mapping::new(Backing::Private, common.pages())?;
     field.fill(memory.words_mut());
     state.describe(&[entry("memory", &memory)])?;

@@ -39,8 +39,8 @@ pub struct Options {
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let common = &options.common;
     anyhow::ensure!(
-        !common.full_page,
-        "the pattern workload writes one word of a page at a time: no --full-page"
+        !common.full_page && common.words == 1,
+        "the pattern workload writes one word of a page at a time: no --full-page or --words"
     );
     let per_phase = match (options.pattern, common.rate) {
         (Pattern::Phased, Rate::Max) => {
