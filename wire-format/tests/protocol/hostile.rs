@@ -167,7 +167,10 @@ fn payloads_that_do_not_fit_their_pages_are_refused() {
     one_base.push(PageNo(2), false, digest::ZERO_PAGE);
     assert!(encode(&one_base, 30).is_err(), "a delta without a base");
     one_base.set_coding(Coding::Raw);
-    assert!(encode(&one_base, 2 * PAGE_SIZE).is_err(), "a base without a delta");
+    assert!(encode(&one_base, 2 * PAGE_SIZE).is_ok(), "its bases are forgotten");
+    one_base.clear(SpaceId(1), 1, Coding::Raw);
+    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    assert!(encode(&one_base, PAGE_SIZE).is_err(), "a base without a delta");
     let zeros = batch(1, Coding::Zstd, &[(1, 0)]);
     assert!(encode(&zeros, 0).is_err() && encode(&zeros, 9).is_err());
     assert!(encode(&PageBatch::default(), 0).is_err(), "no pages");
@@ -325,17 +328,19 @@ fn copies_and_compression_on_a_base_are_whole() {
     assert!(encode(&on_base, 1).is_ok() && encode(&on_base, 2 * PAGE_SIZE).is_ok());
     assert!(encode(&on_base, 0).is_err() && encode(&on_base, 2 * PAGE_SIZE + 1).is_err());
     assert!(encode(&batch(1, Coding::ZstdOnBase, &[(1, 1), (2, 0)]), 1).is_err(), "a zero page");
-    for coding in [Coding::Raw, Coding::Zstd, Coding::Copy] {
-        let mut named = on_base.clone();
-        named.set_coding(coding);
-        assert!((0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).all(|len| encode(&named, len).is_err()), "{coding:?}");
+    let fits =
+        |batch: &PageBatch| (0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).any(|len| encode(batch, len).is_ok());
+    for coding in [Coding::Raw, Coding::Zstd, Coding::Delta, Coding::ZstdOnBase] {
         let mut copied = copies.clone();
-        copied.set_coding(if coding == Coding::Copy { Coding::Delta } else { coding });
-        assert!(
-            (0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).all(|len| encode(&copied, len).is_err()),
-            "{coding:?}"
-        );
+        copied.set_coding(coding);
+        assert!(!fits(&copied), "sources under {coding:?}");
     }
+    let mut named = on_base.clone();
+    named.set_coding(Coding::Copy);
+    assert!(!fits(&named), "copies without sources");
+    let mut both = copies.clone();
+    both.push_on_base(PageNo(9), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    assert!(!fits(&both), "a base among copies");
 }
 
 #[test]

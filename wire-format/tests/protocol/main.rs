@@ -3,4 +3,5 @@
 mod document;
 mod examples;
 mod frames;
+mod fuzzed;
 mod hostile;
