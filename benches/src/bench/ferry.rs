@@ -1,13 +1,12 @@
 //! A migration by the `pageferry` command, and what its report says.
 
-use super::child::{Running, TimedLine, output, wait_for};
+use super::child::{Running, TimedLine, wait_for};
 use super::hosts::{Host, Hosts};
 use super::machine;
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -100,16 +99,6 @@ impl Ferry {
     /// The command at this path.
     pub fn new(program: PathBuf) -> Self {
         Self { program }
-    }
-
-    /// Whether `pageferry migrate` has an option.
-    ///
-    /// # Errors
-    /// That it cannot be asked.
-    pub fn knows(&self, option: &str) -> anyhow::Result<bool> {
-        let mut command = Command::new(&self.program);
-        let help = output("pageferry migrate --help", command.args(["migrate", "--help"]), LIMIT)?;
-        Ok(help.split([' ', ',', '=', '[', '\n']).any(|word| word == option))
     }
 
     /// Moves a process from the source to the destination.

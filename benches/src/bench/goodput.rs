@@ -37,8 +37,8 @@ pub struct Options {
     /// Connections, of ours and of the bare loop
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     streams: Vec<u16>,
-    /// Sizes and socket options of the bare loop, as `pageferry-bench bare` takes them
-    #[arg(long, value_name = "VARIANT", default_value = "plain")]
+    /// Sizes and socket options of the bare loop, as `pageferry-bench bare` takes them; by default what the engine takes
+    #[arg(long, value_name = "VARIANT", default_value = "congestion=cubic")]
     bare: Variant,
     /// Further options for `pageferry migrate`
     #[arg(last = true)]
@@ -49,20 +49,20 @@ pub struct Options {
 struct Row {
     memory_bytes: u64,
     streams: u16,
-    /// Bytes of pages of the first round over its time, 10^9 a second; null if the engine cannot have so many streams.
-    gb_s: Option<Runs>,
+    /// Bytes of pages of the first round over its time, 10^9 a second.
+    gb_s: Runs,
     /// Least that `gb_s` has to be.
     limit_gb_s: f64,
     /// The bare loop, 10^9 bytes a second.
     bare_gb_s: Runs,
     /// The first over the second, run by run.
-    ratio: Option<Runs>,
+    ratio: Runs,
     /// Least that `ratio` has to be.
     limit_ratio: f64,
     /// Largest resident size of the engine at the source (VmHWM, program text included).
-    engine_memory_bytes: Option<Runs>,
+    engine_memory_bytes: Runs,
     /// That, in percent of the program's memory.
-    engine_memory_percent: Option<f64>,
+    engine_memory_percent: f64,
     /// Most that this may be.
     limit_percent: f64,
     pass: bool,
@@ -78,30 +78,20 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     ensure_memory(sizes.iter().copied().max().context("no --sizes")?)?;
     let ferry = common.ferry()?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
-    let many = ferry.knows("--streams")?;
     let mut rows = Vec::new();
     for (&size, &streams) in sizes.iter().flat_map(|size| streams.iter().map(move |streams| (size, streams)))
     {
-        let extra = match (many, streams) {
-            (true, _) => Some(vec!["--streams".to_owned(), streams.to_string()]),
-            (false, 1) => Some(Vec::new()),
-            (false, _) => None,
-        };
-        let trial = Trial { options, ferry: &ferry, scratch: scratch.path(), size, streams, extra };
-        let mut bare = Vec::new();
-        let mut ours = Vec::new();
+        let trial = Trial { options, ferry: &ferry, scratch: scratch.path(), size, streams };
+        let mut runs = Vec::new();
         for run in 1..=common.runs {
-            let (copied, migrated) = trial.run()?;
-            let own = migrated
-                .map_or("-".to_owned(), |(speed, engine)| format!("{speed:.2} GB/s, engine {engine}"));
+            let (copied, speed, engine) = trial.run()?;
             eprintln!(
-                "{size}, streams {streams}, run {run} of {}: {own}, bare {copied:.2} GB/s",
+                "{size}, streams {streams}, run {run} of {}: {speed:.2} GB/s, engine {engine}, bare {copied:.2} GB/s",
                 common.runs
             );
-            bare.push(copied);
-            ours.extend(migrated);
+            runs.push((copied, speed, engine));
         }
-        let row = trial.row(bare, &ours);
+        let row = trial.row(&runs);
         if common.json {
             println!("{}", serde_json::to_string(&row)?);
         }
@@ -119,13 +109,11 @@ struct Trial<'a> {
     scratch: &'a Path,
     size: ByteSize,
     streams: u16,
-    /// What the engine has to be told; `None` if it cannot have so many streams.
-    extra: Option<Vec<String>>,
 }
 
 impl Trial<'_> {
-    /// One program, copied by the bare loop and then moved: the speeds of both, and what the engine needed.
-    fn run(&self) -> anyhow::Result<(f64, Option<(f64, ByteSize)>)> {
+    /// One program, copied by the bare loop and then moved: the speeds of both, and the memory that the engine needed.
+    fn run(&self) -> anyhow::Result<(f64, f64, ByteSize)> {
         let (common, bytes) = (&self.options.common, self.size.as_u64());
         let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
         // Nothing is written meanwhile: the first round is then all that is measured.
@@ -134,9 +122,10 @@ impl Trial<'_> {
         // Room for what arrives, as a machine has it that waits for a migration.
         machine::touch(bytes / 4 * 5)?;
         let copied = bare::copy(&hosts, &subject, self.streams, &self.options.bare)?.gb_s();
-        let Some(extra) = &self.extra else { return Ok((copied, None)) };
         machine::touch(bytes / 4 * 5)?;
-        let extra: Vec<&str> = extra.iter().chain(&self.options.migrate).map(String::as_str).collect();
+        let streams = self.streams.to_string();
+        let mut extra = vec!["--streams", &streams];
+        extra.extend(self.options.migrate.iter().map(String::as_str));
         let migration = self.ferry.migrate(&hosts, self.scratch, subject.pid, &extra)?;
         subject.wait_alive_after(realtime_us())?;
         subject.check()?;
@@ -148,28 +137,28 @@ impl Trial<'_> {
             first.sent_pages
         );
         let speed = (first.sent_pages * 4096) as f64 / 1e3 / first.duration_us as f64;
-        Ok((copied, Some((speed, ByteSize(migration.engine_peak_bytes)))))
+        Ok((copied, speed, ByteSize(migration.engine_peak_bytes)))
     }
 
-    fn row(&self, bare: Vec<f64>, ours: &[(f64, ByteSize)]) -> Row {
-        let ratio = Runs::new(ours.iter().zip(&bare).map(|((speed, _), bare)| speed / bare).collect());
-        let gb_s = Runs::new(ours.iter().map(|(speed, _)| *speed).collect());
-        let memory = Runs::new(ours.iter().map(|(_, engine)| engine.as_u64() as f64).collect());
+    /// Of the speeds of the bare loop and of the engine, and the engine's memory.
+    fn row(&self, runs: &[(f64, f64, ByteSize)]) -> Row {
+        let bare_gb_s = Runs::new(runs.iter().map(|(bare, ..)| *bare).collect());
+        let gb_s = Runs::new(runs.iter().map(|(_, speed, _)| *speed).collect());
+        let ratio = Runs::new(runs.iter().map(|(bare, speed, _)| speed / bare).collect());
+        let memory = Runs::new(runs.iter().map(|(.., engine)| engine.as_u64() as f64).collect());
         let percent = memory.median / self.size.as_u64() as f64 * 100.0;
         let limit_gb_s = goal_gb_s(self.streams);
-        // Medians of nothing are no numbers, and miss every goal.
         let pass = gb_s.median >= limit_gb_s && ratio.median >= GOAL_RATIO && percent <= GOAL_PERCENT;
-        let measured = !ours.is_empty();
         Row {
             memory_bytes: self.size.as_u64(),
             streams: self.streams,
-            gb_s: measured.then_some(gb_s),
+            gb_s,
             limit_gb_s,
-            bare_gb_s: Runs::new(bare),
-            ratio: measured.then_some(ratio),
+            bare_gb_s,
+            ratio,
             limit_ratio: GOAL_RATIO,
-            engine_memory_bytes: measured.then_some(memory),
-            engine_memory_percent: measured.then_some(percent),
+            engine_memory_bytes: memory,
+            engine_memory_percent: percent,
             limit_percent: GOAL_PERCENT,
             pass,
         }
@@ -188,17 +177,15 @@ fn render(rows: &[Row], options: &Options) -> String {
         "at least",
         "goal",
     ]);
-    let runs = |runs: &Option<Runs>| runs.as_ref().map_or("-".to_owned(), |runs| runs.display(2));
     for row in rows {
-        let engine = row.engine_memory_bytes.as_ref();
         table.row(vec![
             ByteSize(row.memory_bytes).to_string(),
             row.streams.to_string(),
-            runs(&row.gb_s),
+            row.gb_s.display(2),
             row.bare_gb_s.display(2),
-            runs(&row.ratio),
-            engine.map_or("-".to_owned(), |bytes| ByteSize(bytes.median as u64).to_string()),
-            row.engine_memory_percent.map_or("-".to_owned(), |percent| format!("{percent:.2} %")),
+            row.ratio.display(2),
+            ByteSize(row.engine_memory_bytes.median as u64).to_string(),
+            format!("{:.2} %", row.engine_memory_percent),
             format!("{} GB/s", row.limit_gb_s),
             if row.pass { "met" } else { "missed" }.to_owned(),
         ]);

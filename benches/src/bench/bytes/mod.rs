@@ -1,13 +1,11 @@
 //! How many bytes a migration sends and how long its pre-copy takes on slow links, beside raw pages on the same link and
 //! beside `zstd -3` over the same pages.
 
-use super::baseline::bare::{self, variant::Variant};
 use super::child::output;
 use super::ferry::{Ferry, Migration};
 use super::hosts::{Host, Hosts};
 use super::resident::Resident;
 use super::stats::Runs;
-use super::subject::Subject;
 use super::table::Table;
 use super::{Common, beside_this, ensure_memory, machine};
 use anyhow::{Context, ensure};
@@ -44,16 +42,6 @@ pub struct Options {
     migrate: Vec<String>,
 }
 
-/// How raw pages were measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum RawBy {
-    /// The same migration with all codings off.
-    Migration,
-    /// The bare loop, with as many bytes.
-    BareLoop,
-}
-
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     workload: Program,
@@ -68,14 +56,13 @@ struct Row {
     zstd3_bytes: Runs,
     /// Bytes on the wire for the first process of a tree alone.
     alone_bytes: Option<Runs>,
-    /// Time of the same pages, raw, over the same link.
+    /// Time of all rounds before the freeze when all codings are off.
     raw_s: Runs,
-    raw_by: RawBy,
     /// Time of all rounds before the freeze.
     s: Runs,
     /// Why pre-copy ended, in each run.
     stop_reasons: Vec<String>,
-    /// The same of raw pages, where they were moved by the engine.
+    /// The same of raw pages.
     raw_stop_reasons: Vec<String>,
     /// What has to hold.
     goals: Vec<Goal>,
@@ -87,13 +74,8 @@ struct Sample {
     resident: Resident,
     migration: Migration,
     alone: Option<Migration>,
-    raw: Raw,
-}
-
-enum Raw {
-    Migration(Migration),
-    /// Seconds.
-    BareLoop(f64),
+    /// The same with all codings off.
+    raw: Migration,
 }
 
 /// Measures and prints the table; fails if a goal was missed.
@@ -112,7 +94,6 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let largest = programs.iter().map(|&program| memory(program).as_u64() * 2).max().unwrap_or(0);
     ensure_memory(ByteSize(largest))?;
     let ferry = common.ferry()?;
-    let knows_coding = ferry.knows("--coding")?;
     let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
     let mut rows = Vec::new();
     for &program in programs {
@@ -124,7 +105,6 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
             program,
             memory: memory(program),
             link: &link,
-            knows_coding,
         };
         let mut samples = Vec::new();
         for run in 1..=common.runs {
@@ -159,8 +139,6 @@ struct Trial<'a> {
     program: Program,
     memory: ByteSize,
     link: &'a str,
-    /// Whether the engine can be told which codings to use.
-    knows_coding: bool,
 }
 
 impl Trial<'_> {
@@ -171,16 +149,8 @@ impl Trial<'_> {
             true => Some(self.migrate(Part::Alone, &usual)?.1),
             false => None,
         };
-        let no_deltas = ["--delta-cache", "0"].map(str::to_owned).to_vec();
-        let raw = if self.knows_coding {
-            let raw = [no_deltas, ["--coding", "raw"].map(str::to_owned).to_vec()].concat();
-            Raw::Migration(self.migrate(Part::Whole, &raw)?.1)
-        } else if self.program.is_sparse() || self.program == Program::Noise {
-            // Noise stays as it is in every coding but deltas.
-            Raw::Migration(self.migrate(Part::Whole, &no_deltas)?.1)
-        } else {
-            Raw::BareLoop(self.bare(resident.raw_bytes)?)
-        };
+        let raw = ["--coding", "raw", "--delta-cache", "0"].map(str::to_owned);
+        let raw = self.migrate(Part::Whole, &raw)?.1;
         Ok(Sample { resident, migration, alone, raw })
     }
 
@@ -211,14 +181,6 @@ impl Trial<'_> {
         );
         Ok(resident)
     }
-
-    /// Seconds that the bare loop takes for so many bytes.
-    fn bare(&self, bytes: u64) -> anyhow::Result<f64> {
-        let hosts = Hosts::up(&self.options.common.two_hosts, Some(self.link))?;
-        let arguments = ["writer", "--memory", &bytes.to_string(), "--rate", "0"].map(str::to_owned);
-        let subject = Subject::start(&hosts, self.scratch, "bare", &arguments)?;
-        Ok(bare::copy(&hosts, &subject, 1, &Variant::default())?.duration_us as f64 / 1e6)
-    }
 }
 
 fn row(program: Program, link: String, samples: &[Sample]) -> Row {
@@ -228,22 +190,15 @@ fn row(program: Program, link: String, samples: &[Sample]) -> Row {
     let zstd3_bytes = runs(&|sample| sample.resident.zstd3_bytes as f64);
     let sent_bytes = runs(&|sample| sample.migration.report.bytes_sent as f64);
     let s = runs(&|sample| sample.migration.report.precopy_s());
-    let raw_s = runs(&|sample| match &sample.raw {
-        Raw::Migration(migration) => migration.report.precopy_s(),
-        Raw::BareLoop(seconds) => *seconds,
-    });
+    let raw_s = runs(&|sample| sample.raw.report.precopy_s());
     let alone = samples.iter().filter_map(|sample| Some(sample.alone.as_ref()?.report.bytes_sent as f64));
     let alone: Vec<f64> = alone.collect();
     let alone_bytes = (!alone.is_empty()).then(|| Runs::new(alone));
-    let stop_reasons: Vec<_> =
-        samples.iter().map(|sample| sample.migration.report.stop_reason.clone()).collect();
-    let raw_stop_reasons: Vec<_> = samples
-        .iter()
-        .filter_map(|sample| match &sample.raw {
-            Raw::Migration(migration) => Some(migration.report.stop_reason.clone()),
-            Raw::BareLoop(_) => None,
-        })
-        .collect();
+    let reasons = |of: &dyn Fn(&Sample) -> &Migration| -> Vec<String> {
+        samples.iter().map(|sample| of(sample).report.stop_reason.clone()).collect()
+    };
+    let stop_reasons = reasons(&|sample| &sample.migration);
+    let raw_stop_reasons = reasons(&|sample| &sample.raw);
     let share = |reasons: &[String]| {
         reasons.iter().filter(|reason| *reason == TARGET_MET).count() as f64 / reasons.len() as f64
     };
@@ -256,11 +211,10 @@ fn row(program: Program, link: String, samples: &[Sample]) -> Row {
         raw_s: raw_s.median,
         s: s.median,
         converged: share(&stop_reasons),
-        raw_converged: (!raw_stop_reasons.is_empty()).then(|| share(&raw_stop_reasons)),
+        raw_converged: share(&raw_stop_reasons),
     };
     let goals = judge(program, &measured);
     let pass = goals.iter().all(|goal| goal.pass);
-    let raw_by = if raw_stop_reasons.is_empty() { RawBy::BareLoop } else { RawBy::Migration };
     Row {
         workload: program,
         link,
@@ -270,7 +224,6 @@ fn row(program: Program, link: String, samples: &[Sample]) -> Row {
         zstd3_bytes,
         alone_bytes,
         raw_s,
-        raw_by,
         s,
         stop_reasons,
         raw_stop_reasons,
@@ -325,14 +278,8 @@ fn render(rows: &[Row], common: &Common) -> String {
             table.row(cells);
         }
     }
-    let by_loop: Vec<_> =
-        rows.iter().filter(|row| row.raw_by == RawBy::BareLoop).map(|row| row.workload.name()).collect();
-    let note = match by_loop.is_empty() {
-        true => String::new(),
-        false => format!("raw s by the bare loop, not by a migration: {}\n", by_loop.join(", ")),
-    };
     format!(
-        "{}\nmedian (smallest..largest) of {} runs; 10^6 bytes; sent: everything on the wire; s: all rounds before the freeze\n\n{}{note}",
+        "{}\nmedian (smallest..largest) of {} runs; 10^6 bytes; sent: everything on the wire; s: all rounds before the freeze, raw s: the same with --coding raw\n\n{}",
         machine::describe(),
         common.runs,
         table.render()
