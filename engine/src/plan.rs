@@ -113,6 +113,8 @@ pub struct ReceivePlan {
     pub insecure: bool,
     /// Bytes of memory that the page store may take at most; `None` is what the machine has free.
     pub memory_limit: Option<u64>,
+    /// Bytes of memory that are made ready while nobody is migrating: fresh memory costs more than the copying into it.
+    pub standby: u64,
     /// CRIU to use; `None` searches for one.
     pub criu: Option<PathBuf>,
     /// How long the link or CRIU may make no progress before the migration is given up.
@@ -128,6 +130,7 @@ impl ReceivePlan {
             listen,
             insecure: false,
             memory_limit: None,
+            standby: 0,
             criu: None,
             stall_timeout: Duration::from_secs(30),
             remember: Duration::from_secs(600),

@@ -133,6 +133,10 @@ pub(super) struct ReceiveVerb {
     /// Memory that received pages may take at most [default: what the machine has free].
     #[arg(long, value_name = "SIZE")]
     pub(super) memory_limit: Option<Bytes>,
+    /// Memory to make ready for pages while waiting, so that the copying does not have to: about the size of what will
+    /// come. It is taken from the machine until then.
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub(super) standby: Bytes,
     /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
     #[arg(long, value_name = "PATH")]
     pub(super) criu: Option<PathBuf>,

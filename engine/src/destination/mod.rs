@@ -44,6 +44,8 @@ pub struct Receiver {
     sessions: Sessions,
     /// Where further connections of the session under way find it.
     hub: Mutex<Option<Arc<Hub>>>,
+    /// The store of the next session, with its memory made ready, if the plan says so.
+    standby: Mutex<Option<PageStore>>,
 }
 
 /// Connections that are talked to at a time: one migrates, the others ask.
@@ -84,7 +86,30 @@ impl Receiver {
         let listener = TcpListener::bind(plan.listen).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        Ok(Self { plan, listener, address, criu, sessions: Sessions::default(), hub: Mutex::default() })
+        let receiver = Self {
+            plan,
+            listener,
+            address,
+            criu,
+            sessions: Sessions::default(),
+            hub: Mutex::default(),
+            standby: Mutex::default(),
+        };
+        receiver.stand_by().map_err(|error| {
+            MigrationError::refused(PHASE, error).with_help("ask for less memory with --standby")
+        })?;
+        Ok(receiver)
+    }
+
+    /// Begins to make memory ready for the next session.
+    fn stand_by(&self) -> Result<(), store::StoreError> {
+        if self.plan.standby == 0 {
+            return Ok(());
+        }
+        let store = PageStore::new(self.plan.memory_limit)?;
+        store.reserve(self.plan.standby)?;
+        *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
+        Ok(())
     }
 
     /// The address that is listened on.
@@ -110,6 +135,13 @@ impl Receiver {
             loop {
                 while let Ok(end) = ends.try_recv() {
                     open -= 1;
+                    if !once
+                        && end.is_some()
+                        && let Err(error) = self.stand_by()
+                    {
+                        let text = format!("no memory is made ready for the next migration: {error}");
+                        observer.event(&Event::Warning { text });
+                    }
                     if once && let Some(end) = end {
                         let linger = if end.unclear { self.plan.stall_timeout } else { Duration::ZERO };
                         last = Some((end, Instant::now() + linger));
@@ -235,7 +267,12 @@ impl Receiver {
     ) -> Result<bool, ReceiveError> {
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
-        let store = PageStore::new(self.plan.memory_limit)?;
+        let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let store = match standby {
+            Some(store) => store,
+            None => PageStore::new(self.plan.memory_limit)?,
+        };
+        let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
         let _door = Door::open(self, Arc::clone(&hub));
         channel.link_mut().set_alarm(Some(hub.alarm().clone()));
@@ -243,7 +280,7 @@ impl Receiver {
         channel.control(&ControlMessage::Welcome(Welcome {
             version: wire::version::CURRENT,
             engine: env!("CARGO_PKG_VERSION").to_owned(),
-            memory: free_memory(self.plan.memory_limit),
+            memory,
             streams: most_streams(),
             kept: 0,
         }))?;
@@ -315,15 +352,15 @@ fn most_streams() -> u16 {
     (2 * processors).clamp(1, usize::from(hub::MOST_STREAMS)) as u16
 }
 
-/// Bytes that the store could take, by the plan and by what the machine has.
-fn free_memory(limit: Option<u64>) -> u64 {
+/// Bytes that the store could take, by the plan and by what the machine has beside what is `ready`.
+fn free_memory(ready: u64, limit: Option<u64>) -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = info
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
         .map_or(u64::MAX, |kib| kib * 1024);
-    available.min(limit.unwrap_or(u64::MAX))
+    available.saturating_add(ready).min(limit.unwrap_or(u64::MAX))
 }
 
 /// Tells the peer why, as long as it can still hear it.

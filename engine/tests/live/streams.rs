@@ -6,6 +6,7 @@ use anyhow::{Context, ensure};
 use pageferry::MigrationReport;
 use pageferry::report::Codings;
 use pageferry_benches::bench::hosts::Host;
+use std::time::{Duration, Instant};
 
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
@@ -15,6 +16,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("it is lost in the freeze too", lost_for_good),
         ("one connection of several is lost", one_of_several),
         ("only one coding, when asked for", one_coding),
+        ("memory that was made ready while waiting", standby),
     ]
 }
 
@@ -131,4 +133,26 @@ fn one_coding(ferry: &Ferry) -> anyhow::Result<()> {
         ferry.hosts.kill(Host::Destination, subject.pid)?;
     }
     Ok(())
+}
+
+fn standby(ferry: &Ferry) -> anyhow::Result<()> {
+    let receiver = ferry.receiver(None, &["--standby", "48MiB"])?;
+    let resident = || -> anyhow::Result<u64> {
+        let status = ferry.sh(Host::Destination, &format!("cat /proc/{}/status", receiver.pid))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a resident size")?;
+        Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()? << 10)
+    };
+    // For more than was made ready, and again after it was used.
+    for memory in ["32MiB", "96MiB"] {
+        let until = Instant::now() + Duration::from_secs(20);
+        while resident()? < 48 << 20 {
+            ensure!(Instant::now() < until, "{} bytes are ready", resident()?);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let subject = ferry.subject(&["writer", "--memory", memory, "--rate", "5MB"])?;
+        ferry.migrate(subject.pid, None, &["--verify"])?.moved()?;
+        ferry.lives_only(Host::Destination, &subject).context(memory)?;
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    receiver.stop()
 }

@@ -92,6 +92,11 @@ impl PageStore {
         self.slots.reserve(bytes)
     }
 
+    /// Bytes of memory that are ready for pages, and taken from the machine already.
+    pub fn ready_bytes(&self) -> u64 {
+        self.slots.ready()
+    }
+
     /// Bytes of memory that pages take now; zero pages take none.
     #[cfg(test)]
     pub fn page_bytes(&self) -> u64 {

@@ -97,6 +97,12 @@ impl Prefault {
         Ok(())
     }
 
+    /// Bytes that are ready, and not handed out.
+    pub(super) fn ready(&self) -> u64 {
+        let state = self.shared.lock();
+        state.populated.saturating_sub(state.used)
+    }
+
     /// The next region, in order.
     pub(super) fn region(&self) -> Result<Region, StoreError> {
         let mut state = self.shared.lock();

@@ -62,6 +62,11 @@ impl Slots {
         self.prefault.reserve(bytes)
     }
 
+    /// Bytes of memory that are ready for pages.
+    pub(super) fn ready(&self) -> u64 {
+        self.prefault.ready()
+    }
+
     /// Slots that hold pages, or are about to.
     #[cfg(test)]
     pub(super) fn used(&self) -> u64 {
