@@ -168,6 +168,9 @@ fn bytes_compares() -> Result<(), Failed> {
             let (least, most) = (1.7 * f64::from(6 << 20), 2.5 * f64::from(6 << 20));
             assert!((least..most).contains(&distinct), "{row}");
         }
+        let codings = row["codings"].as_object().ok_or("no codings")?;
+        let pages: f64 = codings.values().map(|share| number(share, "pages")).sum();
+        assert!(pages >= times * f64::from(6 << 20) / 4096.0, "{row}");
         let goals = row["goals"].as_array().ok_or("no goals")?;
         assert_eq!(row["pass"], goals.iter().all(|goal| goal["pass"] == true), "{row}");
     }

@@ -4,7 +4,8 @@ use super::child::{Running, TimedLine, wait_for};
 use super::hosts::{Host, Hosts};
 use super::machine;
 use anyhow::{Context, bail};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,6 +33,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Bytes on the wire, CRIU's images included.
     pub bytes_sent: u64,
+    /// Of these, CRIU's images.
+    pub image_bytes: u64,
     /// Whole time.
     pub total_us: u64,
     /// Downtime.
@@ -58,9 +61,32 @@ pub struct Round {
     pub duration_us: u64,
     /// Whether it ran in the freeze.
     pub frozen: bool,
+    /// How its pages travelled, by the name of the coding.
+    pub codings: BTreeMap<String, Share>,
+}
+
+/// What went by a coding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Share {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes on the wire for them.
+    pub bytes: u64,
 }
 
 impl Report {
+    /// How pages travelled in all rounds, by the name of the coding.
+    pub fn codings(&self) -> BTreeMap<String, Share> {
+        let mut all = BTreeMap::<String, Share>::new();
+        for (name, share) in self.rounds.iter().flat_map(|round| &round.codings) {
+            let sum = all.entry(name.clone()).or_default();
+            sum.pages += share.pages;
+            sum.bytes += share.bytes;
+        }
+        all
+    }
+
     /// Time of all rounds before the freeze, in seconds.
     pub fn precopy_s(&self) -> f64 {
         let live = self.rounds.iter().filter(|round| !round.frozen);

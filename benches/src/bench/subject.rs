@@ -27,6 +27,15 @@ impl Subject {
         let mut command = vec![program.into_os_string()];
         command.extend(arguments.iter().map(Into::into));
         command.extend(["--state".into(), state.clone().into_os_string()]);
+        // What an earlier one of this name left is no sign of life of this one.
+        for path in [&state, &beside(&state, "map"), &log] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("removing {}", path.display()));
+                }
+                _ => {}
+            }
+        }
         let pid = hosts.start(Host::Source, &log, command)?;
         let subject = Self { pid, state };
         wait_for(&format!("the first sign of life of {name}"), Duration::from_secs(180), || {

@@ -2,7 +2,7 @@
 //! beside `zstd -3` over the same pages.
 
 use super::child::output;
-use super::ferry::{Ferry, Migration};
+use super::ferry::{Ferry, Migration, Share};
 use super::hosts::{Host, Hosts};
 use super::resident::Resident;
 use super::stats::Runs;
@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum};
 use judge::{Goal, Measured, judge};
 use program::{Moving, Part, Program};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -52,6 +53,8 @@ struct Row {
     distinct_bytes: Runs,
     /// Bytes on the wire altogether: all rounds, frames, CRIU's images.
     sent_bytes: Runs,
+    /// Of these, CRIU's images.
+    image_bytes: Runs,
     /// What `zstd -3` makes of the same pages as one stream.
     zstd3_bytes: Runs,
     /// Bytes on the wire for the first process of a tree alone.
@@ -64,6 +67,8 @@ struct Row {
     stop_reasons: Vec<String>,
     /// The same of raw pages.
     raw_stop_reasons: Vec<String>,
+    /// Pages and bytes by coding, in the last run.
+    codings: BTreeMap<String, Share>,
     /// What has to hold.
     goals: Vec<Goal>,
     pass: bool,
@@ -189,6 +194,7 @@ fn row(program: Program, link: String, samples: &[Sample]) -> Row {
     let distinct_bytes = runs(&|sample| sample.resident.distinct_bytes as f64);
     let zstd3_bytes = runs(&|sample| sample.resident.zstd3_bytes as f64);
     let sent_bytes = runs(&|sample| sample.migration.report.bytes_sent as f64);
+    let image_bytes = runs(&|sample| sample.migration.report.image_bytes as f64);
     let s = runs(&|sample| sample.migration.report.precopy_s());
     let raw_s = runs(&|sample| sample.raw.report.precopy_s());
     let alone = samples.iter().filter_map(|sample| Some(sample.alone.as_ref()?.report.bytes_sent as f64));
@@ -221,12 +227,14 @@ fn row(program: Program, link: String, samples: &[Sample]) -> Row {
         raw_bytes,
         distinct_bytes,
         sent_bytes,
+        image_bytes,
         zstd3_bytes,
         alone_bytes,
         raw_s,
         s,
         stop_reasons,
         raw_stop_reasons,
+        codings: samples.last().map(|sample| sample.migration.report.codings()).unwrap_or_default(),
         goals,
         pass,
     }
@@ -240,6 +248,7 @@ fn render(rows: &[Row], common: &Common) -> String {
         "distinct MB",
         "zstd -3 MB",
         "sent MB",
+        "images MB",
         "raw s",
         "s",
         "judged by",
@@ -264,10 +273,11 @@ fn render(rows: &[Row], common: &Common) -> String {
                     format!("{:.1}", row.distinct_bytes.median / 1e6),
                     format!("{:.1}", row.zstd3_bytes.median / 1e6),
                     mb(&row.sent_bytes),
+                    format!("{:.1}", row.image_bytes.median / 1e6),
                     row.raw_s.display(2),
                     row.s.display(2),
                 ],
-                _ => vec![String::new(); 8],
+                _ => vec![String::new(); 9],
             };
             cells.extend([
                 goal.what.to_owned(),
@@ -279,9 +289,27 @@ fn render(rows: &[Row], common: &Common) -> String {
         }
     }
     format!(
-        "{}\nmedian (smallest..largest) of {} runs; 10^6 bytes; sent: everything on the wire; s: all rounds before the freeze, raw s: the same with --coding raw\n\n{}",
+        "{}\nmedian (smallest..largest) of {} runs; 10^6 bytes; sent: everything on the wire; s: all rounds before the freeze, raw s: the same with --coding raw\n\n{}\n\
+         pages by coding in the last run, 10^6 bytes of pages (and of these on the wire)\n\n{}",
         machine::describe(),
         common.runs,
-        table.render()
+        table.render(),
+        ways(rows)
     )
+}
+
+/// How pages travelled.
+fn ways(rows: &[Row]) -> String {
+    const WAYS: [&str; 7] = ["unchanged", "zero", "copy", "delta", "zstd_on_base", "zstd", "raw"];
+    let mut table = Table::new(&[&["workload"][..], &WAYS].concat());
+    for row in rows {
+        let cell = |way: &&str| match row.codings.get(*way) {
+            Some(share) if share.pages > 0 => {
+                format!("{:.1} ({:.1})", (share.pages * 4096) as f64 / 1e6, share.bytes as f64 / 1e6)
+            }
+            _ => "-".to_owned(),
+        };
+        table.row([row.workload.name()].into_iter().chain(WAYS.iter().map(cell)).collect());
+    }
+    table.render()
 }
