@@ -21,7 +21,7 @@ mod page;
 pub mod version;
 
 pub use batch::{Coding, PageBatch};
-pub use chooser::CodingChooser;
+pub use chooser::{CodingChooser, Way};
 pub use coding::{ZstdDecoder, ZstdEncoder};
 pub use control::{
     AbortCode, ControlMessage, HandoverState, Hello, Part, RegionInfo, RestoreChoices, SpaceInfo, Welcome,

@@ -15,7 +15,6 @@ mod tally;
 mod twins;
 mod verify;
 mod watchman;
-mod ways;
 
 use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};

@@ -4,13 +4,13 @@
 use super::books::{Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
 use super::tally::Tally;
-use super::ways::{Way, Ways};
 use crate::link::{Channel, ChannelError};
 use crate::report::Share;
 use pageferry_tracker::{ReadError, Run};
 use pageferry_wire_format::delta::Page;
 use pageferry_wire_format::{
-    Coding, EncodeError, PageBatch, PageDigest, PageNo, SpaceId, ZstdEncoder, digest, limits,
+    Coding, CodingChooser, EncodeError, PageBatch, PageDigest, PageNo, SpaceId, Way, ZstdEncoder, digest,
+    limits,
 };
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -107,12 +107,12 @@ pub(crate) struct Worker {
     /// Pages in one piece, for the compressor.
     gathered: Vec<u8>,
     packed: Vec<u8>,
-    chooser: Ways,
+    chooser: CodingChooser,
     zstd: ZstdEncoder,
 }
 
 impl Worker {
-    pub(crate) fn new(chooser: Ways) -> Result<Self, EncodeError> {
+    pub(crate) fn new(chooser: CodingChooser) -> Result<Self, EncodeError> {
         Ok(Self {
             bytes: Vec::new(),
             contents: Vec::new(),
@@ -142,6 +142,8 @@ impl Worker {
         round: &Round<'_>,
         tick: &mut dyn FnMut() -> bool,
     ) -> Result<Tally, SendPagesError> {
+        // While the tree was scanned the link was idle.
+        self.chooser.pause();
         let mut tally = Tally::default();
         let result = loop {
             if round.stop.load(Ordering::Relaxed) {
@@ -173,6 +175,7 @@ impl Worker {
         task: &Task<'_>,
         tally: &mut Tally,
     ) -> Result<(), SendPagesError> {
+        let start = Instant::now();
         let pid = task.place.target.pid();
         let pages: u64 = self.runs.iter().map(|run| run.len).sum();
         let len = pages as usize * PAGE;
@@ -195,6 +198,7 @@ impl Worker {
             return Err(SendPagesError::Vanished { pid, page: *page });
         }
         self.sort(round, task.place.id, len, &vanished, tally);
+        self.chooser.observe_work(len, start.elapsed());
         self.send_whole(channel, tally)?;
         self.send_on_base(channel, tally)?;
         if !self.deltas.is_empty() {
@@ -328,7 +332,7 @@ impl Worker {
 /// Sends one frame, and counts it.
 fn send(
     channel: &mut Channel,
-    chooser: &mut Ways,
+    chooser: &mut CodingChooser,
     batch: &PageBatch,
     payload: &[IoSlice<'_>],
     share: &mut Share,

@@ -5,13 +5,12 @@ use super::pages::{Round, SendPagesError, Worker};
 use super::precopy::Todo;
 use super::queue::{Queue, Task};
 use super::tally::Tally;
-use super::ways::Ways;
 use super::{Migration, Space};
 use crate::link::ChannelError;
 use crate::observe::Event;
 use crate::plan::CodingChoice;
 use pageferry_tracker::PageSet;
-use pageferry_wire_format::{Coding, ControlMessage, PageRun, SpaceId};
+use pageferry_wire_format::{Coding, CodingChooser, ControlMessage, PageRun, SpaceId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -52,9 +51,9 @@ impl Migration<'_> {
         }
         for _ in 0..wanted {
             let chooser = match self.plan.coding {
-                CodingChoice::Auto => Ways::default(),
-                CodingChoice::Raw => Ways::only(Coding::Raw),
-                CodingChoice::Zstd => Ways::only(Coding::Zstd),
+                CodingChoice::Auto => CodingChooser::default(),
+                CodingChoice::Raw => CodingChooser::only(Coding::Raw),
+                CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
             };
             let mut worker = Worker::new(chooser)?;
             if let Some(bandwidth) = self.plan.bandwidth {

@@ -1,0 +1,134 @@
+//! What a link takes, seen from the sender, whose sends only fill the system's buffer.
+//!
+//! A send that finds room costs the core its copy and says nothing about the link. One that has to wait ends when the
+//! link has made room: between two ends of such sends the link has carried as much as was sent between them, however long
+//! the core did something else in the meantime. So while sends wait, the time from end to end over the bytes is what the
+//! link takes; and while none does, it is the most that the link can take.
+
+use crate::limits::PAGE_SIZE;
+
+/// A measurement is made of at least so many bytes.
+const SAMPLE: f64 = 65_536.0;
+/// Weight of a new measurement in the sums.
+const WEIGHT: f64 = 0.15;
+/// Seconds that a byte takes the core to send: the first guess, and the most that is believed (a slower send waits).
+const FIRST_SEND: f64 = 0.4e-9;
+const SLOWEST_SEND: f64 = 1e-9;
+/// A send that takes so many times what is usual waits.
+const WAITS: f64 = 2.0;
+/// The link is full when so much of the time is waiting for it.
+const FULL: f64 = 0.05;
+/// What the system buffers, about: 4 MiB is Linux's default limit for TCP.
+pub(super) const BUFFER: f64 = 4.0 * 1_048_576.0;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    bytes: f64,
+    /// Seconds, from the end of a send to the end of a send.
+    time: f64,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Meter {
+    /// Seconds that a byte takes the core.
+    send: Option<f64>,
+    /// Seconds that a byte takes the link; `None` as long as it was never full.
+    link: Option<f64>,
+    /// Between sends that waited, lately.
+    carried: Sum,
+    /// Since the last send that waited, or for some buffers' worth.
+    since: Sum,
+    /// Whether that began with a send that waited: with a full buffer.
+    from_full: bool,
+    /// Lately: seconds, and of these waiting.
+    time: f64,
+    waiting: f64,
+    /// The measurement under way.
+    bytes: f64,
+    sending: f64,
+    working: f64,
+}
+
+impl Meter {
+    /// Seconds that a byte takes the core to send.
+    pub(super) fn send(&self) -> f64 {
+        self.send.unwrap_or(FIRST_SEND)
+    }
+
+    /// Seconds that a byte takes the link, as far as is known; `None` as long as it was never waited for.
+    pub(super) fn link(&self) -> Option<f64> {
+        self.link
+    }
+
+    /// Whether the link is waited for now.
+    pub(super) fn is_full(&self) -> bool {
+        self.waiting > FULL * self.time
+    }
+
+    /// Time passed in which nothing was sent: the buffer is not what it was.
+    pub(super) fn pause(&mut self) {
+        (self.since, self.from_full) = (Sum::default(), false);
+        (self.time, self.waiting) = (0.0, 0.0);
+        (self.bytes, self.sending, self.working) = (0.0, 0.0, 0.0);
+    }
+
+    /// From now on it is looked whether the link takes whatever comes.
+    pub(super) fn restart(&mut self) {
+        (self.since, self.from_full) = (Sum::default(), false);
+    }
+
+    /// The core did something else than sending.
+    pub(super) fn worked(&mut self, time: f64) {
+        self.working += time;
+    }
+
+    /// `bytes` were sent in `time`.
+    pub(super) fn sent(&mut self, bytes: usize, time: f64) {
+        // Frames without page bytes are all overhead and say nothing about the link.
+        if bytes < PAGE_SIZE {
+            return;
+        }
+        self.bytes += bytes as f64;
+        self.sending += time;
+        if self.bytes < SAMPLE {
+            return;
+        }
+        let (bytes, sending) = (std::mem::take(&mut self.bytes), std::mem::take(&mut self.sending));
+        let time = sending + std::mem::take(&mut self.working);
+        let cost = sending / bytes;
+        let send = self.send.get_or_insert(cost.min(FIRST_SEND));
+        let waiting = (sending - WAITS * *send * bytes).max(0.0);
+        if waiting > 0.0 {
+            // Sending may have become slower, too: so much that it looks like waiting. That is found out slowly.
+            *send = (*send * 1.002).min(SLOWEST_SEND);
+        } else {
+            *send += if cost < *send { 0.5 } else { 0.1 } * (cost - *send);
+        }
+        self.time = self.time * (1.0 - WEIGHT) + time;
+        self.waiting = self.waiting * (1.0 - WEIGHT) + waiting;
+        self.carry(bytes, time, waiting > 0.0);
+    }
+
+    fn carry(&mut self, bytes: f64, time: f64, waited: bool) {
+        self.since.bytes += bytes;
+        self.since.time += time;
+        let since = self.since;
+        if waited {
+            // More than any buffer takes: it does not matter how full that was before.
+            if self.from_full || bytes > 2.0 * BUFFER {
+                self.carried.bytes = self.carried.bytes * (1.0 - WEIGHT) + since.bytes;
+                self.carried.time = self.carried.time * (1.0 - WEIGHT) + since.time;
+                self.link = Some(self.carried.time / self.carried.bytes);
+            }
+            (self.since, self.from_full) = (Sum::default(), true);
+        } else if since.bytes > 3.0 * BUFFER {
+            // There was room all the time: but for what the buffer took, the link has carried it.
+            let most = Sum { bytes: since.bytes - BUFFER, time: since.time };
+            if self.link.is_some_and(|link| most.time / most.bytes < link) {
+                self.link = Some(most.time / most.bytes);
+                self.carried = most;
+            }
+            (self.since, self.from_full) = (Sum::default(), false);
+        }
+    }
+}
