@@ -37,6 +37,8 @@ pub struct SendPlan {
     /// Connections, each with a worker of its own that reads, hashes, codes and sends; `None` is one for each
     /// processor, eight at most, and never more than the receiver takes.
     pub streams: Option<u16>,
+    /// Congestion control of the connections, such as `bbr`; `None` is cubic where the system has it.
+    pub congestion: Option<String>,
     /// How pages may be coded.
     pub coding: CodingChoice,
     /// Dirty tracker to use; `None` lets the probe choose.
@@ -68,6 +70,7 @@ impl SendPlan {
             bandwidth: None,
             delta_cache: None,
             streams: None,
+            congestion: None,
             coding: CodingChoice::Auto,
             tracker: None,
             hide: None,

@@ -293,6 +293,9 @@ pub(super) struct MigrateVerb {
     /// Connections, each with a worker of its own [default: one a processor, 8 at most].
     #[arg(long, value_name = "N")]
     pub(super) streams: Option<u16>,
+    /// Congestion control of the connections, such as bbr [default: cubic, where the system has it].
+    #[arg(long, value_name = "NAME")]
+    pub(super) congestion: Option<String>,
     /// How pages may be coded: by what is measured, or one way only, for comparisons.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) coding: CodingName,

@@ -77,6 +77,7 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
     plan.streams = verb.streams;
+    plan.congestion = verb.congestion.clone();
     plan.coding = verb.coding.choice();
     plan.tracker = verb.tracker.kind();
     plan.hide = match verb.hide {

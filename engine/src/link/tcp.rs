@@ -68,6 +68,14 @@ impl TcpLink {
         Ok(Self { stream, stall: Duration::from_secs(30), cancel: None, alarm: None, sent: 0, received: 0 })
     }
 
+    /// Has the system send by this congestion control, such as `bbr`.
+    ///
+    /// # Errors
+    /// `ENOENT` when the system does not have it.
+    pub fn set_congestion(&self, name: &str) -> io::Result<()> {
+        Ok(rustix::net::sockopt::set_tcp_congestion(&self.stream, name)?)
+    }
+
     /// How long not a byte may move.
     pub fn set_stall(&mut self, stall: Duration) {
         self.stall = stall;

@@ -80,7 +80,17 @@ impl Books {
             return;
         }
         self.cache.set_budget(cache);
-        self.twins.reserve(pages, processes > 1);
+        if self.twins.reserve(pages, processes > 1) {
+            self.enter_all();
+        }
+    }
+
+    /// Enters everything that the destination holds into a table that is new.
+    fn enter_all(&mut self) {
+        let Self { spaces, twins, .. } = self;
+        for (space, sent) in spaces {
+            sent.each(|page, content| twins.enter(content, *space, page));
+        }
     }
 
     /// Enters a page that is about to be sent, and says how. `in_hand` gives the bytes of a page that was looked at in
@@ -114,7 +124,12 @@ impl Books {
                     && in_hand(of, at).is_none_or(|other| other == bytes)
             };
             match self.twins.find(&content, there) {
-                Some((of, at)) => fate = Fate::Copy(PageRef { space: of, page: PageNo(at) }),
+                Some((of, at)) => {
+                    fate = Fate::Copy(PageRef { space: of, page: PageNo(at) });
+                    if self.twins.lay_out() {
+                        self.enter_all();
+                    }
+                }
                 None => self.twins.enter(&content, space, page),
             }
         }

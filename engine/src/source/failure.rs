@@ -62,6 +62,12 @@ pub(crate) enum SendError {
     Encode(#[from] EncodeError),
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    #[error("the congestion control {name} cannot be used")]
+    Congestion {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the receiver has {available} bytes of memory free, and the program takes {needed}")]
     NoRoom { available: u64, needed: u64 },
     #[error("could not hold process {pid} for the commit")]
@@ -106,6 +112,11 @@ impl SendError {
             SendError::NotRoot => "run it as root".to_owned(),
             SendError::Tracker(_) | SendError::FindCriu(_) => {
                 "`pageferry check` shows what is missing here".to_owned()
+            }
+            SendError::Congestion { .. } => {
+                let file = "/proc/sys/net/ipv4/tcp_available_congestion_control";
+                let have = std::fs::read_to_string(file).unwrap_or_default();
+                format!("this machine has {} (more with modprobe, if the kernel has it)", have.trim())
             }
             SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {
                 format!("is `pageferry receive --listen {to}` running there?")

@@ -234,6 +234,10 @@ impl<'a> Migration<'a> {
     fn open_channel(&self) -> Result<Channel, SendError> {
         let mut link = TcpLink::connect(self.plan.to, self.plan.connect_timeout)
             .map_err(crate::link::ChannelError::from)?;
+        if let Some(name) = &self.plan.congestion {
+            link.set_congestion(name)
+                .map_err(|source| SendError::Congestion { name: name.clone(), source })?;
+        }
         link.set_stall(self.plan.connect_timeout);
         link.set_cancel(Some(self.cancel.clone()));
         Ok(Channel::new(link))

@@ -3,7 +3,7 @@
 //! 16 bytes and a bit for every page, in tables of 2 MiB of address space, is 0.4 % of what is tracked.
 
 use pageferry_tracker::PageSet;
-use pageferry_wire_format::digest::SpaceDigest;
+use pageferry_wire_format::digest::{SpaceDigest, ZERO_PAGE};
 use pageferry_wire_format::{PageDigest, PageNo, PageRun};
 use std::collections::BTreeMap;
 
@@ -63,6 +63,17 @@ impl SentPages {
             table.given[index / 64] &= !(1 << (index % 64));
             self.digest.remove(PageNo(page), &table.digests[index]);
             self.pages -= 1;
+        }
+    }
+
+    /// Calls `tell` with every page that is not zero and its content, in order.
+    pub(crate) fn each(&self, mut tell: impl FnMut(u64, &PageDigest)) {
+        for (chunk, table) in &self.tables {
+            for index in (0..PAGES as usize).filter(|index| table.has(*index)) {
+                if table.digests[index] != ZERO_PAGE {
+                    tell(chunk * PAGES + index as u64, &table.digests[index]);
+                }
+            }
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("an unreachable receiver", unreachable),
+        ("a congestion control that is not there", congestion),
         ("a busy receiver", busy),
         ("a receiver without memory", no_memory),
         ("a port that is taken", taken),
@@ -32,6 +33,16 @@ fn unreachable(ferry: &Ferry) -> anyhow::Result<()> {
         &["could not connect to 10.77.0.2:7077", "running at the source", "is `pageferry receive"],
     )?;
     ferry.lives_only(Host::Source, &subject)
+}
+
+fn congestion(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, receiver) = (ferry.subject(&WRITER)?, ferry.receiver(None, &[])?);
+    let outcome = ferry.migrate(subject.pid, None, &["--congestion", "carrier-pigeon"])?;
+    outcome.failed(3, &["congestion control carrier-pigeon", "this machine has", "running at the source"])?;
+    ferry.lives_only(Host::Source, &subject)?;
+    ferry.migrate(subject.pid, None, &["--congestion", "reno"])?.moved()?;
+    ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()
 }
 
 fn busy(ferry: &Ferry) -> anyhow::Result<()> {
