@@ -1,7 +1,7 @@
 //! The best mix of ways: quick, and among those that are nearly as quick one with few bytes.
 //!
 //! With one way alone either the core or the link is idle for a part of the time. Batches of a quicker and of a smaller way
-//! in turn keep both busy: on a link that is somewhat slower than the core that gains up to a half.
+//! in turn keep both busy, which can be half again as quick on a link that is somewhat slower than the core.
 
 /// What may be given up of the speed at most for fewer bytes: the link is others' too. Within that a saving is worth to be
 /// slower by as much as the square root of the bytes is smaller.

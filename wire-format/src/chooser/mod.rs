@@ -61,6 +61,8 @@ const FASTER: f64 = 0.7;
 const GLIMPSE: u32 = 64;
 /// A glimpse must be able to gain so much.
 const WORTH_A_GLIMPSE: f64 = 1.3;
+/// Choices for which a plan is kept: making one takes microseconds, and a raw batch not many more.
+const KEEP_PLAN: u32 = 8;
 /// Seconds that the delta of a byte takes until it was measured: 5 GB/s.
 const DELTA_COST: f64 = 0.2e-9;
 /// A longer delta is not worth one: after half a page zstd is as good.
@@ -102,6 +104,9 @@ pub struct CodingChooser {
     /// What the link took when it was full last.
     full_link: f64,
     compressing: bool,
+    /// What is best for batches without and with a base, for the next choices; and how many were made.
+    plans: [Option<Mix>; 2],
+    turn: u32,
     delta: Seen,
 }
 
@@ -120,6 +125,8 @@ impl Default for CodingChooser {
             glimpse: 0,
             full_link: 0.0,
             compressing: false,
+            plans: [None; 2],
+            turn: 0,
             delta: Seen { coding: DELTA_COST, ratio: 0.1, ..Seen::default() },
         }
     }
@@ -173,6 +180,7 @@ impl CodingChooser {
         let before = self.seen[index];
         self.seen[index].look(coding, ratio);
         if before.looks == 0 {
+            self.plans = [None; 2];
             return;
         }
         // What one level shows of the data holds for the other too, until that is looked at.
@@ -246,8 +254,15 @@ impl CodingChooser {
         if link < FASTEST_ZSTD {
             return self.stay_raw();
         }
-        let choices = self.choices(may);
-        let mix = self.mix(&choices);
+        self.turn = self.turn.wrapping_add(1);
+        if self.turn.is_multiple_of(KEEP_PLAN) {
+            self.plans = [None; 2];
+        }
+        let plan = usize::from(has_base);
+        if let Some(mix) = self.plans[plan] {
+            return self.draw(&mix);
+        }
+        let mix = self.mix(&self.choices(may));
         if self.begins_glimpse(link, &mix) {
             return self.stay_raw();
         }
@@ -258,11 +273,12 @@ impl CodingChooser {
             // What has a base is rare, and says nothing about the batches to come.
             self.compressing = mix.parts().any(|(way, share)| way != RAW && share > 0.0);
         }
+        self.plans[plan] = Some(mix);
         self.draw(&mix)
     }
 
     fn stay_raw(&mut self) -> usize {
-        self.compressing = false;
+        (self.compressing, self.plans) = (false, [None; 2]);
         RAW
     }
 
