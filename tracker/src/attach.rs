@@ -6,7 +6,7 @@ use crate::objects::{ObjectScan, Objects, Parts, parts};
 use crate::page_set::PageSet;
 use crate::pinned::{Pinned, pinned};
 use crate::probe::TrackerKind;
-use crate::region::{self, Region, RegionError};
+use crate::region::{Mappings, Region, RegionError};
 use crate::scope::{Backing, Files, Scope, Untracked, View};
 use crate::source::compare::Compare;
 use crate::source::soft_dirty::SoftDirty;
@@ -17,6 +17,7 @@ use crate::target::{Fate, Target};
 use crate::tree::{TreeError, discover, discover_with};
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// An address space, for as long as it is tracked; never used again.
@@ -61,8 +62,8 @@ pub struct SpaceScan {
     pub target: Target,
     /// Whether it is returned for the first time.
     pub is_new: bool,
-    /// Its mappings.
-    pub regions: Vec<Region>,
+    /// Its mappings, shared with the next collect that finds the same.
+    pub regions: Arc<Vec<Region>>,
     /// Pages of the mappings that can be lazy ([`Region::can_be_lazy`]) that are in memory or in swap, without the
     /// kernel's shared page of zeros. With [`Tracker::attach_all`] the pages of every private mapping: of a file those
     /// that were changed. What is shared is among the [`Collected::objects`].
@@ -180,6 +181,7 @@ struct Space {
     parts: Parts,
     /// What the kernel may have written to behind the page tables since the last look.
     pinned: Pinned,
+    mappings: Mappings,
     /// What tells that the process is still the same program.
     layout: [u64; 4],
     returned: bool,
@@ -300,7 +302,7 @@ impl Tracker {
     pub fn acknowledge(&mut self, ticket: Ticket) {
         if ticket.0 == self.next_ticket {
             for space in &mut self.spaces {
-                space.pending = PageSet::default();
+                space.pending.clear();
             }
             self.objects.acknowledge();
         }
@@ -364,9 +366,10 @@ impl Tracker {
             TrackerKind::SoftDirtyScan => Box::new(SoftDirty::new(target, true).map_err(failed)?),
             TrackerKind::Compare => Box::new(Compare::new(target).map_err(failed)?),
         };
+        let mut mappings = Mappings::default();
         // What is found when the tree is frozen is left alone: it is all dirty, and watched when it runs again.
         if state == TreeState::Running {
-            let view = View::new(target, region::read(target)?, self.scope, &mut self.files);
+            let view = View::new(target, mappings.read(target)?, self.scope, &mut self.files);
             source.watch(&view).map_err(|error| match error {
                 WatchError::Inject(source) => AttachError::Inject { pid, source },
                 WatchError::Io(source) => failed(source),
@@ -376,7 +379,9 @@ impl Tracker {
         self.next_key += 1;
         let (pending, populated, parts, pinned) = Default::default();
         let target = target.clone();
-        let space = Space { key, target, source, pending, populated, parts, pinned, layout, returned: false };
+        let returned = false;
+        let space =
+            Space { key, target, source, pending, populated, parts, pinned, mappings, layout, returned };
         self.spaces.push(space);
         Ok(())
     }
@@ -441,16 +446,17 @@ impl Tracker {
                         answer.populated.clone()
                     } else {
                         let come = answer.populated.subtract(&space.populated);
-                        let pending = std::mem::take(&mut space.pending);
                         // What was dirty and is gone needs nobody.
-                        let mut dirty =
-                            if pending.is_empty() { pending } else { pending.intersect(&answer.populated) };
+                        let mut dirty = match space.pending.is_empty() {
+                            true => PageSet::default(),
+                            false => space.pending.intersect(&answer.populated),
+                        };
                         dirty.absorb(answer.dirty);
                         dirty.absorb(come);
                         dirty
                     };
-                    space.pending = dirty.clone();
-                    space.populated = answer.populated.clone();
+                    space.pending.clone_from(&dirty);
+                    space.populated.clone_from(&answer.populated);
                     return Ok(Some(SpaceScan {
                         key: space.key,
                         target: space.target.clone(),
@@ -509,8 +515,8 @@ fn look(
     scope: Scope,
     files: &mut Files,
 ) -> Result<(View, Answer), LookError> {
-    let regions = region::read(&space.target).map_err(LookError::Region)?;
-    let view = View::new(&space.target, regions, scope, files);
+    let mappings = space.mappings.read(&space.target).map_err(LookError::Region)?;
+    let view = View::new(&space.target, mappings, scope, files);
     if state == TreeState::Running {
         space.source.watch(&view).map_err(|error| match error {
             WatchError::Inject(InjectError::Gone(_)) => {

@@ -17,14 +17,33 @@ impl Run {
 }
 
 /// A set of page numbers: runs that are sorted, apart from each other, and not empty.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct PageSet {
     runs: Vec<Run>,
 }
 
+impl Clone for PageSet {
+    fn clone(&self) -> Self {
+        Self { runs: self.runs.clone() }
+    }
+
+    /// Into the memory that the set has already.
+    fn clone_from(&mut self, other: &Self) {
+        self.runs.clone_from(&other.runs);
+    }
+}
+
 impl PageSet {
     /// Adds `len` pages from `start` on. Quick when they lie behind all others, as in a scan.
+    #[inline]
     pub fn insert(&mut self, start: u64, len: u64) {
+        match self.runs.last() {
+            Some(last) if last.end() < start && len > 0 => self.runs.push(Run { start, len }),
+            _ => self.insert_anywhere(start, len),
+        }
+    }
+
+    fn insert_anywhere(&mut self, start: u64, len: u64) {
         if len == 0 {
             return;
         }
@@ -46,6 +65,11 @@ impl PageSet {
                 }
             }
         }
+    }
+
+    /// Takes all pages out, and keeps the memory for others.
+    pub(crate) fn clear(&mut self) {
+        self.runs.clear();
     }
 
     /// The runs, in order.
@@ -108,12 +132,20 @@ impl PageSet {
         union
     }
 
-    /// Adds the pages of another set: no work if one of the two is empty.
+    /// Adds the pages of another set: little work if one of the two has few.
     pub fn absorb(&mut self, other: PageSet) {
-        if self.is_empty() {
-            *self = other;
-        } else if !other.is_empty() {
-            *self = self.union(&other);
+        /// So many insertions in the middle cost less than going over all of the runs.
+        const FEW: usize = 4;
+        let (mut more, less) = match self.runs.len() >= other.runs.len() {
+            true => (std::mem::take(self), other),
+            false => (other, std::mem::take(self)),
+        };
+        let is_behind = less.runs.first().zip(more.runs.last()).is_some_and(|(a, b)| a.start > b.end());
+        if is_behind || less.runs.len() <= FEW {
+            less.runs.iter().for_each(|run| more.insert(run.start, run.len));
+            *self = more;
+        } else {
+            *self = more.union(&less);
         }
     }
 

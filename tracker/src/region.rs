@@ -1,8 +1,9 @@
 //! The mappings of a process.
 
-use crate::target::{Fate, Target};
+use crate::target::{Counts, Fate, Target};
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// One mapping, as `/proc/PID/maps` shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,75 +84,163 @@ impl Region {
 /// # Errors
 /// [`RegionError`].
 pub fn read(target: &Target) -> Result<Vec<Region>, RegionError> {
-    let pid = target.pid();
-    let failed = |source| RegionError::Io { pid, source };
-    let mut regions = mappings(target)?;
-    // An empty list must not pass for an empty memory. (What lies in the kernel's half is there for everybody.)
-    let is_empty = |regions: &[Region]| regions.iter().all(|region| region.start >> 63 == 1);
-    if is_empty(&regions) {
-        let mut again = Ok(Vec::new());
-        let fate = target.fate(|| {
-            again = mappings(target);
-            again.as_ref().is_ok_and(|regions| !is_empty(regions))
-        });
-        regions = match fate {
-            Fate::Ended => return Err(failed(io::Error::from_raw_os_error(libc::ESRCH))),
-            Fate::Back => again?,
-            Fate::Headless => return Err(RegionError::Hidden(pid)),
+    let mut mappings = Mappings::default();
+    mappings.read(target)?;
+    Ok(Arc::unwrap_or_clone(mappings.regions))
+}
+
+/// The mappings of a process, read again and again: of lines that are the same as the last time nothing is made anew.
+#[derive(Debug, Default)]
+pub(crate) struct Mappings {
+    regions: Arc<Vec<Region>>,
+    /// The text of `maps` that they were made of, and where the line of each ends.
+    text: Vec<u8>,
+    ends: Vec<usize>,
+    /// What the next text is read into.
+    spare: Vec<u8>,
+    /// Whether one is marked as locked.
+    locked: bool,
+}
+
+impl Mappings {
+    /// Reads them as they are now, and what the kernel counts of the memory.
+    pub(crate) fn read(&mut self, target: &Target) -> Result<(Arc<Vec<Region>>, Counts), RegionError> {
+        let pid = target.pid();
+        let failed = |source| RegionError::Io { pid, source };
+        let counts = match self.look(target)? {
+            Some(counts) => counts,
+            // An empty list must not pass for an empty memory.
+            None => {
+                let mut again = Ok(None);
+                let fate = target.fate(|| {
+                    again = self.look(target);
+                    matches!(again, Ok(Some(_)))
+                });
+                match (fate, again?) {
+                    (Fate::Back, Some(counts)) => counts,
+                    (Fate::Ended, _) => return Err(failed(io::Error::from_raw_os_error(libc::ESRCH))),
+                    _ => return Err(RegionError::Hidden(pid)),
+                }
+            }
         };
+        if self.locked || counts.locked {
+            let regions = Arc::make_mut(&mut self.regions);
+            regions.iter_mut().for_each(|region| region.locked = false);
+            self.locked = counts.locked;
+        }
+        // smaps walks every page (8 ms a GiB): only where something is locked at all.
+        if counts.locked {
+            let smaps = target.read_file("smaps").map_err(failed)?;
+            mark_locked(&smaps, Arc::<Vec<Region>>::make_mut(&mut self.regions));
+        }
+        if !target.is_alive() {
+            return Err(failed(io::Error::from_raw_os_error(libc::ESRCH)));
+        }
+        Ok((Arc::clone(&self.regions), counts))
     }
-    // smaps walks every page (8 ms a GiB): only where something is locked at all.
-    let locked = target.status("VmLck").map_err(failed)?;
-    if locked.is_some_and(|size| !size.starts_with("0 ")) {
-        mark_locked(&target.read_file("smaps").map_err(failed)?, &mut regions);
+
+    /// Reads the mappings, and what is counted; `None` if there are none of either.
+    fn look(&mut self, target: &Target) -> Result<Option<Counts>, RegionError> {
+        let pid = target.pid();
+        let failed = |source| RegionError::Io { pid, source };
+        target.read_file_into("maps", &mut self.spare).map_err(failed)?;
+        self.take(pid)?;
+        // What lies in the kernel's half is there for everybody.
+        if self.regions.first().is_none_or(|region| region.start >> 63 == 1) {
+            return Ok(None);
+        }
+        target.counts().map_err(failed)
     }
-    if !target.is_alive() {
-        return Err(failed(io::Error::from_raw_os_error(libc::ESRCH)));
+
+    /// Makes the text in `spare` the present one.
+    fn take(&mut self, pid: i32) -> Result<(), RegionError> {
+        if self.spare == self.text {
+            return Ok(());
+        }
+        let (old, new) = (&self.text, &self.spare);
+        let front = common_front(old, new);
+        let kept = self.ends.partition_point(|end| *end <= front);
+        let front = kept.checked_sub(1).map_or(0, |last| self.ends[last]);
+        let back = common_back(&old[front..], &new[front..]);
+        // With the end of the line before, so that it begins in the new text where it began in the old.
+        let behind = self.ends.partition_point(|end| end + back < old.len() + 1).max(kept) + 1;
+        let behind = behind.min(self.ends.len());
+        let from = behind.checked_sub(1).map_or(0, |last| self.ends[last]);
+        // Where the old lines behind begin in the new text.
+        let (grown, to) = (new.len(), new.len() - (old.len() - from));
+        let (mut regions, mut ends, mut at) = (Vec::new(), Vec::new(), front);
+        for line in new[front..to].split_inclusive(|byte| *byte == b'\n') {
+            at += line.len();
+            let line = line.strip_suffix(b"\n").unwrap_or(line);
+            if line.is_empty() {
+                continue;
+            }
+            let Some(region) = parse(line) else {
+                let line = String::from_utf8_lossy(line).into_owned();
+                *self = Self::default();
+                return Err(RegionError::Line { pid, line });
+            };
+            regions.push(region);
+            ends.push(at);
+        }
+        let shrunk = old.len();
+        self.ends[behind..].iter_mut().for_each(|end| *end = *end + grown - shrunk);
+        self.ends.splice(kept..behind, ends);
+        Arc::make_mut(&mut self.regions).splice(kept..behind, regions);
+        std::mem::swap(&mut self.text, &mut self.spare);
+        Ok(())
     }
-    Ok(regions)
 }
 
-fn mappings(target: &Target) -> Result<Vec<Region>, RegionError> {
-    let pid = target.pid();
-    let text = target.read_file("maps").map_err(|source| RegionError::Io { pid, source })?;
-    text.split(|byte| *byte == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(|line| {
-            parse(line)
-                .ok_or_else(|| RegionError::Line { pid, line: String::from_utf8_lossy(line).into_owned() })
-        })
-        .collect()
+/// Bytes that are compared at a time, before the one that differs is looked for.
+const STEP: usize = 256;
+
+/// How many bytes at the front are the same.
+fn common_front(a: &[u8], b: &[u8]) -> usize {
+    let same = STEP * a.chunks_exact(STEP).zip(b.chunks_exact(STEP)).take_while(|(a, b)| a == b).count();
+    same + a[same..].iter().zip(&b[same..]).take_while(|(a, b)| a == b).count()
 }
 
+/// How many bytes at the end are the same.
+fn common_back(a: &[u8], b: &[u8]) -> usize {
+    let same = STEP * a.rchunks_exact(STEP).zip(b.rchunks_exact(STEP)).take_while(|(a, b)| a == b).count();
+    let rest = a[..a.len() - same].iter().rev().zip(b[..b.len() - same].iter().rev());
+    same + rest.take_while(|(a, b)| a == b).count()
+}
+
+/// A number of base 16 or 10 at the front, and what follows.
+fn number(text: &[u8], base: u64) -> Option<(u64, &[u8])> {
+    let (mut value, mut at) = (0u64, 0);
+    while let Some(digit) = text.get(at).and_then(|byte| char::from(*byte).to_digit(base as u32)) {
+        value = value.checked_mul(base)?.checked_add(u64::from(digit))?;
+        at += 1;
+    }
+    (at > 0).then(|| (value, &text[at..]))
+}
+
+/// `START-END rwxp OFFSET MAJOR:MINOR INODE    NAME`, proc_pid_maps(5).
 fn parse(line: &[u8]) -> Option<Region> {
-    let mut rest = line;
-    let mut field = || {
-        let start = rest.iter().position(|byte| *byte != b' ').unwrap_or(rest.len());
-        let end = rest[start..].iter().position(|byte| *byte == b' ').map_or(rest.len(), |len| start + len);
-        let field = &rest[start..end];
-        rest = &rest[end..];
-        std::str::from_utf8(field).ok()
-    };
-    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-    let (start, end) = field()?.split_once('-')?;
-    let flags = field()?.as_bytes();
-    let offset = hex(field()?)?;
-    let (major, minor) = field()?.split_once(':')?;
-    let inode = field()?.parse().ok()?;
+    let (start, rest) = number(line, 16)?;
+    let (end, rest) = number(rest.strip_prefix(b"-")?, 16)?;
+    let ([b' ', read, write, exec, shared, b' '], rest) = rest.split_first_chunk::<6>()? else { return None };
+    let (offset, rest) = number(rest, 16)?;
+    let (major, rest) = number(rest.strip_prefix(b" ")?, 16)?;
+    let (minor, rest) = number(rest.strip_prefix(b":")?, 16)?;
+    let (inode, rest) = number(rest.strip_prefix(b" ")?, 10)?;
     let name_at = rest.iter().position(|byte| *byte != b' ');
     let path = name_at.map(|at| {
         use std::os::unix::ffi::OsStrExt;
         PathBuf::from(std::ffi::OsStr::from_bytes(&rest[at..]))
     });
     Some(Region {
-        start: hex(start)?,
-        end: hex(end)?,
-        read: *flags.first()? == b'r',
-        write: *flags.get(1)? == b'w',
-        exec: *flags.get(2)? == b'x',
-        shared: *flags.get(3)? == b's',
+        start,
+        end,
+        read: *read == b'r',
+        write: *write == b'w',
+        exec: *exec == b'x',
+        shared: *shared == b's',
         offset,
-        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        device: (u32::try_from(major).ok()?, u32::try_from(minor).ok()?),
         inode,
         path,
         locked: false,
@@ -180,6 +269,7 @@ fn mark_locked(text: &[u8], regions: &mut [Region]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn lines_are_read() {
@@ -200,6 +290,51 @@ mod tests {
             assert!(!parse(other).unwrap().can_be_lazy(), "{}", String::from_utf8_lossy(other));
         }
         assert!(parse(b"7f00-8f00 rw-p 00000000 00:00 0  [anon:glibc: malloc]").unwrap().can_be_lazy());
-        assert!(parse(b"garbage").is_none());
+        for broken in [
+            &b"garbage"[..],
+            b"",
+            b"7f00-8f00",
+            b"7f00-8f00 rw",
+            b"7f00-8f00 rw-p 0 00:00",
+            b"7f00-8f00 rw-p 0 00:00 x",
+            b"10000000000000000-2 rw-p 0 00:00 0",
+        ] {
+            assert!(parse(broken).is_none(), "{}", String::from_utf8_lossy(broken));
+        }
+    }
+
+    proptest! {
+        /// Whatever changes, the regions are those of the new text.
+        #[test]
+        fn only_what_changed_is_parsed(
+            texts in proptest::collection::vec(proptest::collection::btree_map(1u64..40, 0u64..4, 0..30), 1..6),
+        ) {
+            let mut mappings = Mappings::default();
+            for lines in texts {
+                let line = |(start, what): (&u64, &u64)| {
+                    let name = ["", "[heap]", "/a", "/b\u{e9} (deleted)"][*what as usize];
+                    format!("{start:x}000-{:x}000 r{}-p 00000000 00:00 {what}    {name}\n", start + 1, if what % 2 == 0 { 'w' } else { '-' })
+                };
+                let text: String = lines.iter().map(line).collect();
+                mappings.spare = text.clone().into_bytes();
+                mappings.take(1).unwrap();
+                let whole: Vec<Region> = text.lines().map(|line| parse(line.as_bytes()).unwrap()).collect();
+                prop_assert_eq!(&*mappings.regions, &whole);
+                let mut end = 0;
+                let ends: Vec<usize> = text.lines().map(|line| { end += line.len() + 1; end }).collect();
+                prop_assert_eq!(&mappings.ends, &ends);
+            }
+        }
+    }
+
+    #[test]
+    fn a_line_that_makes_no_sense_is_named_and_forgotten() {
+        let mut mappings =
+            Mappings { spare: b"1000-2000 rw-p 0 00:00 0\nwhat\n".to_vec(), ..Mappings::default() };
+        let error = mappings.take(7).unwrap_err().to_string();
+        assert!(error.contains("process 7") && error.contains("what"), "{error}");
+        mappings.spare = b"1000-2000 rw-p 0 00:00 0\n".to_vec();
+        mappings.take(7).unwrap();
+        assert_eq!(mappings.regions.len(), 1);
     }
 }

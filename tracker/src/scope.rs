@@ -2,11 +2,12 @@
 
 use crate::page_set::PageSet;
 use crate::region::Region;
-use crate::target::Target;
+use crate::target::{Counts, Target};
 use rustix::fs::{FileType, fstat, fstatfs};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Which mappings a tracker watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,17 +64,25 @@ pub(crate) struct Span {
 /// The mappings of a process at one moment, and which of them are watched.
 #[derive(Debug)]
 pub(crate) struct View {
-    pub(crate) regions: Vec<Region>,
+    pub(crate) regions: Arc<Vec<Region>>,
+    /// What the kernel counted just after it told the mappings: [`Counts::own`].
+    pub(crate) counted: u64,
     care: Vec<Option<Care>>,
+    spans: Vec<Span>,
     /// What no source can watch.
     pub(crate) untracked: Vec<Untracked>,
 }
 
 impl View {
     /// Judges `regions` of `target`.
-    pub(crate) fn new(target: &Target, regions: Vec<Region>, scope: Scope, files: &mut Files) -> Self {
+    pub(crate) fn new(
+        target: &Target,
+        (regions, counts): (Arc<Vec<Region>>, Counts),
+        scope: Scope,
+        files: &mut Files,
+    ) -> Self {
         let mut untracked = Vec::new();
-        let care = regions
+        let care: Vec<Option<Care>> = regions
             .iter()
             .map(|region| match scope {
                 Scope::Lazy => region.can_be_lazy().then_some(PRIVATE),
@@ -87,7 +96,9 @@ impl View {
                 },
             })
             .collect();
-        Self { regions, care, untracked }
+        let mut view = Self { regions, counted: counts.own, care, spans: Vec::new(), untracked };
+        view.spans = view.spans_of(|_| true);
+        view
     }
 
     /// The mappings that are watched.
@@ -101,9 +112,14 @@ impl View {
     }
 
     /// Watched mappings, merged where they lie next to each other: fewer, longer scans.
-    pub(crate) fn spans(&self) -> Vec<Span> {
+    pub(crate) fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// The same of those that are as wanted.
+    pub(crate) fn spans_of(&self, wanted: impl Fn(Care) -> bool) -> Vec<Span> {
         let mut spans: Vec<Span> = Vec::new();
-        for (region, care) in self.watched() {
+        for (region, care) in self.watched().filter(|(_, care)| wanted(*care)) {
             let shared = care.backing == Backing::Shared;
             match spans.last_mut() {
                 Some(last) if last.end == region.start && last.shared == shared => last.end = region.end,

@@ -1,9 +1,10 @@
 //! A process that cannot be mistaken for another: a pid is not an identity, a pidfd and a start time are.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, RawDir, openat};
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -287,8 +288,16 @@ impl Target {
 
     /// Reads a file of its folder in `/proc`.
     pub(crate) fn read_file(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.read_file_into(name, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The same into a buffer, whose memory is used again; what was in it is gone.
+    pub(crate) fn read_file_into(&self, name: &str, bytes: &mut Vec<u8>) -> io::Result<()> {
         // Not `read_to_end`, which begins with small pieces: these files say nothing of their length.
-        let (mut file, mut bytes, mut length) = (self.open_file(name)?, vec![0; 4096], 0);
+        let (mut file, mut length) = (self.open_file(name)?, 0);
+        bytes.resize(bytes.capacity().max(4096), 0);
         loop {
             if length == bytes.len() {
                 bytes.resize(2 * length, 0);
@@ -301,13 +310,25 @@ impl Target {
             }
         }
         bytes.truncate(length);
+        Ok(())
+    }
+
+    /// Reads a file of its folder in `/proc` that the kernel writes in one piece (`stat`, `status`): what does not fill the
+    /// buffer is all of it.
+    fn read_piece(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; 4096];
+        let got = self.open_file(name)?.read(&mut bytes)?;
+        if got == bytes.len() {
+            return self.read_file(name);
+        }
+        bytes.truncate(got);
         Ok(bytes)
     }
 
     /// Where the program's code, stack, data and heap begin: another program has others, as has the same one when it is
     /// started again (addresses are random). Tells that a process has become another program.
     pub(crate) fn layout(&self) -> io::Result<[u64; 4]> {
-        let text = self.read_file("stat")?;
+        let text = self.read_piece("stat")?;
         let text = String::from_utf8_lossy(&text);
         // Fields are counted from 1 in proc(5); the third is the first behind the name.
         let fields: Vec<&str> =
@@ -319,24 +340,9 @@ impl Target {
         }
     }
 
-    /// Pages that the process has in memory or in swap, as the kernel counts them: some dozens wrong before Linux 6.16.
-    /// Without swapped pages of shared memory, which its page tables do not hold.
-    pub(crate) fn counted(&self) -> io::Result<u64> {
-        let status = self.read_file("status")?;
-        let pages = |field| {
-            let size = find_field(&status, field)?;
-            Some(size.strip_suffix(" kB")?.trim().parse::<u64>().ok()? / 4)
-        };
-        match (pages("VmRSS"), pages("VmSwap")) {
-            (Some(resident), swapped) => Ok(resident + swapped.unwrap_or(0)),
-            // One that has no memory any more has no such fields.
-            (None, _) => Err(io::Error::from_raw_os_error(libc::ESRCH)),
-        }
-    }
-
-    /// A field of `/proc/PID/status`.
-    pub(crate) fn status(&self, field: &str) -> io::Result<Option<String>> {
-        Ok(find_field(&self.read_file("status")?, field))
+    /// What the kernel counts of its memory; `None` if it has none (any more).
+    pub(crate) fn counts(&self) -> io::Result<Option<Counts>> {
+        Ok(counts(&self.read_piece("status")?))
     }
 
     /// A field of a thread's status.
@@ -404,6 +410,51 @@ impl Target {
         Ok(openat(&self.inner.folder, name, flags | OFlags::CLOEXEC, Mode::empty())?)
     }
 
+    /// The processes that its threads have made and that are their children now; none if it has ended.
+    pub(crate) fn children(&self) -> io::Result<Vec<i32>> {
+        let mut children = Vec::new();
+        let gone = |errno| matches!(errno, rustix::io::Errno::NOENT | rustix::io::Errno::SRCH);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let tasks = match openat(&self.inner.folder, "task", flags, Mode::empty()) {
+            Err(errno) if gone(errno) => return Ok(children),
+            tasks => tasks?,
+        };
+        let mut room = [MaybeUninit::uninit(); 2048];
+        let mut entries = RawDir::new(&tasks, &mut room);
+        let (mut name, mut text) = (String::new(), [0; 4096]);
+        while let Some(entry) = entries.next() {
+            let entry = match entry {
+                Err(errno) if gone(errno) => break,
+                entry => entry?,
+            };
+            let Some(tid) = entry.file_name().to_str().ok().filter(|name| !name.starts_with('.')) else {
+                continue;
+            };
+            name.clear();
+            name.push_str(tid);
+            name.push_str("/children");
+            let mut file = match openat(&tasks, &name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+                Err(errno) if gone(errno) => continue,
+                file => File::from(file?),
+            };
+            let mut rest = Vec::new();
+            loop {
+                let got = match file.read(&mut text) {
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => 0,
+                    got => got?,
+                };
+                rest.extend_from_slice(&text[..got]);
+                if got == 0 {
+                    break;
+                }
+            }
+            let pids = rest.split(u8::is_ascii_whitespace).filter_map(|pid| std::str::from_utf8(pid).ok());
+            children.extend(pids.filter_map(|pid| pid.parse::<i32>().ok()));
+        }
+        children.sort_unstable();
+        Ok(children)
+    }
+
     /// Its threads that have not ended.
     pub(crate) fn threads(&self) -> io::Result<Vec<i32>> {
         let folder = openat(
@@ -427,6 +478,34 @@ impl Target {
     }
 }
 
+/// What the kernel counts of a process' memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Pages of its own, in memory or in swap: neither a file's (also those that were changed in a private mapping are its own)
+    /// nor shared memory's nor of hugetlbfs. Some dozens wrong before Linux 6.16.
+    pub(crate) own: u64,
+    /// Whether any of it is locked in memory.
+    pub(crate) locked: bool,
+}
+
+/// The counts of a `status`; `None` of a process without memory.
+fn counts(status: &[u8]) -> Option<Counts> {
+    let (mut resident, mut swapped, mut locked) = (None, 0, false);
+    for line in status.split(|byte| *byte == b'\n') {
+        let Some(colon) = line.iter().position(|byte| *byte == b':') else { continue };
+        let kib = || -> Option<u64> {
+            std::str::from_utf8(&line[colon + 1..]).ok()?.trim().strip_suffix(" kB")?.parse().ok()
+        };
+        match &line[..colon] {
+            b"RssAnon" => resident = kib(),
+            b"VmSwap" => swapped = kib()?,
+            b"VmLck" => locked = kib()? > 0,
+            _ => {}
+        }
+    }
+    Some(Counts { own: (resident? + swapped) / 4, locked })
+}
+
 fn find_field(status: &[u8], field: &str) -> Option<String> {
     let status = String::from_utf8_lossy(status);
     let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
@@ -448,6 +527,16 @@ mod tests {
             ("a) R (b) c", 'S', 1, 777)
         );
         assert!(parse_stat("42 (x").is_none());
+    }
+
+    #[test]
+    fn memory_is_counted() {
+        let status =
+            b"Name:\tRssAnon: 9 kB\nVmLck:\t       0 kB\nRssAnon:\t    4096 kB\nVmSwap:\t     400 kB\n";
+        assert_eq!(counts(status), Some(Counts { own: 1124, locked: false }));
+        let locked = b"VmLck:\t       8 kB\nVmRSS:\t   8192 kB\nRssAnon:\t    4096 kB\n";
+        assert_eq!(counts(locked), Some(Counts { own: 1024, locked: true }), "a kernel without swap");
+        assert_eq!(counts(b"Name:\tkthreadd\n"), None);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::target::{OpenError, Target};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::sync::OnceLock;
 
 /// Why the tree could not be listed.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +47,11 @@ pub fn discover(root: &Target) -> Result<Vec<Target>, TreeError> {
 /// As [`discover`]; those that are known are not opened again, which takes two descriptors each.
 pub(crate) fn discover_with(root: &Target, known: &[Target]) -> Result<Vec<Target>, TreeError> {
     // A kernel without these files (CONFIG_PROC_CHILDREN) would look like a world without children.
-    fs::metadata("/proc/thread-self/children").map_err(TreeError::NoChildren)?;
+    static KNOWN: OnceLock<()> = OnceLock::new();
+    if KNOWN.get().is_none() {
+        fs::metadata("/proc/thread-self/children").map_err(TreeError::NoChildren)?;
+        KNOWN.get_or_init(|| ());
+    }
     let mut before: Option<Vec<Target>> = None;
     for _ in 0..LOOKS {
         let found = look(root, before.as_deref().unwrap_or(known))?;
@@ -71,8 +76,9 @@ fn look(root: &Target, known: &[Target]) -> Result<Vec<Target>, TreeError> {
     let mut at = 0;
     while at < found.len() {
         let pid = found[at].pid();
+        let children = found[at].children().map_err(|source| TreeError::Io { pid, source })?;
         at += 1;
-        for child in children(pid).map_err(|source| TreeError::Io { pid, source })? {
+        for child in children {
             if !seen.insert(child) {
                 continue;
             }
@@ -90,25 +96,4 @@ fn look(root: &Target, known: &[Target]) -> Result<Vec<Target>, TreeError> {
         }
     }
     if root.is_alive() { Ok(found) } else { Err(TreeError::RootEnded(root.pid())) }
-}
-
-/// The children of every thread of a process.
-fn children(pid: i32) -> io::Result<Vec<i32>> {
-    let gone = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
-    };
-    let mut children = Vec::new();
-    let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
-        Err(error) if gone(&error) => return Ok(children),
-        tasks => tasks?,
-    };
-    for task in tasks {
-        let text = match task.and_then(|task| fs::read_to_string(task.path().join("children"))) {
-            Err(error) if gone(&error) => continue,
-            text => text?,
-        };
-        children.extend(text.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
-    }
-    children.sort_unstable();
-    Ok(children)
 }

@@ -63,7 +63,7 @@ impl Compare {
 
     fn populated(&self, view: &View) -> io::Result<PageSet> {
         let answer = match &self.entries {
-            Some(entries) => entries.read(&self.pagemap, &view.spans())?,
+            Some(entries) => entries.read(&self.pagemap, view.spans())?,
             None => survey(&self.pagemap, view, 0)?,
         };
         Ok(answer.populated)

@@ -1,10 +1,11 @@
 //! What existed at the last scan, kept so that the next need not look at every page twice.
 //!
 //! A page that comes into being is not protected, so a scan for written pages finds it. A page that ceases to be leaves no
-//! mark: but the kernel counts the pages that a process has in memory and in swap, and where that count has changed by just
-//! the pages that have come, none has gone. Two changes can cancel each other out (as many pages given back as were read of a file):
-//! then what has gone still counts as existing while the program runs, [`LOOKS`] scans long at most. It never hides a write,
-//! and a frozen program is always looked at page by page.
+//! mark: but the kernel counts the pages that are a process' own, in memory and in swap, and where that count has changed by
+//! just the pages that have come, none has gone. Two changes can cancel each other out (as many pages given back as came, in
+//! mappings that are not watched): then what has gone still counts as existing while the program runs, [`LOOKS`] scans long
+//! at most. It never hides a write, and a frozen program is always looked at page by page. Pages that are not counted (shared
+//! memory, hugetlbfs) are none of this.
 
 use crate::page_set::PageSet;
 use crate::scope::Span;
@@ -40,15 +41,9 @@ impl Known {
     }
 
     /// What exists now, if the pages that have come (all of them are among `written`) explain what the kernel counts.
-    /// `plain`: pages of whose coming there is no doubt.
-    pub(crate) fn grown(
-        mut self,
-        written: &PageSet,
-        counted: u64,
-        plain: impl Fn() -> PageSet,
-    ) -> Option<Self> {
+    pub(crate) fn grown(mut self, written: &PageSet, counted: u64) -> Option<Self> {
         let come = written.subtract(&self.populated);
-        if come.len() != counted - self.counted || !come.subtract(&plain()).is_empty() {
+        if come.len() != counted - self.counted {
             return None;
         }
         if !come.is_empty() {
@@ -79,12 +74,10 @@ mod tests {
 
     #[test]
     fn pages_that_come_are_explained_by_the_count_and_others_are_not() {
-        let plain = || pages(&[(0, 4096)]);
-        let grown = known().grown(&pages(&[(5, 10), (710, 3)]), 1003, plain).expect("explained");
+        let grown = known().grown(&pages(&[(5, 10), (710, 3)]), 1003).expect("explained");
         assert_eq!(*grown.populated(), pages(&[(0, 600), (700, 13)]));
-        assert!(known().grown(&pages(&[(710, 3)]), 1002, plain).is_none(), "one has gone");
-        assert!(known().grown(&pages(&[]), 1001, plain).is_none(), "one has come unseen");
-        assert!(known().grown(&pages(&[(710, 3)]), 1003, || pages(&[(0, 712)])).is_none(), "of a file");
+        assert!(known().grown(&pages(&[(710, 3)]), 1002).is_none(), "one has gone");
+        assert!(known().grown(&pages(&[]), 1001).is_none(), "one has come unseen");
     }
 
     #[test]
@@ -96,7 +89,7 @@ mod tests {
         let mut often = known();
         for _ in 0..LOOKS {
             assert!(often.may_hold(&spans, 1000));
-            often = often.grown(&PageSet::default(), 1000, PageSet::default).expect("nothing changed");
+            often = often.grown(&PageSet::default(), 1000).expect("nothing changed");
         }
         assert!(!often.may_hold(&spans, 1000));
     }

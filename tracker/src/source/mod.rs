@@ -79,12 +79,11 @@ pub(crate) trait DirtySource: std::fmt::Debug + Send {
 }
 
 /// Runs `query` over the spans, and returns the pages that match. One walk from the first to the last span: the
-/// kernel skips what is not mapped quicker than we could ask again.
+/// kernel skips what is not mapped quicker than we could ask again. What it finds is only true if the space still exists
+/// afterwards ([`still_there`]).
 pub(crate) fn matching(pagemap_file: &File, spans: &[Span], query: Query) -> io::Result<PageSet> {
     let mut pages = PageSet::default();
-    let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
-        return still_there(pagemap_file, pages);
-    };
+    let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Ok(pages) };
     let mut at = 0;
     pagemap::scan(pagemap_file, first.start, last.end, query, |found| {
         let mut start = found.start;
@@ -107,7 +106,7 @@ pub(crate) fn matching(pagemap_file: &File, spans: &[Span], query: Query) -> io:
             start = high;
         }
     })?;
-    still_there(pagemap_file, pages)
+    Ok(pages)
 }
 
 /// Passes a result on if the address space that the file was opened for still exists, else `ESRCH`. PAGEMAP_SCAN says
@@ -142,14 +141,18 @@ fn guard_category() -> u64 {
 /// on one that it passes by (11 ns and 2 ns), and most pages of a program exist, and were not written lately.
 /// What is unmapped while a program runs counts as existing until the next survey.
 pub(crate) fn survey(pagemap_file: &File, view: &View, mark: u64) -> io::Result<Answer> {
-    let file = if view.has_files() { FILE } else { 0 };
+    survey_spans(pagemap_file, view.spans(), view.has_files(), mark)
+}
+
+/// The same of a part of the mappings; `has_files` if there are any of files or of shared memory.
+fn survey_spans(pagemap_file: &File, spans: &[Span], has_files: bool, mark: u64) -> io::Result<Answer> {
+    let file = if has_files { FILE } else { 0 };
     let query = Query {
         inverted: PRESENT,
         any_of: PRESENT | PFNZERO | file | mark,
         returned: PRESENT | SWAPPED | PFNZERO | file | mark | guard_category(),
         ..Query::default()
     };
-    let spans = view.spans();
     let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
         return still_there(pagemap_file, Answer::default());
     };

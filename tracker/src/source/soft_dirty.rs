@@ -42,7 +42,7 @@ impl DirtySource for SoftDirty {
         still_there(&self.pagemap, ())?;
         self.pagemap = self.target.open_file("pagemap")?;
         let mut answer = match &self.entries {
-            Some(entries) => entries.read(&self.pagemap, &view.spans())?,
+            Some(entries) => entries.read(&self.pagemap, view.spans())?,
             None => survey(&self.pagemap, view, SOFT_DIRTY)?,
         };
         if self.spoiled {

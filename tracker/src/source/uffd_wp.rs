@@ -1,12 +1,15 @@
 //! Asynchronous write-protection through userfaultfd (Linux 6.7): a written page loses its protection, and
 //! PAGEMAP_SCAN finds and protects again in one step, page by page, while the program runs.
 
+use super::entries::notes;
 use super::known::Known;
-use super::{Answer, DirtySource, WatchError, all, matching, still_there, survey};
+use super::{
+    Answer, DirtySource, WatchError, all, guard_category, matching, still_there, survey, survey_spans,
+};
 use crate::inject;
 use crate::page_set::{PageSet, Run};
 use crate::probe::FEATURES;
-use crate::scope::{Backing, Scope, Span, Untracked, View};
+use crate::scope::{Backing, Care, Scope, Span, Untracked, View};
 use crate::sys::pagemap::{self, FILE, PFNZERO, PRESENT, Query, SWAPPED, WP_MATCHING, WPALLOWED, WRITTEN};
 use crate::sys::uffd;
 use crate::target::Target;
@@ -38,9 +41,24 @@ pub(crate) struct UffdWp {
     features: u64,
     /// What exists, as far as the last scan of the running program tells.
     known: Option<Known>,
+    /// What the walk for new mappings saw of the pages, where it looked at them too.
+    glance: Option<Glance>,
     /// A scan broke off after it had cleared some marks: nobody knows which, so everything counts as written.
     spoiled: bool,
 }
+
+/// What one walk over everything saw, before anything was protected again.
+#[derive(Debug)]
+struct Glance {
+    populated: PageSet,
+    /// Pages without protection.
+    written: PageSet,
+}
+
+/// What the kernel takes for a mapping that it walks over, in pages that it passes by: 200 ns and 2 ns.
+const MAPPING: u64 = 100;
+/// From so many stretches of pages on, one walk over everything is quicker than one for each.
+const STRETCHES: usize = 4096;
 
 impl UffdWp {
     pub(crate) fn new(target: &Target, scope: Scope) -> io::Result<Self> {
@@ -59,6 +77,7 @@ impl UffdWp {
             sealed: PageSet::default(),
             features,
             known: None,
+            glance: None,
             spoiled: false,
         })
     }
@@ -76,7 +95,72 @@ impl UffdWp {
     fn unwatched(&self, spans: &[Span]) -> io::Result<PageSet> {
         let query =
             Query { mask: WPALLOWED, inverted: WPALLOWED, returned: WPALLOWED | PRESENT, ..Query::default() };
-        Ok(matching(&self.pagemap, spans, query)?.union(&all(spans).subtract(&self.ours)))
+        let mut unwatched = matching(&self.pagemap, spans, query)?;
+        unwatched.absorb(all(spans).subtract(&self.ours));
+        still_there(&self.pagemap, unwatched)
+    }
+
+    /// As [`UffdWp::unwatched`]; where there are very many mappings with few pages, the same walk also looks for what
+    /// exists and what was written: the mappings are what it takes its time for.
+    fn look_for_new(&self, view: &View) -> io::Result<(PageSet, Option<Glance>)> {
+        let mappings = view.regions.len() as u64 * MAPPING;
+        if view.has_files() || mappings < view.counted {
+            return Ok((self.unwatched(view.spans())?, None));
+        }
+        let guard = guard_category();
+        let query = Query {
+            inverted: WPALLOWED | PRESENT,
+            any_of: WPALLOWED | PRESENT | PFNZERO | WRITTEN,
+            returned: WPALLOWED | PRESENT | SWAPPED | PFNZERO | WRITTEN | guard,
+            ..Query::default()
+        };
+        let spans = view.spans();
+        let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
+            return Ok((PageSet::default(), None));
+        };
+        let (mut new, mut others, mut written, mut swapped) =
+            <(PageSet, PageSet, PageSet, PageSet)>::default();
+        pagemap::scan(&self.pagemap, first.start, last.end, query, |found| {
+            let has = |category| found.categories & category != 0;
+            let (start, len) = (found.start / 4096, (found.end - found.start) / 4096);
+            if !has(WPALLOWED) {
+                new.insert(start, len);
+            }
+            if !has(PRESENT | SWAPPED) || has(PFNZERO | guard) {
+                others.insert(start, len);
+            } else if has(WRITTEN) {
+                written.insert(start, len);
+            }
+            if has(SWAPPED) {
+                swapped.insert(start, len);
+            }
+        })?;
+        let all = all(spans);
+        let mut populated = all.subtract(&others);
+        let doubtful = swapped.intersect(&populated);
+        populated = populated.subtract(&notes(&self.pagemap, &doubtful)?);
+        let written = written.intersect(&populated);
+        let mut unwatched = new.intersect(&all);
+        unwatched.absorb(all.subtract(&self.ours));
+        still_there(&self.pagemap, (unwatched, Some(Glance { populated, written })))
+    }
+
+    /// Protects what a glance has seen without protection, and what is new; what is found without it now was written. `None`
+    /// if that is too much in too many places.
+    fn protect(&self, glance: &Glance) -> io::Result<Option<PageSet>> {
+        let mut open = glance.written.clone();
+        open.absorb(self.fresh.intersect(&glance.populated));
+        let open = open.intersect(&self.ours);
+        if open.runs().len() > STRETCHES {
+            return Ok(None);
+        }
+        let (mut written, query) = (PageSet::default(), Self::written_query(Backing::Anonymous));
+        for run in open.runs() {
+            pagemap::scan(&self.pagemap, run.start * 4096, run.end() * 4096, query, |found| {
+                written.insert(found.start / 4096, (found.end - found.start) / 4096);
+            })?;
+        }
+        still_there(&self.pagemap, Some(written))
     }
 
     /// The pages that were written, all protected again; and the pages that were asked about. Walks over our own
@@ -102,7 +186,7 @@ impl UffdWp {
                 walk.push(Span { start: region.start, end: region.end, shared });
             }
         }
-        Ok((written, scanned))
+        still_there(&self.pagemap, (written, scanned))
     }
 
     /// Adds what was written in `spans`, and protects it again.
@@ -140,6 +224,37 @@ impl UffdWp {
         ask(&spans_of(rest), written)
     }
 
+    /// What exists, what of it was written, and what was asked about; all is protected again.
+    fn protect_all(&mut self, view: &View, known: Option<Known>) -> io::Result<(PageSet, PageSet, PageSet)> {
+        // What is not counted may go unnoticed: it is looked at every time.
+        let is_counted = |care: Care| care.backing != Backing::Shared && !care.huge;
+        let (spans, counted) = (view.spans_of(is_counted), view.counted);
+        let known = known.filter(|known| self.fresh.is_empty() && known.may_hold(&spans, counted));
+        let existing = known.as_ref().map(Known::long_runs).unwrap_or_default();
+        let (written, scanned) = self.written(view, &existing)?;
+        let others = view.spans_of(|care| !is_counted(care));
+        let others = match others.is_empty() {
+            true => PageSet::default(),
+            false => survey_spans(&self.pagemap, &others, true, 0)?.populated,
+        };
+        let grown = known.and_then(|known| match others.is_empty() {
+            true => known.grown(&written, counted),
+            false => known.grown(&written.intersect(&all(&spans)), counted),
+        });
+        let (known, written) = match grown {
+            Some(known) => (known, written),
+            None => {
+                let populated = survey_spans(&self.pagemap, &spans, view.has_files(), 0)?.populated;
+                let written = written.intersect(&populated.union(&others));
+                (Known::new(spans, populated, counted), written)
+            }
+        };
+        let mut populated = known.populated().clone();
+        populated.absorb(others);
+        self.known = Some(known);
+        Ok((populated, written, scanned))
+    }
+
     /// What is not there is not asked for: the kernel would protect that too, and make page tables for it. Nor are pages
     /// of a file that is mapped privately: a write makes them others, which are not protected; and where the kernel drops a
     /// protected one of the file's it leaves a note, which looks like a page in swap.
@@ -169,7 +284,8 @@ fn spans_of(runs: &[Run]) -> Vec<Span> {
 impl DirtySource for UffdWp {
     fn watch(&mut self, view: &View) -> Result<(), WatchError> {
         self.look_again()?;
-        let unwatched = self.unwatched(&view.spans())?;
+        let (unwatched, glance) = self.look_for_new(view)?;
+        self.glance = glance;
         let uffd = match self.uffd.take() {
             Some(uffd) => uffd,
             None => {
@@ -218,41 +334,32 @@ impl DirtySource for UffdWp {
         Ok(())
     }
 
+    /// A running program was just looked at by `watch`: mappings that came since are found by the next look, and are dirty
+    /// as a whole then.
     fn collect(&mut self, view: &View, frozen: bool) -> io::Result<Answer> {
-        self.look_again()?;
         let spans = view.spans();
-        let before = std::mem::replace(&mut self.spoiled, true);
-        let known = self.known.take();
-        let (populated, written, scanned) = if frozen {
-            let Answer { populated, dirty, .. } = survey(&self.pagemap, view, WRITTEN)?;
-            (populated, dirty, None)
-        } else {
-            let counted = self.target.counted()?;
-            let known = known.filter(|known| self.fresh.is_empty() && known.may_hold(&spans, counted));
-            let existing = known.as_ref().map(Known::long_runs).unwrap_or_default();
-            let (written, scanned) = self.written(view, &existing)?;
-            let plain = || view.pages(|_, care| care.backing == Backing::Anonymous);
-            let (known, written) = match known.and_then(|known| known.grown(&written, counted, plain)) {
-                Some(known) => (known, written),
-                None => {
-                    let populated = survey(&self.pagemap, view, 0)?.populated;
-                    let written = written.intersect(&populated);
-                    (Known::new(spans.clone(), populated, counted), written)
-                }
-            };
-            let populated = known.populated().clone();
-            self.known = Some(known);
-            (populated, written, Some(scanned))
-        };
-        // After the scan: a mapping that was born in between is in one of the two.
-        let mut unwatched = self.unwatched(&spans)?;
-        if let Some(scanned) = scanned {
-            unwatched.absorb(all(&spans).subtract(&scanned));
+        let (known, glance) = (self.known.take(), self.glance.take());
+        if frozen {
+            self.look_again()?;
         }
-        let mut unwatched = unwatched.subtract(&self.sealed);
+        let before = std::mem::replace(&mut self.spoiled, true);
+        let (populated, mut dirty, unwatched) = match glance {
+            _ if frozen => {
+                let Answer { populated, dirty, .. } = survey(&self.pagemap, view, WRITTEN)?;
+                (populated, dirty, self.unwatched(spans)?)
+            }
+            Some(glance) if let Some(written) = self.protect(&glance)? => {
+                let written = written.intersect(&glance.populated);
+                (glance.populated, written, all(spans).subtract(&self.ours))
+            }
+            _ => {
+                let (populated, written, scanned) = self.protect_all(view, known)?;
+                (populated, written, all(spans).subtract(&scanned))
+            }
+        };
         self.spoiled = false;
+        let mut unwatched = unwatched.subtract(&self.sealed);
         unwatched.absorb(std::mem::take(&mut self.fresh));
-        let mut dirty = written;
         match before {
             true => dirty = populated.clone(),
             false => dirty.absorb(unwatched.intersect(&populated)),

@@ -1,6 +1,7 @@
 //! `ioctl(PAGEMAP_SCAN)` (Linux 6.7, include/uapi/linux/fs.h).
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
@@ -71,7 +72,7 @@ pub(crate) fn scan(
     query: Query,
     mut found: impl FnMut(Found),
 ) -> io::Result<()> {
-    let mut answers = [Found::default(); ANSWERS];
+    let mut answers = [const { MaybeUninit::<Found>::uninit() }; ANSWERS];
     let mut at = start;
     while at < end {
         let mut arg = Arg {
@@ -94,7 +95,10 @@ pub(crate) fn scan(
             // Also EINTR is an error: what the call had found and protected before it was interrupted is not told.
             return Err(io::Error::last_os_error());
         }
-        answers[..(count as usize).min(ANSWERS)].iter().for_each(|answer| found(*answer));
+        for answer in &answers[..(count as usize).min(ANSWERS)] {
+            // SAFETY: the kernel has written the first `count` answers, and every pattern of bits is one: they are integers.
+            found(unsafe { answer.assume_init() });
+        }
         // Room was left, so the walk has come to the end. `walk_end` does not say so: it keeps the address at which
         // the kernel last emptied its own buffer of 512 ranges (Linux 6.7 to 6.18 at least), and going on from
         // there would walk the rest twice.
