@@ -119,12 +119,19 @@ impl Migration {
 #[derive(Clone, Debug)]
 pub struct Ferry {
     program: PathBuf,
+    /// Memory that the receiver makes ready before the migration begins, in bytes.
+    standby: u64,
 }
 
 impl Ferry {
     /// The command at this path.
     pub fn new(program: PathBuf) -> Self {
-        Self { program }
+        Self { program, standby: 0 }
+    }
+
+    /// The same, with a receiver that has so many bytes of memory ready before the migration begins.
+    pub fn with_standby(&self, bytes: u64) -> Self {
+        Self { standby: bytes, ..self.clone() }
     }
 
     /// Moves a process from the source to the destination.
@@ -140,12 +147,17 @@ impl Ferry {
     ) -> anyhow::Result<Migration> {
         let program = self.program.to_string_lossy().into_owned();
         let listen = format!("{}:{PORT}", Host::Destination.address());
-        let receive = ["receive", "--listen", &listen, "--insecure", "--once"];
+        let standby = self.standby.to_string();
+        let receive = ["receive", "--listen", &listen, "--insecure", "--once", "--standby", &standby];
         let mut receiver = Running::start(
             "pageferry receive",
             &mut hosts.exec(Host::Destination, [program.as_str()].iter().chain(&receive)),
         )?;
         receiver.wait_line("listening", Duration::from_secs(30))?;
+        wait_for("the receiver's memory", LIMIT, || {
+            let pid = find(&program, &listen);
+            Ok((self.standby == 0 || pid.is_some_and(|pid| resident(pid) >= self.standby)).then_some(()))
+        })?;
         let report = scratch.join("report.json");
         let _ = fs::remove_file(&report);
         let report_text = report.to_string_lossy().into_owned();
@@ -199,6 +211,13 @@ fn watch_memory(program: &str, report: &str, ended: &AtomicBool, peak: &AtomicU6
     }
 }
 
+/// Bytes that a process has in memory, as far as it says.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    machine::kib(&status, "VmRSS").unwrap_or(0) * 1024
+}
+
+/// A process by its program and one of its arguments.
 fn find(program: &str, argument: &str) -> Option<u32> {
     fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;

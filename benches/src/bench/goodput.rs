@@ -40,6 +40,9 @@ pub struct Options {
     /// Sizes and socket options of the bare loop, as `pageferry-bench bare` takes them; by default what the engine takes
     #[arg(long, value_name = "VARIANT", default_value = "congestion=cubic")]
     bare: Variant,
+    /// The engine's receiver makes no memory ready before (`receive --standby`), as the bare loop's does
+    #[arg(long)]
+    no_standby: bool,
     /// Further options for `pageferry migrate`
     #[arg(last = true)]
     migrate: Vec<String>,
@@ -126,7 +129,9 @@ impl Trial<'_> {
         let streams = self.streams.to_string();
         let mut extra = vec!["--streams", &streams];
         extra.extend(self.options.migrate.iter().map(String::as_str));
-        let migration = self.ferry.migrate(&hosts, self.scratch, subject.pid, &extra)?;
+        let standby = if self.options.no_standby { 0 } else { bytes };
+        let migration =
+            self.ferry.with_standby(standby).migrate(&hosts, self.scratch, subject.pid, &extra)?;
         subject.wait_alive_after(realtime_us())?;
         subject.check()?;
         hosts.kill(Host::Destination, subject.pid)?;
@@ -192,9 +197,10 @@ fn render(rows: &[Row], options: &Options) -> String {
     }
     let common = &options.common;
     format!(
-        "{}\nincompressible memory, the receiver's memory at hand; link: {}; bare loop: {}; median (smallest..largest) of {} runs \
+        "{}\nincompressible memory, the receiver's memory {}; link: {}; bare loop: {}; median (smallest..largest) of {} runs \
          in turn; goal besides: at least {GOAL_RATIO} of the bare loop with at most {GOAL_PERCENT} % of the memory\n\n{}",
         machine::describe(),
+        if options.no_standby { "at hand" } else { "ready (--standby)" },
         common.link.as_deref().unwrap_or("not shaped"),
         options.bare,
         common.runs,
