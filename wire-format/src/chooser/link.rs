@@ -18,14 +18,19 @@ const SLOWEST_SEND: f64 = 1e-9;
 const WAITS: f64 = 2.0;
 /// The link is full when so much of the time is waiting for it.
 const FULL: f64 = 0.05;
+/// Weight of a measurement by which the link takes longer than was thought.
+const RISE: f64 = 0.3;
+/// The buffer is full when it was seen to be so many times in a row.
+const SURELY: u32 = 3;
 /// What the system buffers, about: 4 MiB is Linux's default limit for TCP.
 pub(super) const BUFFER: f64 = 4.0 * 1_048_576.0;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     bytes: f64,
-    /// Seconds, from the end of a send to the end of a send.
+    /// Seconds, from the end of a send to the end of a send, and of these waiting.
     time: f64,
+    waiting: f64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -38,11 +43,10 @@ pub(super) struct Meter {
     carried: Sum,
     /// Since the last send that waited, or for some buffers' worth.
     since: Sum,
-    /// Whether that began with a send that waited: with a full buffer.
-    from_full: bool,
-    /// Lately: seconds, and of these waiting.
-    time: f64,
-    waiting: f64,
+    /// Times in a row that the buffer was seen to be full.
+    full: u32,
+    /// All sends lately.
+    lately: Sum,
     /// The measurement under way.
     bytes: f64,
     sending: f64,
@@ -62,19 +66,19 @@ impl Meter {
 
     /// Whether the link is waited for now.
     pub(super) fn is_full(&self) -> bool {
-        self.waiting > FULL * self.time
+        self.full >= SURELY && self.lately.is_full()
     }
 
     /// Time passed in which nothing was sent: the buffer is not what it was.
     pub(super) fn pause(&mut self) {
-        (self.since, self.from_full) = (Sum::default(), false);
-        (self.time, self.waiting) = (0.0, 0.0);
+        (self.since, self.full) = (Sum::default(), 0);
+        self.lately = Sum::default();
         (self.bytes, self.sending, self.working) = (0.0, 0.0, 0.0);
     }
 
     /// From now on it is looked whether the link takes whatever comes.
     pub(super) fn restart(&mut self) {
-        (self.since, self.from_full) = (Sum::default(), false);
+        (self.since, self.full) = (Sum::default(), 0);
     }
 
     /// The core did something else than sending.
@@ -104,31 +108,62 @@ impl Meter {
         } else {
             *send += if cost < *send { 0.5 } else { 0.1 } * (cost - *send);
         }
-        self.time = self.time * (1.0 - WEIGHT) + time;
-        self.waiting = self.waiting * (1.0 - WEIGHT) + waiting;
-        self.carry(bytes, time, waiting > 0.0);
+        let sample = Sum { bytes, time, waiting };
+        self.lately.decay();
+        self.lately.add(&sample);
+        self.carry(&sample);
     }
 
-    fn carry(&mut self, bytes: f64, time: f64, waited: bool) {
-        self.since.bytes += bytes;
-        self.since.time += time;
+    fn carry(&mut self, sample: &Sum) {
+        self.since.add(sample);
         let since = self.since;
-        if waited {
-            // More than any buffer takes: it does not matter how full that was before.
-            if self.from_full || bytes > 2.0 * BUFFER {
-                self.carried.bytes = self.carried.bytes * (1.0 - WEIGHT) + since.bytes;
-                self.carried.time = self.carried.time * (1.0 - WEIGHT) + since.time;
-                self.link = Some(self.carried.time / self.carried.bytes);
+        // A core that was lent to somebody else for a moment looks like a wait, but it does so rarely: by time if little is
+        // sent, by bytes if much is. And more than this could have emptied the buffer, and left the link idle.
+        let close = since.bytes <= BUFFER / 2.0;
+        // A sample that is larger than any buffer says enough by itself.
+        let large = sample.bytes > 2.0 * BUFFER;
+        if sample.waiting > 0.0 && since.is_full() && (close || large) {
+            self.full = self.full.saturating_add(if large { SURELY } else { 1 });
+            if self.full > 1 {
+                self.carried.decay();
+                self.carried.add(&since);
             }
-            (self.since, self.from_full) = (Sum::default(), true);
+            if self.full >= SURELY {
+                let measured = self.carried.time / self.carried.bytes;
+                // What is too much is not found out by itself: then the core is busy, and the link not full. What is too
+                // little is, at once.
+                let link = self.link.get_or_insert(measured);
+                *link += if measured > *link { RISE } else { 1.0 } * (measured - *link);
+            }
+            self.since = Sum::default();
+        } else if sample.waiting > 0.0 && !close {
+            (self.since, self.full) = (Sum::default(), 0);
         } else if since.bytes > 3.0 * BUFFER {
-            // There was room all the time: but for what the buffer took, the link has carried it.
-            let most = Sum { bytes: since.bytes - BUFFER, time: since.time };
+            // There was room nearly all the time: but for what the buffer took, the link has carried it.
+            let most = Sum { bytes: since.bytes - BUFFER, ..since };
             if self.link.is_some_and(|link| most.time / most.bytes < link) {
                 self.link = Some(most.time / most.bytes);
                 self.carried = most;
             }
-            (self.since, self.from_full) = (Sum::default(), false);
+            (self.since, self.full) = (Sum::default(), 0);
         }
+    }
+}
+
+impl Sum {
+    fn add(&mut self, other: &Sum) {
+        self.bytes += other.bytes;
+        self.time += other.time;
+        self.waiting += other.waiting;
+    }
+
+    fn decay(&mut self) {
+        for part in [&mut self.bytes, &mut self.time, &mut self.waiting] {
+            *part *= 1.0 - WEIGHT;
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.waiting > FULL * self.time
     }
 }

@@ -9,8 +9,8 @@ const SLOWER: f64 = 1.25;
 /// Compression has to gain so much over no compression: its costs are averages, and the peer has to unpack.
 const WORTH_IT: f64 = 0.92;
 /// A batch in turn with others must be coded while the link carries what is buffered: in so many times what it takes the link
-/// raw, which is half of the buffer.
-const LONGEST_CODING: f64 = 0.5 * super::link::BUFFER / (super::MAX_BATCH_PAGES * super::PAGE_SIZE) as f64;
+/// raw, which is a third of the buffer (a sender that waits is woken when so much is free).
+const LONGEST_CODING: f64 = 0.3 * super::link::BUFFER / (super::MAX_BATCH_PAGES * super::PAGE_SIZE) as f64;
 /// Shares that are tried between two ways.
 const STEPS: u32 = 16;
 

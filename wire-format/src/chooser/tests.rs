@@ -32,6 +32,8 @@ struct World {
     /// Bytes a second that are read and hashed.
     read: f64,
     has_base: bool,
+    /// Seed of the unrest of a machine that does other things too; 0: it does not.
+    unrest: u64,
     now: f64,
     queued: f64,
     wire: f64,
@@ -58,12 +60,27 @@ impl World {
             wakes: 0.0,
             read: 4e9,
             has_base: false,
+            unrest: 0,
             now: 0.0,
             queued: 0.0,
             wire: 0.0,
             count: [0; WAYS.len()],
             coding: 0.0,
         }
+    }
+
+    /// What takes `seconds` on a quiet machine takes from 0.8 to 1.4 of them, and each 60 ms the core is lent to something
+    /// else for 3 ms.
+    fn restless(&mut self, seconds: f64) -> f64 {
+        if self.unrest == 0 {
+            return seconds;
+        }
+        // Xorshift (Marsaglia 2003).
+        self.unrest ^= self.unrest << 13;
+        self.unrest ^= self.unrest >> 7;
+        self.unrest ^= self.unrest << 17;
+        let dice = (self.unrest >> 11) as f64 / (1u64 << 53) as f64;
+        seconds * (0.8 + 0.6 * dice) + if dice * 60e-3 < seconds { 3e-3 } else { 0.0 }
     }
 
     fn pass(&mut self, seconds: f64) {
@@ -74,7 +91,8 @@ impl World {
     /// Sends into the buffer and says how long that took.
     fn send(&mut self, bytes: f64) -> f64 {
         let begin = self.now;
-        self.pass(5e-6 + bytes / 6e9);
+        let copy = self.restless(5e-6 + bytes / 6e9);
+        self.pass(copy);
         let mut surplus = self.queued + bytes - self.buffer;
         if surplus > 0.0 {
             // A sender that waits is woken only when there is some room.
@@ -92,7 +110,7 @@ impl World {
         while sent < content {
             let bytes = (chooser.batch_pages() * PAGE_SIZE) as f64;
             let seconds = |time: f64| Duration::from_secs_f64(time);
-            let read = bytes / self.read;
+            let read = self.restless(bytes / self.read);
             self.pass(read);
             chooser.observe_work(bytes as usize, seconds(read));
             let way = fixed.unwrap_or_else(|| chooser.choose(self.has_base));
@@ -101,9 +119,10 @@ impl World {
             if way != Way::Raw {
                 packed += 1;
                 out = bytes * ratio;
-                self.pass(bytes / speed);
-                self.coding += bytes / speed;
-                chooser.observe(way, bytes as usize, out as usize, seconds(bytes / speed));
+                let time = self.restless(bytes / speed);
+                self.pass(time);
+                self.coding += time;
+                chooser.observe(way, bytes as usize, out as usize, seconds(time));
             }
             let time = self.send(out);
             chooser.observe_link(out as usize, seconds(time));
@@ -127,7 +146,7 @@ impl World {
 fn run_in(mut world: World, fixed: Option<Way>) -> Outcome {
     let mut chooser = CodingChooser::default();
     world.run(64.0 * BATCH, &mut chooser, fixed);
-    world.run(2000.0 * BATCH, &mut chooser, fixed)
+    world.run(1000.0 * BATCH, &mut chooser, fixed)
 }
 
 fn run(link: f64, speed: f64, ratio: f64, fixed: Option<Way>) -> Outcome {
@@ -168,6 +187,29 @@ fn the_choice_is_never_slower_than_no_compression() {
 }
 
 #[test]
+fn a_restless_machine_does_not_lead_astray() {
+    for link in LINKS {
+        for speed in SPEEDS {
+            for ratio in RATIOS {
+                let world = || World { wakes: 0.3, unrest: 0x9e37_79b9, ..World::new(link, speed, ratio) };
+                let alone = |way| run_in(world(), Some(way)).speed;
+                let raw = alone(Way::Raw);
+                let chosen = run_in(world(), None);
+                assert!(
+                    chosen.speed > 0.97 * raw,
+                    "link {link:e}, zstd {speed:e}, ratio {ratio}: {raw:e} raw, {chosen:?}"
+                );
+                let best = [Way::Zstd(1), Way::Zstd(6)].map(alone).into_iter().fold(raw, f64::max);
+                assert!(
+                    chosen.speed > 0.9 * best,
+                    "link {link:e}, zstd {speed:e}, ratio {ratio}: {best:e} is possible, {chosen:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn the_choice_is_nearly_as_quick_as_the_best_way_by_itself() {
     for link in LINKS {
         for speed in SPEEDS {
@@ -176,7 +218,7 @@ fn the_choice_is_nearly_as_quick_as_the_best_way_by_itself() {
                 let best = [Way::Raw, Way::Zstd(1), Way::Zstd(6)].map(alone).into_iter().fold(0.0, f64::max);
                 let chosen = run(link, speed, ratio, None);
                 assert!(
-                    chosen.speed > 0.88 * best,
+                    chosen.speed > 0.92 * best,
                     "link {link:e}, zstd {speed:e}, ratio {ratio}: {best:e} is possible, {chosen:?}"
                 );
             }
