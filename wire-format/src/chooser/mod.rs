@@ -63,10 +63,6 @@ const GLIMPSE: u32 = 64;
 const WORTH_A_GLIMPSE: f64 = 1.3;
 /// Choices for which a plan is kept: making one takes microseconds, and a raw batch not many more.
 const KEEP_PLAN: u32 = 8;
-/// Seconds that the delta of a byte takes until it was measured: 5 GB/s.
-const DELTA_COST: f64 = 0.2e-9;
-/// A longer delta is not worth one: after half a page zstd is as good.
-const LONGEST_DELTA: usize = PAGE_SIZE / 2;
 
 /// What a way was seen to cost.
 #[derive(Clone, Copy, Debug, Default)]
@@ -107,7 +103,6 @@ pub struct CodingChooser {
     /// What is best for batches without and with a base, for the next choices; and how many were made.
     plans: [Option<Mix>; 2],
     turn: u32,
-    delta: Seen,
 }
 
 impl Default for CodingChooser {
@@ -127,7 +122,6 @@ impl Default for CodingChooser {
             compressing: false,
             plans: [None; 2],
             turn: 0,
-            delta: Seen { coding: DELTA_COST, ratio: 0.1, ..Seen::default() },
         }
     }
 }
@@ -190,21 +184,6 @@ impl CodingChooser {
             seen.coding *= now.coding / before.coding;
             seen.ratio = (seen.ratio * now.ratio / before.ratio).min(1.0);
         }
-    }
-
-    /// Deltas of `bytes` of pages came out as `out` bytes in `time`.
-    pub fn observe_delta(&mut self, bytes: usize, out: usize, time: Duration) {
-        let (bytes, time) = (bytes.max(1) as f64, time.as_secs_f64());
-        self.delta.look(time / bytes, out as f64 / bytes);
-        self.spent(time);
-    }
-
-    /// The longest delta of a page that is worth its time: half a page, or 0 where the link takes the page in less time than
-    /// its delta takes.
-    pub fn longest_delta(&self) -> usize {
-        let wire = self.meter.link().unwrap_or(0.0).max(self.meter.send());
-        let pays = self.delta.coding < wire * (1.0 - self.delta.ratio.min(1.0));
-        if pays { LONGEST_DELTA } else { 0 }
     }
 
     /// Pages of the next batch: as many as a batch has where they are compressed, because zstd finds more in more; else a

@@ -365,19 +365,6 @@ fn batches_are_larger_where_they_are_compressed() {
 }
 
 #[test]
-fn deltas_are_worth_it_unless_the_link_is_faster_than_they_are() {
-    let mut chooser = CodingChooser::default();
-    World::new(125e6, 600e6, 0.25).run(200.0 * BATCH, &mut chooser, None);
-    assert_eq!(chooser.longest_delta(), PAGE_SIZE / 2);
-    chooser.observe_delta(1 << 20, 20_000, Duration::from_micros(400));
-    assert_eq!(chooser.longest_delta(), PAGE_SIZE / 2);
-    let mut chooser = CodingChooser::default();
-    World::new(8e9, 600e6, 0.25).run(200.0 * BATCH, &mut chooser, None);
-    chooser.observe_delta(1 << 20, 500_000, Duration::from_millis(2));
-    assert_eq!(chooser.longest_delta(), 0);
-}
-
-#[test]
 fn frames_without_pages_do_not_make_the_link_look_slow() {
     let mut chooser = CodingChooser::default();
     let mut world = World::new(5e9, 600e6, 0.25);
