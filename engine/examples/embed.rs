@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             receiver.serve(true, &Steps, &cancel)?;
         }
         ["send", pid, to] => {
-            let mut plan = SendPlan::new(pid.parse()?, to.parse()?);
+            let mut plan = SendPlan::new(pid.parse()?, to.parse::<std::net::SocketAddr>()?);
             plan.verify = true;
             match pageferry::send(&plan, &Steps, &cancel) {
                 Ok(report) => println!(

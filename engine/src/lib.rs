@@ -1,13 +1,15 @@
 //! Live migration of Linux process trees: iterative pre-copy of dirty pages, one short freeze, and a
 //! two-phase commit, with CRIU only at the edges.
 //!
-//! [`send`] moves a running process tree to a [`Receiver`] (or [`receive`]) on the destination host.
+//! [`send`] moves a running process tree to a [`Receiver`] (or [`receive`]) on the destination host, or into a file, from
+//! which [`restore`] brings it back.
 //! Both take a plan in which every knob is explicit, an [`Observer`] that is told what happens, and a
 //! [`Cancel`] token. Libraries never print: the `pageferry` command is one user of this one.
 
 pub mod cancel;
 pub mod destination;
 pub mod error;
+pub mod kept;
 pub mod observe;
 pub mod plan;
 pub mod report;
@@ -22,7 +24,8 @@ mod verify;
 pub use cancel::Cancel;
 pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
+pub use kept::{RestorePlan, restore};
 pub use observe::{Event, Observer, Silent};
-pub use plan::{CodingChoice, ReceivePlan, SendPlan};
+pub use plan::{CodingChoice, ReceivePlan, SendPlan, SendTo};
 pub use report::MigrationReport;
 pub use source::send;

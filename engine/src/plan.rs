@@ -18,13 +18,42 @@ pub enum CodingChoice {
     Zstd,
 }
 
+/// Where a program is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SendTo {
+    /// To a receiver, where it runs on.
+    Receiver(SocketAddr),
+    /// Into a file that does not exist, from which it can be restored.
+    File(PathBuf),
+    /// Into a file of its own in a directory of checkpoints, which is made if there is none.
+    Directory(PathBuf),
+}
+
+impl From<SocketAddr> for SendTo {
+    fn from(address: SocketAddr) -> Self {
+        Self::Receiver(address)
+    }
+}
+
+impl std::fmt::Display for SendTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Receiver(address) => address.fmt(f),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Directory(path) => write!(f, "dir:{}", path.display()),
+        }
+    }
+}
+
 /// The plan of the sending side.
 #[derive(Clone, Debug)]
 pub struct SendPlan {
     /// Root of the process tree that is to move.
     pub pid: i32,
-    /// Address of the receiver.
-    pub to: SocketAddr,
+    /// Where to.
+    pub to: SendTo,
+    /// Into a file only: the program runs on when the file has all of it, instead of being ended (a checkpoint).
+    pub keep_running: bool,
     /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
     pub downtime: Duration,
     /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
@@ -61,10 +90,11 @@ pub struct SendPlan {
 
 impl SendPlan {
     /// A plan with the defaults of the command line.
-    pub fn new(pid: i32, to: SocketAddr) -> Self {
+    pub fn new(pid: i32, to: impl Into<SendTo>) -> Self {
         Self {
             pid,
-            to,
+            to: to.into(),
+            keep_running: false,
             downtime: Duration::from_millis(100),
             max_rounds: 30,
             bandwidth: None,
@@ -100,8 +130,13 @@ impl SendPlan {
         if self.bandwidth == Some(0) {
             return Err(PlanError::NoBandwidth);
         }
-        if self.to.port() == 0 {
-            return Err(PlanError::NoPort(self.to));
+        if let SendTo::Receiver(to) = self.to {
+            if to.port() == 0 {
+                return Err(PlanError::NoPort(to));
+            }
+            if self.keep_running {
+                return Err(PlanError::TwoCopies);
+            }
         }
         Ok(())
     }
@@ -171,6 +206,9 @@ pub enum PlanError {
     /// The receiver's port is missing.
     #[error("the address {0} has no port")]
     NoPort(SocketAddr),
+    /// What a receiver is given runs there.
+    #[error("a program can only be kept running here when it goes into a file (file:PATH or dir:PATH)")]
+    TwoCopies,
     /// The sender is not authenticated, so the outside is refused unless asked for.
     #[error("listening on {0} would let anybody who can reach it start programs here as root")]
     NotLoopback(SocketAddr),

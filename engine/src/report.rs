@@ -22,9 +22,9 @@ pub struct MigrationReport {
     pub program: String,
     /// Processes that moved.
     pub processes: u32,
-    /// Address of the receiver.
+    /// Address of the receiver, or `file:PATH`, or `dir:PATH`.
     pub to: String,
-    /// `pre-copy`.
+    /// `pre-copy`, or `checkpoint` into a file.
     pub strategy: String,
     /// `userfaultfd`, `soft-dirty-scan`, `soft-dirty` or `compare`.
     pub tracker: String,

@@ -20,7 +20,7 @@ fn pageferry(arguments: &[&str]) -> (i32, String, String) {
 
 #[test]
 fn help_texts() {
-    for verb in ["check", "receive", "migrate", "track", "completions", "man"] {
+    for verb in ["check", "receive", "migrate", "restore", "track", "completions", "man"] {
         let (code, out, err) = pageferry(&[verb, "--help"]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");
         assert!(out.contains("Example:"), "{verb} shows an example");
@@ -42,6 +42,8 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["migrate", "--pid", "-5", "--to", "127.0.0.1:1"], "-5 is not a process id"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:0"], "has no port"),
         (&["migrate", "--pid", "5", "--to", "no such host"], "is no receiver"),
+        (&["migrate", "--pid", "5", "--to", "file:"], "names no path"),
+        (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--keep-running"], "file:PATH or dir:PATH"),
         (&["receive", "--listen", "here"], "is no address to listen on"),
         (&["receive", "--listen", "0.0.0.0:0"], "--insecure"),
         (&["receive", "--memory-limit", "lots"], "number is missing"),

@@ -77,11 +77,35 @@ pub(super) enum Verb {
     /// if nothing had happened; an interruption (Ctrl-C) does the same. After that it never runs here again.
     ///
     /// Established TCP connections are closed by the move: clients have to connect again, to the other host.
+    ///
+    /// Instead of to a receiver it can go into a file, from which `pageferry restore` brings it back. The file holds the
+    /// memory of the program: it is readable for root only.
     #[command(
         after_help = "Example:\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify",
         after_long_help = with_exit_codes!("  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify")
     )]
     Migrate(MigrateVerb),
+    /// Brings a program back from a file that `migrate --to file:PATH` has written.
+    ///
+    /// The program gets its old process ids, so these must be free, and the files that it has open must be there as they
+    /// were. The file stays as it is, and can be restored again when the program has ended.
+    ///
+    /// A file that is damaged, cut off or of another version is refused, with the frame and the place in the file, and nothing
+    /// of it runs.
+    #[command(
+        after_help = "Example:\n  # pageferry migrate --pid 4711 --to file:/srv/redis.pageferry\n  # pageferry restore /srv/redis.pageferry",
+        after_long_help = "Example:
+  # pageferry migrate --pid 4711 --to file:/srv/redis.pageferry
+  # pageferry restore /srv/redis.pageferry
+
+Exit codes:
+  0    the program runs, and every page of it is there
+  1    something failed on the way; nothing of it runs
+  2    the command line makes no sense
+  3    refused before anything was touched: above all a damaged file
+  130  interrupted (143 by SIGTERM); nothing of it runs"
+    )]
+    Restore(RestoreVerb),
     /// Shows what a program writes: dirty pages, rates, the writable working set.
     ///
     /// Nothing is moved, and the program never notices: its pages are write-protected asynchronously (userfaultfd) or
@@ -274,9 +298,13 @@ pub(super) struct MigrateVerb {
     /// Root of the process tree.
     #[arg(long, value_name = "PID", allow_negative_numbers = true)]
     pub(super) pid: i32,
-    /// The receiver (port 7077 if none is given).
+    /// The receiver (port 7077 if none is given); or file:PATH, a file that does not exist yet; or dir:PATH, a directory
+    /// that gets a file for each checkpoint.
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) to: String,
+    /// Into a file: let the program run on here when the file has all of it, instead of ending it.
+    #[arg(long)]
+    pub(super) keep_running: bool,
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     pub(super) downtime: Time,
@@ -332,6 +360,25 @@ pub(super) struct MigrateVerb {
     /// Say nothing but errors.
     #[arg(short, long, conflicts_with = "json")]
     pub(super) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreVerb {
+    /// The file; or a directory of checkpoints, for the last one in it.
+    #[arg(value_name = "FILE")]
+    pub(super) path: PathBuf,
+    /// Memory that its pages may take at most [default: what the machine has free].
+    #[arg(long, value_name = "SIZE")]
+    pub(super) memory_limit: Option<Bytes>,
+    /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
+    #[arg(long, value_name = "PATH")]
+    pub(super) criu: Option<PathBuf>,
+    /// Give up when CRIU makes no progress for so long.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(super) stall_timeout: Time,
+    /// One JSON object a line for every event.
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[cfg(test)]

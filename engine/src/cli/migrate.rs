@@ -4,7 +4,7 @@ use super::arguments::{HideName, MigrateVerb};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{render, signals};
-use pageferry::{MigrationReport, Observer, SendPlan, Silent};
+use pageferry::{MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
 use serde::Serialize;
 use std::fs::{self, File, OpenOptions};
@@ -17,7 +17,7 @@ const PORT: u16 = 7077;
 
 /// Runs the verb.
 pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
-    let to = match resolve(&verb.to) {
+    let to = match destination(&verb.to) {
         Ok(to) => to,
         Err(text) => {
             eprintln!("error: {text}");
@@ -70,8 +70,9 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
     Ok(code)
 }
 
-fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
+fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     let mut plan = SendPlan::new(verb.pid, to);
+    plan.keep_running = verb.keep_running;
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
@@ -92,6 +93,18 @@ fn plan(verb: &MigrateVerb, to: SocketAddr) -> SendPlan {
     plan.stall_timeout = verb.stall_timeout.0;
     plan.resolve_timeout = verb.resolve_timeout.0;
     plan
+}
+
+fn destination(text: &str) -> Result<SendTo, String> {
+    let path = |path: &str| match path {
+        "" => Err(format!("{text:?} names no path (write it like file:/srv/redis.pageferry)")),
+        path => Ok(PathBuf::from(path)),
+    };
+    match text.split_once(':') {
+        Some(("file", file)) => path(file).map(SendTo::File),
+        Some(("dir", dir)) => path(dir).map(SendTo::Directory),
+        _ => resolve(text).map(SendTo::Receiver),
+    }
 }
 
 fn resolve(text: &str) -> Result<SocketAddr, String> {
@@ -172,6 +185,14 @@ mod tests {
         assert_eq!(resolve("[::1]").unwrap().to_string(), "[::1]:7077");
         assert!(resolve("").is_err());
         assert!(resolve("127.0.0.1:99999").is_err());
+    }
+
+    #[test]
+    fn files_and_directories_are_told_from_hosts() {
+        assert_eq!(destination("file:/a/b:c").unwrap(), SendTo::File("/a/b:c".into()));
+        assert_eq!(destination("dir:here").unwrap(), SendTo::Directory("here".into()));
+        assert_eq!(destination("127.0.0.1:99").unwrap().to_string(), "127.0.0.1:99");
+        assert!(destination("file:").unwrap_err().contains("names no path"));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod migrate;
 mod progress;
 mod receive;
 mod render;
+mod restore;
 mod signals;
 mod track;
 mod units;
@@ -35,6 +36,7 @@ pub fn run() -> ExitCode {
         Verb::Check(verb) => check::run(&verb),
         Verb::Receive(verb) => receive::run(verb),
         Verb::Migrate(verb) => migrate::run(&verb),
+        Verb::Restore(verb) => restore::run(verb),
         Verb::Track(verb) => track::run(&verb),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

@@ -45,10 +45,11 @@ pub(super) fn report(report: &MigrationReport) -> String {
     let processes = if report.processes == 1 { "process" } else { "processes" };
     let _ = writeln!(
         text,
-        "{} ({} {processes}, {}) moved to {} in {}\n",
+        "{} ({} {processes}, {}) {} {} in {}\n",
         report.program,
         report.processes,
         Bytes(report.memory_bytes),
+        if report.strategy == "checkpoint" { "is kept in" } else { "moved to" },
         report.to,
         micros(report.total_us)
     );

@@ -24,7 +24,7 @@ use restore::Rebirth;
 use rustix::event::{PollFd, PollFlags, poll};
 use serve::Server;
 use sessions::Sessions;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use store::PageStore;
@@ -37,9 +37,15 @@ const OUTCOME: Duration = Duration::from_secs(2);
 /// A destination that listens for migrations.
 #[derive(Debug)]
 pub struct Receiver {
-    plan: ReceivePlan,
     listener: TcpListener,
     address: SocketAddr,
+    host: Host,
+}
+
+/// What a destination needs to receive a migration over a connection that it has.
+#[derive(Debug)]
+pub(crate) struct Host {
+    plan: ReceivePlan,
     criu: Criu,
     sessions: Sessions,
     /// Where further connections of the session under way find it.
@@ -73,43 +79,17 @@ impl Receiver {
             refused.kind = FailureKind::Usage;
             refused
         })?;
-        if !nix::unistd::geteuid().is_root() {
-            return Err(
-                MigrationError::refused(PHASE, "restoring a program needs root").with_help("run it as root")
-            );
-        }
-        let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
-            MigrationError::refused(PHASE, error).with_help("`pageferry check` shows what is missing here")
-        })?;
+        let address = plan.listen;
+        let host = Host::new(plan, PHASE)?;
         let listen =
-            |error: std::io::Error| MigrationError::refused(format!("listening on {}", plan.listen), error);
-        let listener = TcpListener::bind(plan.listen).map_err(listen)?;
+            |error: std::io::Error| MigrationError::refused(format!("listening on {address}"), error);
+        let listener = TcpListener::bind(address).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let receiver = Self {
-            plan,
-            listener,
-            address,
-            criu,
-            sessions: Sessions::default(),
-            hub: Mutex::default(),
-            standby: Mutex::default(),
-        };
-        receiver.stand_by().map_err(|error| {
+        host.stand_by().map_err(|error| {
             MigrationError::refused(PHASE, error).with_help("ask for less memory with --standby")
         })?;
-        Ok(receiver)
-    }
-
-    /// Begins to make memory ready for the next session.
-    fn stand_by(&self) -> Result<(), store::StoreError> {
-        if self.plan.standby == 0 {
-            return Ok(());
-        }
-        let store = PageStore::new(self.plan.memory_limit)?;
-        store.reserve(self.plan.standby)?;
-        *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
-        Ok(())
+        Ok(Self { listener, address, host })
     }
 
     /// The address that is listened on.
@@ -137,18 +117,18 @@ impl Receiver {
                     open -= 1;
                     if !once
                         && end.is_some()
-                        && let Err(error) = self.stand_by()
+                        && let Err(error) = self.host.stand_by()
                     {
                         let text = format!("no memory is made ready for the next migration: {error}");
                         observer.event(&Event::Warning { text });
                     }
                     if once && let Some(end) = end {
-                        let linger = if end.unclear { self.plan.stall_timeout } else { Duration::ZERO };
+                        let linger = if end.unclear { self.host.plan.stall_timeout } else { Duration::ZERO };
                         last = Some((end, Instant::now() + linger));
                     }
                 }
                 if let Some((end, until)) = last.take_if(|(end, until)| {
-                    open == 0 && (Instant::now() >= *until || self.sessions.was_asked(end.session))
+                    open == 0 && (Instant::now() >= *until || self.host.sessions.was_asked(end.session))
                 }) {
                     let _ = until;
                     return end.into_result();
@@ -173,19 +153,63 @@ impl Receiver {
                 open += 1;
                 let ended = ended.clone();
                 scope.spawn(move || {
-                    let end = self
-                        .first_word(stream, cancel)
-                        .map(|(channel, hello)| self.session(channel, hello, from, observer, cancel));
+                    let first = TcpLink::new(stream).ok().and_then(|link| self.host.first_word(link, cancel));
+                    let end = first.map(|(channel, hello)| {
+                        observer.event(&Event::Accepted { from, program: hello.program.clone() });
+                        self.host.session(channel, hello, observer, cancel)
+                    });
                     let _ = ended.send(end);
                 });
             }
         })
     }
+}
+
+impl Host {
+    /// Checks that this machine could restore a program at all.
+    pub(crate) fn new(plan: ReceivePlan, phase: &str) -> Result<Self, MigrationError> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(
+                MigrationError::refused(phase, "restoring a program needs root").with_help("run it as root")
+            );
+        }
+        let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
+            MigrationError::refused(phase, error).with_help("`pageferry check` shows what is missing here")
+        })?;
+        Ok(Self {
+            plan,
+            criu,
+            sessions: Sessions::default(),
+            hub: Mutex::default(),
+            standby: Mutex::default(),
+        })
+    }
+
+    /// Begins to make memory ready for the next session.
+    fn stand_by(&self) -> Result<(), store::StoreError> {
+        if self.plan.standby == 0 {
+            return Ok(());
+        }
+        let store = PageStore::new(self.plan.memory_limit)?;
+        store.reserve(self.plan.standby)?;
+        *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
+        Ok(())
+    }
+
+    /// Receives the one migration that comes over `link`. `None` when none began.
+    pub(crate) fn receive_over(
+        &self,
+        link: TcpLink,
+        observer: &dyn Observer,
+        cancel: &Cancel,
+    ) -> Option<Result<(), MigrationError>> {
+        let (channel, hello) = self.first_word(link, cancel)?;
+        Some(self.session(channel, hello, observer, cancel).into_result())
+    }
 
     /// Hears what a new connection wants. Questions about sessions are answered here; a migration that cannot
     /// begin is refused here.
-    fn first_word(&self, stream: TcpStream, cancel: &Cancel) -> Option<(Channel, Hello)> {
-        let mut link = TcpLink::new(stream).ok()?;
+    fn first_word(&self, mut link: TcpLink, cancel: &Cancel) -> Option<(Channel, Hello)> {
         link.set_stall(FIRST_WORD);
         link.set_cancel(Some(cancel.clone()));
         let mut channel = Channel::new(link);
@@ -232,16 +256,8 @@ impl Receiver {
         None
     }
 
-    fn session(
-        &self,
-        mut channel: Channel,
-        hello: Hello,
-        from: SocketAddr,
-        observer: &dyn Observer,
-        cancel: &Cancel,
-    ) -> End {
+    fn session(&self, mut channel: Channel, hello: Hello, observer: &dyn Observer, cancel: &Cancel) -> End {
         let id = hello.session;
-        observer.event(&Event::Accepted { from, program: hello.program.clone() });
         let result = self.receive_one(&mut channel, &hello, observer, cancel);
         let end = match result {
             Ok(told) => End { session: id, failure: None, unclear: !told },
@@ -327,20 +343,20 @@ impl Receiver {
 
 /// Further connections find the session as long as this lives.
 struct Door<'a> {
-    receiver: &'a Receiver,
+    host: &'a Host,
     hub: Arc<Hub>,
 }
 
 impl<'a> Door<'a> {
-    fn open(receiver: &'a Receiver, hub: Arc<Hub>) -> Self {
-        *receiver.hub.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&hub));
-        Self { receiver, hub }
+    fn open(host: &'a Host, hub: Arc<Hub>) -> Self {
+        *host.hub.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&hub));
+        Self { host, hub }
     }
 }
 
 impl Drop for Door<'_> {
     fn drop(&mut self) {
-        *self.receiver.hub.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.host.hub.lock().unwrap_or_else(PoisonError::into_inner) = None;
         // Whatever was received and not taken goes with it.
         drop(self.hub.close());
     }
@@ -375,7 +391,7 @@ fn refuse(channel: &mut Channel, error: &ReceiveError) {
     channel.link_mut().close_gently(Duration::from_secs(1));
 }
 
-fn interrupted() -> MigrationError {
+pub(crate) fn interrupted() -> MigrationError {
     MigrationError {
         kind: FailureKind::Interrupted,
         phase: "waiting for a migration".to_owned(),

@@ -1,10 +1,12 @@
-//! One TCP connection: whole messages in and out, with a limit on standing still and an ear for cancellation.
+//! One connection: whole messages in and out, with a limit on standing still and an ear for cancellation. It is TCP
+//! between hosts, and a pair of Unix sockets inside of a process: reads, writes and ends are the same for both.
 
 use crate::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 /// How a link fails.
@@ -65,7 +67,26 @@ impl TcpLink {
         // The system's default may be an algorithm made for long fat networks that reaches a third of the rate
         // between neighbours. Where cubic is missing the default has to do.
         let _ = rustix::net::sockopt::set_tcp_congestion(&stream, "cubic");
-        Ok(Self { stream, stall: Duration::from_secs(30), cancel: None, alarm: None, sent: 0, received: 0 })
+        Ok(Self::over(stream))
+    }
+
+    /// Two ends of a connection inside of this process.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let end = |stream: UnixStream| -> io::Result<Self> {
+            stream.set_nonblocking(true)?;
+            // The standard library's type holds any stream socket. What is TCP's alone, its options and addresses, is asked
+            // for by those who have made a TCP connection.
+            Ok(Self::over(TcpStream::from(OwnedFd::from(stream))))
+        };
+        let (one, other) = UnixStream::pair()?;
+        Ok((end(one)?, end(other)?))
+    }
+
+    fn over(stream: TcpStream) -> Self {
+        Self { stream, stall: Duration::from_secs(30), cancel: None, alarm: None, sent: 0, received: 0 }
     }
 
     /// Has the system send by this congestion control, such as `bbr`.
@@ -268,6 +289,19 @@ mod tests {
         b.receive_all(&mut [IoSliceMut::new(left), IoSliceMut::new(right)]).unwrap();
         assert!(got == data);
         assert_eq!(sender.join().unwrap(), b.received());
+        assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn both_ends_may_be_in_one_process() {
+        let (mut a, mut b) = TcpLink::pair().unwrap();
+        let data: Vec<u8> = (0..2_000_000u32).map(|i| (i * 7) as u8).collect();
+        let copy = data.clone();
+        let sender = std::thread::spawn(move || a.send_all(&mut [IoSlice::new(&copy)]).map(|()| a.sent()));
+        let mut got = vec![0; data.len()];
+        b.receive_all(&mut [IoSliceMut::new(&mut got)]).unwrap();
+        assert!(got == data);
+        assert_eq!(sender.join().unwrap().unwrap(), b.received());
         assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
     }
 

@@ -1,6 +1,7 @@
 //! Everything that can go wrong at the source, in one place; the phase is added where it is known.
 
 use super::pages::SendPagesError;
+use crate::kept::KeptError;
 use crate::link::{ChannelError, LinkError};
 use crate::plan::PlanError;
 use pageferry_criu_glue as criu;
@@ -56,6 +57,8 @@ pub(crate) enum SendError {
     ParseImages(#[from] criu::ImageError),
     #[error("CRIU could not dump the process tree")]
     Dump(#[from] criu::DumpError),
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error(transparent)]
     Pages(#[from] SendPagesError),
     #[error("could not prepare the page encoder")]
@@ -118,6 +121,7 @@ impl SendError {
                 let have = std::fs::read_to_string(file).unwrap_or_default();
                 format!("this machine has {} (more with modprobe, if the kernel has it)", have.trim())
             }
+            SendError::Kept(error) => return error.help(),
             SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {
                 format!("is `pageferry receive --listen {to}` running there?")
             }

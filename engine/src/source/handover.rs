@@ -1,11 +1,12 @@
 //! The one freeze: last pages, everything else, and the two-phase commit.
 
 use super::failure::SendError;
+use super::machine::Stake;
 use super::precopy::wire_regions;
 use super::sent::wire_runs;
 use super::tally::Tally;
 use super::watchman::Watchman;
-use super::{Migration, Phase};
+use super::{Migration, Peer, Phase};
 use crate::fault::Fault;
 use crate::layout::split_at_regions;
 use crate::observe::Event;
@@ -117,6 +118,10 @@ impl Migration<'_> {
         if self.plan.verify {
             self.send_digests(&collected)?;
         }
+        let stake = self.stake();
+        if stake == Stake::Image {
+            self.let_go(&mut laps)?;
+        }
         match self.answer("the destination to be ready")? {
             ControlMessage::Ready { timings, verified_pages } => {
                 self.report.verified = self.plan.verify;
@@ -125,17 +130,20 @@ impl Migration<'_> {
             }
             other => return Err(SendError::Protocol(format!("{other:?} instead of ready"))),
         }
-        self.report.downtime_us.restore = laps.lap(self.observer, "restore");
-
-        crate::fault::point("ready");
-        self.dump_mut().confirm()?;
-        self.report.downtime_us.confirm = laps.lap(self.observer, "confirm");
-        self.hold_tree()?;
-        crate::fault::point("held");
+        if stake == Stake::Program {
+            self.report.downtime_us.restore = laps.lap(self.observer, "restore");
+            crate::fault::point("ready");
+            self.dump_mut().confirm()?;
+            self.report.downtime_us.confirm = laps.lap(self.observer, "confirm");
+            self.hold_tree()?;
+            crate::fault::point("held");
+        }
         // The last moment at which anybody can change their mind.
         self.check_cancel()?;
         self.channel().link_mut().set_cancel(None);
-        self.watchman().leave().map_err(SendError::Watchman)?;
+        if stake == Stake::Program {
+            self.watchman().leave().map_err(SendError::Watchman)?;
+        }
         self.phase = Phase::Committing;
         if crate::fault::point("commit") == Some(Fault::Cut) {
             self.channel().link().shutdown();
@@ -144,13 +152,33 @@ impl Migration<'_> {
         match self.answer("the destination to let the program run")? {
             ControlMessage::Resumed { pid, timings } => {
                 self.phase = Phase::Committed;
-                self.report.destination_pid = Some(pid);
+                self.report.destination_pid = Some(pid).filter(|pid| *pid > 0);
                 self.add_parts(timings);
             }
             other => return Err(SendError::Protocol(format!("{other:?} instead of resumed"))),
         }
-        self.report.downtime_us.commit = laps.lap(self.observer, "commit");
+        if stake == Stake::Program {
+            self.report.downtime_us.commit = laps.lap(self.observer, "commit");
+        }
         self.report.downtime_us.add_up();
+        Ok(())
+    }
+
+    /// The image is complete, and the program is not in it any more: it runs on here while that is put on the disk.
+    fn let_go(&mut self, laps: &mut Laps) -> Result<(), SendError> {
+        crate::fault::point("let-go");
+        self.dump_mut().confirm()?;
+        self.report.downtime_us.confirm = laps.lap(self.observer, "confirm");
+        self.watchman = None;
+        if let Some(dump) = self.dump.take() {
+            dump.abort()?;
+        }
+        self.report.downtime_us.commit = laps.lap(self.observer, "commit");
+        if let Some(tracker) = self.tracker.take()
+            && let Err(error) = tracker.detach()
+        {
+            tracing::warn!(%error, "the tracker could not be detached cleanly");
+        }
         Ok(())
     }
 
@@ -287,9 +315,12 @@ impl Migration<'_> {
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
         let patience = self.plan.stall_timeout;
-        let dump = self.dump.take().expect("the dump is held until the commit");
-        dump.commit(patience)?;
+        // Of a program that runs on here there is none any more.
+        if let Some(dump) = self.dump.take() {
+            dump.commit(patience)?;
+        }
         match self.answer("the destination to have every page in place")? {
+            ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => Ok(()),
             ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
                 self.observer.event(&Event::Filled { pages, faults, max_fault_us });
                 self.report.fill =

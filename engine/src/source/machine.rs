@@ -64,14 +64,24 @@ pub(crate) enum Aftermath {
     Hold,
 }
 
+/// What the commit gives away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stake {
+    /// The program: one copy of it may run, here or there.
+    Program,
+    /// An image of it that does not run by itself, while the program never stops being here.
+    Image,
+}
+
 /// What to do when something failed in `phase`.
 ///
 /// The destination lets its copy run after it received the commit, and only then. So as long as no byte of
 /// the commit was sent, the source may run on whatever happened; once it was sent, only the destination knows.
-pub(crate) fn after_failure(phase: Phase) -> Aftermath {
-    match phase {
-        Phase::Committed => Aftermath::End,
-        Phase::Committing => Aftermath::Ask,
+/// Where only an image is at stake, nobody else ever has the program: it runs on whatever becomes of the image.
+pub(crate) fn after_failure(phase: Phase, stake: Stake) -> Aftermath {
+    match (phase, stake) {
+        (Phase::Committed, Stake::Program) => Aftermath::End,
+        (Phase::Committing, Stake::Program) => Aftermath::Ask,
         _ => Aftermath::RunOn,
     }
 }
@@ -108,10 +118,18 @@ mod tests {
             Phase::Images,
             Phase::Restoring,
         ] {
-            assert_eq!(after_failure(phase), Aftermath::RunOn, "{phase}");
+            assert_eq!(after_failure(phase, Stake::Program), Aftermath::RunOn, "{phase}");
+            assert_eq!(after_failure(phase, Stake::Image), Aftermath::RunOn, "{phase}");
         }
-        assert_eq!(after_failure(Phase::Committing), Aftermath::Ask);
-        assert_eq!(after_failure(Phase::Committed), Aftermath::End);
+        assert_eq!(after_failure(Phase::Committing, Stake::Program), Aftermath::Ask);
+        assert_eq!(after_failure(Phase::Committed, Stake::Program), Aftermath::End);
+    }
+
+    #[test]
+    fn a_program_of_which_only_an_image_was_made_runs_on_in_every_case() {
+        for phase in [Phase::Committing, Phase::Committed] {
+            assert_eq!(after_failure(phase, Stake::Image), Aftermath::RunOn, "{phase}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod pages;
 mod precopy;
 mod queue;
 mod rollback;
-mod sent;
+pub(crate) mod sent;
 mod streams;
 mod tally;
 mod twins;
@@ -18,19 +18,21 @@ mod watchman;
 
 use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};
+use crate::kept::Archive;
 use crate::layout::{Layout, Place};
 use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
-use crate::plan::SendPlan;
+use crate::plan::{SendPlan, SendTo};
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
-use machine::{Aftermath, Phase};
+use machine::{Aftermath, Phase, Stake};
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, Target, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
 use pages::Worker;
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 use watchman::Watchman;
@@ -39,7 +41,7 @@ use watchman::Watchman;
 const RUNS_A_MESSAGE: usize = 4096;
 
 /// Moves the process tree of `plan.pid` to the receiver at `plan.to`, and returns when the program runs there
-/// and every page of it is in place.
+/// and every page of it is in place. Into a file: when that has all of it, and is on the disk.
 ///
 /// # Errors
 /// [`MigrationError`] says what failed, in which phase, and where the two copies of the program are. Unless it
@@ -80,6 +82,14 @@ struct Space {
     reader: PageReader,
 }
 
+/// Who is at the other end.
+enum Peer {
+    /// Another machine's engine.
+    Receiver(SocketAddr),
+    /// A thread of this one, which writes a file.
+    Archive(Archive),
+}
+
 /// A migration under way. Dropping it undoes everything: the dump is aborted (the tree runs on), the tracker
 /// is detached, and the images are gone.
 struct Migration<'a> {
@@ -113,6 +123,7 @@ struct Migration<'a> {
     channel: Option<Channel>,
     /// Further connections, for pages only.
     further: Vec<Channel>,
+    peer: Peer,
     /// Bytes that went over further connections that are closed.
     closed_bytes: u64,
 }
@@ -147,7 +158,11 @@ impl<'a> Migration<'a> {
             pid: plan.pid,
             program: root.name(),
             to: plan.to.to_string(),
-            strategy: "pre-copy".to_owned(),
+            strategy: match plan.to {
+                SendTo::Receiver(_) => "pre-copy",
+                SendTo::File(_) | SendTo::Directory(_) => "checkpoint",
+            }
+            .to_owned(),
             tracker: tracker_choice.to_string(),
             tracker_reason,
             hide: hide.to_string(),
@@ -156,6 +171,11 @@ impl<'a> Migration<'a> {
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             tcp: "closed".to_owned(),
             ..MigrationReport::default()
+        };
+        let peer = match &plan.to {
+            SendTo::Receiver(address) => Peer::Receiver(*address),
+            SendTo::File(path) => Peer::Archive(Archive::in_file(path)?),
+            SendTo::Directory(dir) => Peer::Archive(Archive::in_directory(dir)?),
         };
         Ok(Self {
             plan,
@@ -181,6 +201,7 @@ impl<'a> Migration<'a> {
             tracker: None,
             channel: None,
             further: Vec::new(),
+            peer,
             closed_bytes: 0,
         })
     }
@@ -227,17 +248,25 @@ impl<'a> Migration<'a> {
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
         self.open_streams(welcome.streams)?;
-        self.observer.event(&Event::Connected { to: self.plan.to, version: welcome.engine });
+        if let Peer::Receiver(to) = self.peer {
+            self.observer.event(&Event::Connected { to, version: welcome.engine });
+        }
         Ok(())
     }
 
-    fn open_channel(&self) -> Result<Channel, SendError> {
-        let mut link = TcpLink::connect(self.plan.to, self.plan.connect_timeout)
-            .map_err(crate::link::ChannelError::from)?;
-        if let Some(name) = &self.plan.congestion {
-            link.set_congestion(name)
-                .map_err(|source| SendError::Congestion { name: name.clone(), source })?;
-        }
+    fn open_channel(&mut self) -> Result<Channel, SendError> {
+        let mut link = match &mut self.peer {
+            Peer::Receiver(address) => {
+                let link = TcpLink::connect(*address, self.plan.connect_timeout)
+                    .map_err(crate::link::ChannelError::from)?;
+                if let Some(name) = &self.plan.congestion {
+                    link.set_congestion(name)
+                        .map_err(|source| SendError::Congestion { name: name.clone(), source })?;
+                }
+                link
+            }
+            Peer::Archive(archive) => archive.connect()?,
+        };
         link.set_stall(self.plan.connect_timeout);
         link.set_cancel(Some(self.cancel.clone()));
         Ok(Channel::new(link))
@@ -285,6 +314,11 @@ impl<'a> Migration<'a> {
             return Err(SendError::NoRoom { available: self.peer_memory, needed });
         }
         Ok(())
+    }
+
+    /// What is given away with the commit.
+    fn stake(&self) -> Stake {
+        if self.plan.keep_running { Stake::Image } else { Stake::Program }
     }
 
     fn check_cancel(&self) -> Result<(), SendError> {

@@ -3,7 +3,7 @@
 use super::failure::SendError;
 use super::handover::ASK_AGAIN;
 use super::machine::{Aftermath, Phase, after_answer, after_failure};
-use super::{Migration, peak_resident_bytes, states};
+use super::{Migration, Peer, peak_resident_bytes, states};
 use crate::error::{FailureKind, MigrationError};
 use crate::observe::Event;
 use crate::report::MigrationReport;
@@ -27,7 +27,7 @@ impl Migration<'_> {
             return Ok(self.report);
         };
         let failed_in = self.phase;
-        let mut aftermath = after_failure(failed_in);
+        let mut aftermath = after_failure(failed_in, self.stake());
         if aftermath == Aftermath::Ask {
             // An abort in answer to the commit is the receiver's word that its copy is gone.
             aftermath = if error.is_peers_abort() {
@@ -104,6 +104,10 @@ impl Migration<'_> {
     fn ask_what_became(&mut self) -> Option<HandoverState> {
         if let Some(channel) = self.channel.take() {
             channel.link().shutdown();
+        }
+        if let Peer::Archive(archive) = &mut self.peer {
+            let kept = archive.is_kept();
+            return Some(if kept { HandoverState::Resumed { pid: 0 } } else { HandoverState::Discarded });
         }
         let end = Instant::now() + self.plan.resolve_timeout;
         loop {

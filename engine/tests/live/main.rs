@@ -5,6 +5,7 @@
 
 mod faults;
 mod ferry;
+mod kept;
 mod programs;
 mod refusals;
 mod streams;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         refusals::tests(),
         streams::tests(),
         faults::tests(),
+        kept::tests(),
         swap::tests(),
         tracking::tests(),
     ];

@@ -1,0 +1,23 @@
+//! A migration that is kept: the frames of one connection in a file, from `Hello` to `Commit`, and their way back to a
+//! running program. docs/KEPT.md describes the file.
+//!
+//! The source speaks to a thread of its own process as it would to a receiver ([`Archive`]), and [`restore`] speaks to a
+//! receiver in its own process as a source would. So neither of the two knows that there is a file.
+
+mod archive;
+mod archivist;
+mod checkpoints;
+mod draft;
+mod error;
+mod flusher;
+mod frames;
+mod ledger;
+mod player;
+mod restore;
+
+pub(crate) use archive::Archive;
+pub use error::{Damage, KeptError, Spot};
+pub use restore::{RestorePlan, restore};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,225 @@
+//! A small program of one space and one image, kept without a program.
+
+use super::archive::Archive;
+use super::error::KeptError;
+use super::frames::{Frames, StreamFile};
+use super::player::survey;
+use crate::link::{Channel, ChannelError};
+use pageferry_wire_format::{
+    Coding, ControlMessage, Hello, ImageChunk, OwnedBatch, PageBatch, PageNo, PageRef, PageRun,
+    RestoreChoices, SpaceDigest, SpaceId, SpaceInfo, delta, digest, version,
+};
+use std::fs;
+use std::io::IoSlice;
+use std::path::Path;
+use std::time::Duration;
+
+const SPACE: SpaceId = SpaceId(3);
+
+type Said = Result<Option<ControlMessage>, ChannelError>;
+
+/// The source's side of a session.
+struct Speaker {
+    archive: Archive,
+    channel: Channel,
+}
+
+impl Speaker {
+    fn new(path: &Path) -> Self {
+        let mut archive = Archive::in_file(path).unwrap();
+        let mut link = archive.connect().unwrap();
+        link.set_stall(Duration::from_secs(20));
+        Self { archive, channel: Channel::new(link) }
+    }
+
+    fn say(&mut self, message: ControlMessage) -> Said {
+        self.channel.control(&message)?;
+        Ok(None)
+    }
+
+    fn ask(&mut self, message: ControlMessage) -> Said {
+        self.channel.control(&message)?;
+        self.channel.answer("an answer").map(Some)
+    }
+
+    fn begin(&mut self) -> Said {
+        let welcome = self.ask(ControlMessage::Hello(Hello {
+            versions: version::supported(),
+            session: 7,
+            engine: "test".to_owned(),
+            program: "program".to_owned(),
+            verify: false,
+            choices: RestoreChoices {
+                shell_job: false,
+                tcp_close: true,
+                file_locks: true,
+                ext_unix_sk: false,
+            },
+        }))?;
+        assert!(matches!(welcome, Some(ControlMessage::Welcome(welcome)) if welcome.streams == 1));
+        let spaces = vec![SpaceInfo { space: SPACE, vpid: 9, name: "program".to_owned(), pages: 4 }];
+        self.say(ControlMessage::Spaces { round: 0, spaces })
+    }
+
+    fn whole(&mut self, page: u64, bytes: &[u8]) -> Result<usize, ChannelError> {
+        let mut batch = PageBatch::default();
+        batch.clear(SPACE, 0, Coding::Raw);
+        batch.push(PageNo(page), false, digest::page(bytes));
+        self.channel.pages(&batch, &[IoSlice::new(bytes)])
+    }
+
+    fn round(&mut self) -> Said {
+        self.ask(ControlMessage::RoundEnd { round: 0, pages: 0, bytes: 0 })
+    }
+
+    /// Everything after the last round; `pages` are what the program has.
+    fn end(&mut self, pages: &[(u64, &[u8])]) -> Said {
+        let mut sum = SpaceDigest::default();
+        pages.iter().for_each(|(page, bytes)| sum.insert(PageNo(*page), &digest::page(bytes)));
+        let runs = pages.iter().map(|(page, _)| PageRun { start: PageNo(*page), len: 1 }).collect();
+        self.channel.owned(&OwnedBatch { space: SPACE, runs, more: false })?;
+        let count = pages.len() as u64;
+        let (space, vpid, regions) = (SPACE, 9, Vec::new());
+        self.say(ControlMessage::SpaceSeal { space, vpid, pages: count, digest: sum, regions })?;
+        let sealed = self.ask(ControlMessage::SealEnd { spaces: 1 })?;
+        assert!(matches!(sealed, Some(ControlMessage::Sealed { pages }) if pages == count), "{sealed:?}");
+        self.channel.image(&ImageChunk::new("core-9.img", 0, b"registers"), b"registers")?;
+        let ready = self.ask(ControlMessage::ImagesEnd { files: 1, bytes: 9 })?;
+        assert!(matches!(ready, Some(ControlMessage::Ready { .. })), "{ready:?}");
+        self.ask(ControlMessage::Commit)
+    }
+}
+
+fn bytes(n: u8) -> [u8; 4096] {
+    std::array::from_fn(|at| n.wrapping_mul(31).wrapping_add((at % 251) as u8))
+}
+
+/// A stream with a page in each of the codings that lean on others.
+fn stream(path: &Path) -> u64 {
+    let mut source = Speaker::new(path);
+    source.begin().unwrap();
+    let (one, two) = (bytes(1), bytes(2));
+    source.whole(5, &one).unwrap();
+    let mut batch = PageBatch::default();
+    batch.clear(SPACE, 0, Coding::Copy);
+    // The original comes later in the same round.
+    batch.push_copy(PageNo(6), digest::page(&two), PageRef { space: SPACE, page: PageNo(7) });
+    source.channel.pages(&batch, &[]).unwrap();
+    source.whole(7, &two).unwrap();
+    assert!(matches!(source.round().unwrap(), Some(ControlMessage::RoundAck { .. })));
+    let mut changed = one;
+    changed[77] ^= 1;
+    let mut packed = Vec::new();
+    delta::encode(&one, &changed, &mut packed);
+    batch.clear(SPACE, 1, Coding::Delta);
+    batch.push_on_base(PageNo(5), digest::page(&changed), digest::page(&one));
+    source.channel.pages(&batch, &[IoSlice::new(&packed)]).unwrap();
+    source.round().unwrap();
+    let resumed = source.end(&[(5, &changed), (6, &two), (7, &two)]).unwrap();
+    assert!(matches!(resumed, Some(ControlMessage::Resumed { .. })));
+    assert!(path.exists(), "whoever hears that it is resumed finds the file");
+    assert!(source.archive.is_kept());
+    source.channel.link().sent()
+}
+
+#[test]
+fn a_file_is_what_was_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let sent = stream(&path);
+    assert_eq!(fs::metadata(&path).unwrap().len(), sent);
+    survey(&path).unwrap();
+}
+
+#[test]
+fn a_stream_that_was_cut_anywhere_is_refused_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    stream(&path);
+    let whole = fs::read(&path).unwrap();
+    let cut = dir.path().join("cut");
+    let mut frames = Frames::new(StreamFile::open(&path).unwrap());
+    let mut lengths: Vec<usize> = (0..whole.len()).step_by(97).collect();
+    while frames.next_head().unwrap().is_some() {
+        let at = frames.spot().offset as usize;
+        lengths.extend((at.saturating_sub(2)..at + 34).filter(|len| *len < whole.len()));
+    }
+    for len in lengths {
+        fs::write(&cut, &whole[..len]).unwrap();
+        match survey(&cut).unwrap_err() {
+            KeptError::Empty => assert_eq!(len, 0),
+            KeptError::Cut { spot, end } => {
+                assert!(
+                    end == len as u64 && spot.offset < end && spot.offset > 0 || spot.frame == 0,
+                    "{len}"
+                );
+            }
+            KeptError::Unfinished { frame, end } => assert!(frame > 0 && end == len as u64),
+            other => panic!("cut after {len} bytes: {other}"),
+        }
+    }
+}
+
+#[test]
+fn a_page_whose_base_or_original_is_missing_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Speaker::new(&dir.path().join("stream"));
+    source.begin().unwrap();
+    let (one, mut two) = (bytes(1), bytes(1));
+    two[9] ^= 1;
+    let mut batch = PageBatch::default();
+    batch.clear(SPACE, 0, Coding::Delta);
+    batch.push_on_base(PageNo(5), digest::page(&one), digest::page(&two));
+    let mut packed = Vec::new();
+    delta::encode(&two, &one, &mut packed);
+    source.channel.pages(&batch, &[IoSlice::new(&packed)]).unwrap();
+    batch.clear(SPACE, 0, Coding::Copy);
+    batch.push_copy(PageNo(6), digest::page(&two), PageRef { space: SPACE, page: PageNo(7) });
+    source.channel.pages(&batch, &[]).unwrap();
+    let Some(ControlMessage::Again { spaces }) = source.round().unwrap() else { panic!("not asked for") };
+    assert_eq!(spaces, [(SPACE, vec![PageRun { start: PageNo(5), len: 2 }])]);
+}
+
+#[test]
+fn what_is_wrong_is_refused_with_the_reason_and_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    type Wrong = fn(&mut Speaker) -> Said;
+    let cases: [(&str, Wrong); 5] = [
+        ("does not have the bytes", |source| {
+            let mut batch = PageBatch::default();
+            batch.clear(SPACE, 0, Coding::Raw);
+            batch.push(PageNo(5), false, digest::page(&bytes(1)));
+            source.channel.pages(&batch, &[IoSlice::new(&bytes(2))])?;
+            source.round()
+        }),
+        ("space 4 is not known", |source| source.ask(ControlMessage::SpaceGone { space: SpaceId(4) })),
+        ("not those that the source sealed", |source| {
+            source.whole(5, &bytes(1))?;
+            source.round()?;
+            source.end(&[(5, &bytes(2))])
+        }),
+        ("an image before the seal", |source| {
+            source.channel.image(&ImageChunk::new("x", 0, b"y"), b"y")?;
+            source.round()
+        }),
+        ("announced twice", |source| {
+            let spaces = vec![SpaceInfo { space: SPACE, vpid: 9, name: String::new(), pages: 4 }];
+            source.say(ControlMessage::Spaces { round: 0, spaces })?;
+            source.round()
+        }),
+    ];
+    for (says, wrong) in cases {
+        let mut source = Speaker::new(&path);
+        source.begin().unwrap();
+        let error = wrong(&mut source).unwrap_err();
+        assert!(matches!(&error, ChannelError::Aborted { detail, .. } if detail.contains(says)), "{error}");
+        assert!(!source.archive.is_kept());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{says}");
+    }
+    // A source that goes away.
+    let mut source = Speaker::new(&path);
+    source.begin().unwrap();
+    drop(source);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -1,0 +1,266 @@
+//! Programs that go into a file, and come back from it.
+
+use super::Test;
+use super::ferry::{Ferry, Outcome};
+use anyhow::{Context, ensure};
+use pageferry_benches::bench::hosts::Host;
+use pageferry_benches::bench::subject::Subject;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub fn tests() -> Vec<(&'static str, Test)> {
+    vec![
+        ("a program is kept in a file, and restored twice", twice),
+        ("a forked tree is kept in a file", tree),
+        ("a checkpoint of a program that runs on", runs_on),
+        ("checkpoints in a directory", directory),
+        ("a disk that is full under a kept stream", full),
+        ("a path that exists is not written over", exists),
+        ("a kept stream that fails leaves no file behind", rolled_back),
+        ("a damaged stream is refused", damaged),
+    ]
+}
+
+const WRITER: [&str; 5] = ["writer", "--memory", "24MiB", "--rate", "8MB"];
+
+fn keep(ferry: &Ferry, pid: i32, to: &str, fault: Option<&str>, options: &[&str]) -> anyhow::Result<Outcome> {
+    ferry.migrate_from(Host::Source, pid, to, fault, options)?.wait()
+}
+
+/// `pageferry restore` in the destination: its exit code, and what it says.
+fn restore(ferry: &Ferry, path: &Path, options: &str) -> anyhow::Result<(i32, String)> {
+    let command = env!("CARGO_BIN_EXE_pageferry");
+    let script = format!("{command} restore {options} {} 2>&1; echo code=$?", path.display());
+    let text = ferry.sh(Host::Destination, &script)?;
+    let (said, code) = text.rsplit_once("code=").context("no exit code")?;
+    Ok((code.trim().parse()?, said.to_owned()))
+}
+
+fn restored(ferry: &Ferry, path: &Path, subject: &Subject) -> anyhow::Result<()> {
+    let (code, said) = restore(ferry, path, "")?;
+    ensure!(code == 0, "exit code {code}: {said}");
+    ensure!(said.contains(&format!("as process {}", subject.pid)), "{said}");
+    ferry.lives_only(Host::Destination, subject)
+}
+
+/// Restores a program whose open file has grown meanwhile: that is refused, and works when the file is as it was.
+fn restored_in_the_past(ferry: &Ferry, path: &Path, subject: &Subject) -> anyhow::Result<()> {
+    let (code, said) = restore(ferry, path, "")?;
+    ensure!(code == 1, "an open file has changed: exit code {code}: {said}");
+    let told = said.split("File ").nth(1).and_then(|text| text.split_once(" has bad size "));
+    let (file, sizes) = told.with_context(|| said.clone())?;
+    let size = sizes.split_once("(expect ").and_then(|(_, rest)| rest.split_once(')'));
+    let size = size.with_context(|| said.clone())?.0.parse()?;
+    fs::File::options().write(true).open(Path::new("/").join(file))?.set_len(size)?;
+    restored(ferry, path, subject)
+}
+
+fn fresh(ferry: &Ferry, name: &str) -> PathBuf {
+    ferry.scratch.path().join(ferry.name(name))
+}
+
+fn nothing_but(dir: &Path, wanted: &[&str]) -> anyhow::Result<()> {
+    let mut names: Vec<String> = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    ensure!(names == wanted, "{names:?} instead of {wanted:?} in {}", dir.display());
+    Ok(())
+}
+
+fn twice(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let path = fresh(ferry, "stream");
+    let to = format!("file:{}", path.display());
+    let outcome = keep(ferry, subject.pid, &to, None, &["--verify", "--downtime", "20ms"])?;
+    let report = outcome.moved()?;
+    ensure!(report.strategy == "checkpoint" && report.to == to, "{} to {}", report.strategy, report.to);
+    ensure!(report.destination_pid.is_none() && report.fill.is_none(), "nothing runs anywhere");
+    ensure!(ferry.state(Host::Source, subject.pid)?.is_none(), "it still runs at the source");
+    let bytes = fs::metadata(&path)?.len();
+    ensure!(bytes == report.bytes_sent, "{bytes} bytes in the file, and {} were sent", report.bytes_sent);
+    // With `--verify` all of its memory is compared with what it was, each time.
+    for time in 0..2 {
+        let again = if time == 0 { restored } else { restored_in_the_past };
+        again(ferry, &path, &subject).with_context(|| format!("restored, time {time}"))?;
+        // The pid is taken: a second copy is refused while the first one lives.
+        let (code, said) = restore(ferry, &path, "")?;
+        ensure!(code == 1, "a second copy at the same time: exit code {code}: {said}");
+        ferry.lives_only(Host::Destination, &subject)?;
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    ensure!(fs::metadata(&path)?.len() == bytes, "a restore changes the file");
+    Ok(())
+}
+
+fn tree(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["forked", "--memory", "32MiB", "--workers", "3", "--rate", "2MB"])?;
+    let path = fresh(ferry, "stream");
+    let outcome = keep(ferry, subject.pid, &format!("file:{}", path.display()), None, &["--verify"])?;
+    let report = outcome.moved()?;
+    ensure!(report.processes == 4, "{} processes", report.processes);
+    ensure!(report.bytes_sent < 50 << 20, "{} bytes for 32 MiB, four times", report.bytes_sent);
+    restored(ferry, &path, &subject)
+}
+
+fn runs_on(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let path = fresh(ferry, "stream");
+    let to = format!("file:{}", path.display());
+    let outcome = keep(ferry, subject.pid, &to, None, &["--verify", "--keep-running"])?;
+    let report = outcome.moved()?;
+    ensure!(report.downtime_us.restore == 0, "it waited for the disk: {:?}", report.downtime_us);
+    ferry.lives_only(Host::Source, &subject).context("it should run on")?;
+    // Whatever ends the engine once the program was let go, the program runs on.
+    for (number, point) in ["let-go", "commit"].into_iter().enumerate() {
+        let to = format!("{to}-{number}");
+        let outcome = keep(ferry, subject.pid, &to, Some(&format!("{point}=kill")), &["--keep-running"])?;
+        ensure!(outcome.code != 0, "{point}: it was to be killed");
+        ferry.lives_only(Host::Source, &subject).with_context(|| format!("killed at {point}"))?;
+        ensure!(!Path::new(&to["file:".len()..]).exists(), "{point}: an unfinished file has its name");
+    }
+    let outcome = keep(ferry, subject.pid, &format!("{to}-cut"), Some("commit=cut"), &["--keep-running"])?;
+    outcome.failed(1, &["running at the source"])?;
+    ferry.lives_only(Host::Source, &subject).context("the link was cut at the commit")?;
+    ferry.hosts.kill(Host::Source, subject.pid)?;
+    restored_in_the_past(ferry, &path, &subject)
+}
+
+fn directory(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let dir = fresh(ferry, "checkpoints");
+    let to = format!("dir:{}", dir.display());
+    for _ in 0..2 {
+        keep(ferry, subject.pid, &to, None, &["--keep-running"])?.moved()?;
+    }
+    keep(ferry, subject.pid, &to, Some("frame=cut@9"), &["--keep-running"])?;
+    keep(ferry, subject.pid, &to, None, &[])?.moved()?;
+    let (one, two, three) = ("000001.pageferry", "000002.pageferry", "000003.pageferry");
+    let index = fs::read_to_string(dir.join("index"))?;
+    for name in [one, two, three] {
+        ensure!(index.contains(&format!("\n{name} ")), "no {name} in the index: {index}");
+    }
+    nothing_but(&dir, &[one, two, three, "index"])?;
+    restored(ferry, &dir, &subject).context("the last one")?;
+    ferry.hosts.kill(Host::Destination, subject.pid)?;
+    restored_in_the_past(ferry, &dir.join(one), &subject).context("the first one")
+}
+
+fn full(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "64MiB", "--rate", "1MB"])?;
+    // The command runs in a mount namespace of its own, with a small disk.
+    let script = format!(
+        "mkdir -p /run/small && mount -t tmpfs -o size=16m none /run/small && \
+         {} migrate --pid {} --to file:/run/small/stream 2>&1; echo code=$?; ls -A /run/small; umount /run/small",
+        env!("CARGO_BIN_EXE_pageferry"),
+        subject.pid
+    );
+    let text = ferry.sh(Host::Source, &script)?;
+    ensure!(text.contains("No space left") && text.contains("running at the source"), "{text}");
+    ensure!(text.ends_with("code=1"), "something is left in the directory: {text}");
+    ferry.lives_only(Host::Source, &subject)
+}
+
+fn exists(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let path = fresh(ferry, "stream");
+    fs::write(&path, "mine")?;
+    let outcome = keep(ferry, subject.pid, &format!("file:{}", path.display()), None, &[])?;
+    outcome.failed(3, &["exists already", "running at the source", "name another file"])?;
+    ensure!(fs::read(&path)? == b"mine", "it was written over");
+    let outcome = keep(ferry, subject.pid, "file:/no/such/folder/stream", None, &[])?;
+    outcome.failed(3, &["could not write /no/such/folder", "running at the source"])?;
+    ferry.lives_only(Host::Source, &subject)
+}
+
+fn rolled_back(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let dir = fresh(ferry, "streams");
+    fs::create_dir(&dir)?;
+    let to = format!("file:{}", dir.join("stream").display());
+    for fault in ["frame=flip@9", "frame=truncate@9", "frame=cut@20", "commit=cut"] {
+        let outcome = keep(ferry, subject.pid, &to, Some(fault), &[])?;
+        outcome.failed(1, &["running at the source"]).context(fault)?;
+        ferry.lives_only(Host::Source, &subject).context(fault)?;
+        nothing_but(&dir, &[]).context(fault)?;
+    }
+    Ok(())
+}
+
+/// Where each frame of a stream begins, with its kind and the lengths of head and payload.
+fn frames(stream: &[u8]) -> Vec<(usize, u16, usize, usize)> {
+    let (mut frames, mut at) = (Vec::new(), 0);
+    while at + 32 <= stream.len() {
+        let number = |from: usize| u32::from_le_bytes(stream[from..from + 4].try_into().expect("four"));
+        let kind = u16::from_le_bytes([stream[at + 6], stream[at + 7]]);
+        let (head, payload) = (number(at + 8) as usize, number(at + 12) as usize);
+        frames.push((at, kind, head, payload));
+        at += 32 + head + payload;
+    }
+    frames
+}
+
+fn damaged(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let path = fresh(ferry, "stream");
+    keep(ferry, subject.pid, &format!("file:{}", path.display()), None, &[])?.moved()?;
+    let whole = fs::read(&path)?;
+    let frames = frames(&whole);
+    let last = frames.last().context("frames")?.0;
+    let (pages, _, pages_head, _) =
+        *frames.iter().skip(4).find(|frame| frame.1 == 1 && frame.3 > 0).context("a frame with pages")?;
+    let (image, _, image_head, _) =
+        *frames.iter().find(|frame| frame.1 == 2 && frame.3 > 0).context("an image")?;
+    let number = |at: usize| frames.iter().position(|frame| frame.0 == at).unwrap_or(0);
+    let at = |offset: usize| format!("frame {}, at byte {offset}", number(offset));
+    let of = |offset: usize| format!("frame {} (page batch), at byte {offset}", number(offset));
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x20;
+        bytes
+    };
+    let swapped = {
+        let (one, two) = (frames[5], frames[6]);
+        let end = two.0 + 32 + two.2 + two.3;
+        [&whole[..one.0], &whole[two.0..end], &whole[one.0..two.0], &whole[end..]].concat()
+    };
+    let newer = {
+        let mut bytes = whole.clone();
+        bytes[4] = 77;
+        bytes
+    };
+    let cases: Vec<(&str, Vec<u8>, i32, String)> = vec![
+        ("empty", Vec::new(), 3, "the stream is empty".to_owned()),
+        (
+            "something else",
+            b"#!/bin/sh\necho this is not a stream\n".to_vec(),
+            3,
+            "frame 0, at byte 0".to_owned(),
+        ),
+        ("a newer version", newer, 3, "protocol version 77".to_owned()),
+        ("cut in a frame", whole[..pages + 40].to_vec(), 3, at(pages)),
+        ("cut between frames", whole[..last].to_vec(), 3, format!("ends after {last} bytes")),
+        ("cut in the last frame", whole[..whole.len() - 1].to_vec(), 3, at(last)),
+        ("something after the end", [&whole[..], b"x"].concat(), 3, format!("at byte {}", whole.len())),
+        ("a head", flipped(pages + 40), 3, of(pages)),
+        ("two frames swapped", swapped, 3, "one was lost or repeated".to_owned()),
+        (
+            "a frame lost",
+            [&whole[..frames[5].0], &whole[frames[6].0..]].concat(),
+            3,
+            "one was lost".to_owned(),
+        ),
+        ("a page", flipped(pages + 32 + pages_head + 100), 1, at(pages)),
+        ("an image", flipped(image + 32 + image_head), 1, at(image)),
+    ];
+    for (what, bytes, code, says) in cases {
+        let path = fresh(ferry, "damaged");
+        fs::write(&path, bytes)?;
+        let (got, said) = restore(ferry, &path, "")?;
+        ensure!(got == code && said.contains(&says), "{what}: {code} and {says:?} instead of {got}: {said}");
+        ensure!(ferry.state(Host::Destination, subject.pid)?.is_none(), "{what}: something runs");
+        ferry.nothing_is_left().context(what)?;
+    }
+    restored(ferry, &path, &subject).context("the file that was not damaged")
+}
