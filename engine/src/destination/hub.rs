@@ -193,6 +193,8 @@ impl Hub {
         self.reached(FIRST, round)?;
         let mut books = self
             .wait(self.lock(), |books| books.streams.values().all(|stream| stream.reached == Some(round)))?;
+        // The same round can come once more, when pages of it were asked for again in the freeze.
+        books.streams.values_mut().for_each(|stream| stream.reached = None);
         let later = std::mem::take(&mut books.later);
         books.copy(later)?;
         for order in std::mem::take(&mut books.later) {

@@ -139,6 +139,18 @@ fn a_round_is_complete_when_every_connection_says_so() {
     source.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 0 }).unwrap();
     assert_eq!(waiting.join().unwrap().unwrap(), []);
     assert_eq!(content(&hub, 8).as_deref(), Some(&bytes(4)[..]));
+    // Pages that were asked for again come under the same number: what was said before does not count for them.
+    let again = {
+        let hub = Arc::clone(&hub);
+        std::thread::spawn(move || hub.complete(0))
+    };
+    std::thread::sleep(STALL / 2);
+    assert!(!again.is_finished());
+    let (batch, payload) = whole(9, 5);
+    source.pages(&batch, &[IoSlice::new(&payload)]).unwrap();
+    source.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 0 }).unwrap();
+    assert_eq!(again.join().unwrap().unwrap(), []);
+    assert_eq!(content(&hub, 9).as_deref(), Some(&bytes(5)[..]));
     hub.shut(SPACE);
     drop(source);
     thread.join().unwrap();
