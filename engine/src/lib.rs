@@ -26,6 +26,6 @@ pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use kept::{RestorePlan, restore};
 pub use observe::{Event, Observer, Silent};
-pub use plan::{CodingChoice, ReceivePlan, SendPlan, SendTo};
+pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo};
 pub use report::MigrationReport;
 pub use source::send;

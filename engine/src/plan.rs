@@ -6,6 +6,26 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Who decides between another round and the freeze.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PolicyChoice {
+    /// The predicted downtime, round by round; pages that are written all the time are held back.
+    #[default]
+    Adaptive,
+    /// A fixed number of rounds. For comparisons.
+    Fixed(u32),
+}
+
+/// What to do when rounds do not bring the downtime under its target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NoConvergence {
+    /// Freeze all the same: the downtime is longer than what was aimed for.
+    #[default]
+    Freeze,
+    /// Give up: the program runs on at the source.
+    GiveUp,
+}
+
 /// How pages may be coded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CodingChoice {
@@ -58,6 +78,10 @@ pub struct SendPlan {
     pub downtime: Duration,
     /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
     pub max_rounds: u32,
+    /// Who decides between another round and the freeze.
+    pub policy: PolicyChoice,
+    /// What to do when the program writes faster than the link carries, and the downtime that was aimed for cannot be had.
+    pub on_no_convergence: NoConvergence,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
     pub bandwidth: Option<u64>,
     /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
@@ -97,6 +121,8 @@ impl SendPlan {
             keep_running: false,
             downtime: Duration::from_millis(100),
             max_rounds: 30,
+            policy: PolicyChoice::Adaptive,
+            on_no_convergence: NoConvergence::Freeze,
             bandwidth: None,
             delta_cache: None,
             streams: None,

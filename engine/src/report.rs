@@ -93,6 +93,8 @@ pub struct RoundReport {
     pub zero_pages: u64,
     /// Pages that went away (unmapped, or given back).
     pub gone_pages: u64,
+    /// Pages that were dirty, and held back until the freeze because they are written all the time.
+    pub held_pages: u64,
     /// How many pages, and how many bytes, went by each coding.
     pub codings: Codings,
     /// Bytes on the wire, frames included.

@@ -2,7 +2,7 @@
 
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry::CodingChoice;
+use pageferry::{CodingChoice, NoConvergence, PolicyChoice};
 use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -203,6 +203,36 @@ impl ScopeName {
     }
 }
 
+/// Reads `adaptive` and `fixed:N`.
+fn policy(text: &str) -> Result<PolicyChoice, String> {
+    match text.split_once(':') {
+        None if text == "adaptive" => Ok(PolicyChoice::Adaptive),
+        Some(("fixed", rounds)) => match rounds.parse() {
+            Ok(rounds) if rounds > 0 => Ok(PolicyChoice::Fixed(rounds)),
+            _ => Err(format!("{rounds} is not a number of rounds")),
+        },
+        _ => Err("adaptive and fixed:N are known".to_owned()),
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum NoConvergenceName {
+    /// Freeze it: the downtime is longer than what was aimed for.
+    Freeze,
+    /// Leave it running here, and say so.
+    GiveUp,
+}
+
+impl NoConvergenceName {
+    /// The choice in the words of the library.
+    pub(super) fn choice(self) -> NoConvergence {
+        match self {
+            NoConvergenceName::Freeze => NoConvergence::Freeze,
+            NoConvergenceName::GiveUp => NoConvergence::GiveUp,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum CodingName {
     /// Whatever is quickest on this link, processor and data.
@@ -311,6 +341,13 @@ pub(super) struct MigrateVerb {
     /// Pre-copy rounds at most.
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub(super) max_rounds: u32,
+    /// Who decides between another round and the freeze: `adaptive`, or `fixed:N` for a fixed number of rounds, for
+    /// comparisons.
+    #[arg(long, value_name = "POLICY", default_value = "adaptive", value_parser = policy)]
+    pub(super) policy: PolicyChoice,
+    /// What to do when the program writes faster than the link carries.
+    #[arg(long, value_enum, default_value = "freeze")]
+    pub(super) on_no_convergence: NoConvergenceName,
     /// What pre-copy may take of the link, such as 1Gbit or 100MB (a second) [default: all].
     #[arg(long, value_name = "RATE")]
     pub(super) bandwidth: Option<Rate>,

@@ -77,6 +77,8 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
+    plan.policy = verb.policy;
+    plan.on_no_convergence = verb.on_no_convergence.choice();
     plan.streams = verb.streams;
     plan.congestion = verb.congestion.clone();
     plan.coding = verb.coding.choice();

@@ -11,7 +11,8 @@ use std::time::Duration;
 /// `o + n / r`, in which `d * (o + n / r)` pages become dirty, so that freezing after it takes
 /// `F + d * (o + n / r) / r` (the fluid model of pre-copy: Clark et al., "Live Migration of Virtual
 /// Machines", NSDI 2005). The dirty rate is that of the last interval, so pages that are written again and
-/// again are counted once a round, as they should be.
+/// again are counted once a round, as they should be. Pages that are held back ([`super::HotPages`]) are sent in the
+/// freeze whatever is decided: they count for the downtime and not for what a round could gain.
 #[derive(Clone, Debug)]
 pub struct Adaptive {
     target: Duration,
@@ -43,9 +44,10 @@ impl RoundPolicy for Adaptive {
             return Decision { stop: None, predicted_downtime: fixed };
         };
         let rate = measured.pages_per_second.max(1.0);
-        let pages = sample.todo_pages as f64;
+        let pages = sample.todo_pages.saturating_sub(sample.hot_pages) as f64;
         let copy = Duration::from_secs_f64(pages / rate);
-        let now = fixed + copy;
+        let held = Duration::from_secs_f64(sample.hot_pages as f64 / rate);
+        let now = fixed + held + copy;
         let dirty_rate = match sample.since_last.as_secs_f64() {
             seconds if seconds > 0.0 => pages / seconds,
             _ => 0.0,
@@ -96,6 +98,7 @@ mod tests {
             let decision = policy.decide(&RoundSample {
                 round,
                 todo_pages: todo,
+                hot_pages: 0,
                 since_last: since,
                 processes: 1,
                 resident_pages: memory,
@@ -140,6 +143,7 @@ mod tests {
         let sample = |round, todo_pages| RoundSample {
             round,
             todo_pages,
+            hot_pages: 0,
             since_last: Duration::from_millis(10),
             processes: 1,
             resident_pages: 1000,
@@ -150,11 +154,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_held_back_is_no_reason_for_another_round() {
+        let mut policy = Adaptive::new(Duration::from_millis(60), 30);
+        let sample = |round, todo_pages, hot_pages| RoundSample {
+            round,
+            todo_pages,
+            hot_pages,
+            since_last: Duration::from_millis(100),
+            processes: 1,
+            resident_pages: 100_000,
+            measured: Some(Measured { pages_per_second: 3e4, round_overhead: Duration::from_micros(500) }),
+        };
+        assert_eq!(policy.decide(&sample(3, 13_000, 5_000)).stop, None, "most of it can still be sent");
+        let decision = policy.decide(&sample(4, 13_010, 13_000));
+        assert_eq!(decision.stop, Some(StopReason::NoProgress));
+        assert!(decision.predicted_downtime > Duration::from_millis(400), "and it is not forgotten");
+    }
+
+    #[test]
     fn the_first_round_is_always_sent() {
         let mut policy = Adaptive::new(Duration::from_secs(100), 1);
         let sample = RoundSample {
             round: 0,
             todo_pages: 1,
+            hot_pages: 0,
             since_last: Duration::ZERO,
             processes: 1,
             resident_pages: 1,

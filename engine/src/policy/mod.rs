@@ -2,8 +2,12 @@
 
 pub mod adaptive;
 pub mod estimate;
+pub mod fixed;
+pub mod hot;
 
 pub use adaptive::Adaptive;
+pub use fixed::Fixed;
+pub use hot::HotPages;
 
 use std::time::Duration;
 
@@ -12,8 +16,10 @@ use std::time::Duration;
 pub struct RoundSample {
     /// The round that these pages would be sent in, from 0.
     pub round: u32,
-    /// Pages to look at: dirty since the last collect, or never given to the destination.
+    /// Pages to look at: dirty since the last collect, held back, or never given to the destination.
     pub todo_pages: u64,
+    /// Of these, those that are held back until the freeze because they are written all the time.
+    pub hot_pages: u64,
     /// Time since the collect before this one (zero in round 0).
     pub since_last: Duration,
     /// Processes of the tree.
@@ -69,4 +75,9 @@ pub struct Decision {
 pub trait RoundPolicy {
     /// Called after every collect, in order.
     fn decide(&mut self, sample: &RoundSample) -> Decision;
+
+    /// Whether pages that are written all the time are held back until the freeze.
+    fn holds_back(&self) -> bool {
+        true
+    }
 }

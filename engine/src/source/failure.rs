@@ -71,6 +71,10 @@ pub(crate) enum SendError {
         #[source]
         source: std::io::Error,
     },
+    #[error(
+        "the program writes faster than the link carries: freezing now would take {predicted:?}, and {wanted:?} is aimed for"
+    )]
+    NoConvergence { predicted: std::time::Duration, wanted: std::time::Duration },
     #[error("the receiver has {available} bytes of memory free, and the program takes {needed}")]
     NoRoom { available: u64, needed: u64 },
     #[error("could not hold process {pid} for the commit")]
@@ -115,6 +119,10 @@ impl SendError {
             SendError::NotRoot => "run it as root".to_owned(),
             SendError::Tracker(_) | SendError::FindCriu(_) => {
                 "`pageferry check` shows what is missing here".to_owned()
+            }
+            SendError::NoConvergence { .. } => {
+                "allow a longer --downtime, give it more --bandwidth, or let it freeze all the same (--on-no-convergence freeze)"
+                    .to_owned()
             }
             SendError::Congestion { .. } => {
                 let file = "/proc/sys/net/ipv4/tcp_available_congestion_control";

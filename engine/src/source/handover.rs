@@ -88,6 +88,7 @@ impl Migration<'_> {
             unchanged_pages: tally.codings.unchanged.pages,
             zero_pages: tally.codings.zero.pages,
             gone_pages: tally.gone,
+            held_pages: 0,
             codings: tally.codings,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,

@@ -23,6 +23,7 @@ use crate::layout::{Layout, Place};
 use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
 use crate::plan::{SendPlan, SendTo};
+use crate::policy::HotPages;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
@@ -80,6 +81,7 @@ fn refusal(error: SendError) -> MigrationError {
 struct Space {
     place: Place,
     reader: PageReader,
+    hot: HotPages,
 }
 
 /// Who is at the other end.
@@ -124,6 +126,8 @@ struct Migration<'a> {
     /// Further connections, for pages only.
     further: Vec<Channel>,
     peer: Peer,
+    /// Whether pages that are written all the time wait for the freeze.
+    holds_back: bool,
     /// Bytes that went over further connections that are closed.
     closed_bytes: u64,
 }
@@ -202,6 +206,7 @@ impl<'a> Migration<'a> {
             channel: None,
             further: Vec::new(),
             peer,
+            holds_back: false,
             closed_bytes: 0,
         })
     }

@@ -3,7 +3,8 @@
 use super::failure::SendError;
 use super::{Migration, Phase, Space};
 use crate::observe::Event;
-use crate::policy::{Adaptive, Decision, Measured, RoundPolicy, RoundSample};
+use crate::plan::{NoConvergence, PolicyChoice};
+use crate::policy::{Adaptive, Decision, Fixed, HotPages, Measured, RoundPolicy, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
@@ -26,7 +27,11 @@ impl Migration<'_> {
     /// Sends rounds until the policy says stop. The pages that were collected last are not sent: the tracker
     /// gives them again in the freeze.
     pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
-        let mut policy = Adaptive::new(self.plan.downtime, self.plan.max_rounds);
+        let mut policy: Box<dyn RoundPolicy> = match self.plan.policy {
+            PolicyChoice::Adaptive => Box::new(Adaptive::new(self.plan.downtime, self.plan.max_rounds)),
+            PolicyChoice::Fixed(rounds) => Box::new(Fixed::new(rounds)),
+        };
+        self.holds_back = policy.holds_back();
         let mut measured: Option<Measured> = None;
         let mut last_collect: Option<Instant> = None;
         for round in 0.. {
@@ -42,7 +47,9 @@ impl Migration<'_> {
                 return Err(SendError::Exited);
             }
             let todo = self.take_in(&collected, round, false)?;
-            let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+            let held_pages: u64 = self.spaces.values().map(|space| space.hot.held().len()).sum();
+            let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+            let todo_pages = sendable + held_pages;
             let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
             self.check_room(resident_pages)?;
             let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
@@ -51,16 +58,32 @@ impl Migration<'_> {
             let decision = policy.decide(&RoundSample {
                 round,
                 todo_pages,
+                hot_pages: held_pages,
                 since_last,
                 processes: collected.spaces.len() as u32,
                 resident_pages,
                 measured,
             });
+            if decision.stop == Some(StopReason::NoProgress)
+                && decision.predicted_downtime > self.plan.downtime
+                && self.plan.on_no_convergence == NoConvergence::GiveUp
+            {
+                return Err(SendError::NoConvergence {
+                    predicted: decision.predicted_downtime,
+                    wanted: self.plan.downtime,
+                });
+            }
             if decision.stop.is_some() {
-                // Never acknowledged, so the collect in the freeze returns these pages again.
+                // Never acknowledged, so the collect in the freeze returns what was dirty again; what was held back and
+                // has cooled it does not know of.
+                for Todo { key, pages } in &todo {
+                    if let Some(space) = self.spaces.get_mut(key) {
+                        space.hot.put_back(pages);
+                    }
+                }
                 return Ok(decision);
             }
-            self.observer.event(&Event::RoundStarted { round, dirty_pages: todo_pages });
+            self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
             let sending = Instant::now();
             let before = self.sent_bytes();
             let tally = self.send_todo(&todo, round, false)?;
@@ -70,9 +93,9 @@ impl Migration<'_> {
             let acked = sending.elapsed();
             self.tracker_mut().acknowledge(collected.ticket);
 
-            if todo_pages >= PACE_PAGES || measured.is_none() {
+            if sendable >= PACE_PAGES || measured.is_none() {
                 measured = Some(Measured {
-                    pages_per_second: todo_pages.max(1) as f64 / acked.as_secs_f64().max(1e-6),
+                    pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
                     round_overhead: scan + acked.saturating_sub(sent),
                 });
             }
@@ -84,6 +107,7 @@ impl Migration<'_> {
                 unchanged_pages: tally.codings.unchanged.pages,
                 zero_pages: tally.codings.zero.pages,
                 gone_pages: tally.gone,
+                held_pages,
                 codings: tally.codings,
                 sent_bytes: self.sent_bytes() - before,
                 duration_us: start.elapsed().as_micros() as u64,
@@ -122,7 +146,7 @@ impl Migration<'_> {
                 Err(_) if !frozen && !scan.target.is_alive() => continue,
                 Err(error) => return Err(error),
             }
-            todo.push(Todo { key: scan.key.0, pages: self.due(scan) });
+            todo.push(Todo { key: scan.key.0, pages: self.due(scan, frozen) });
         }
         if !fresh.is_empty() {
             self.control(&ControlMessage::Spaces { round, spaces: fresh })?;
@@ -153,16 +177,24 @@ impl Migration<'_> {
             name: scan.target.name(),
             pages: scan.populated.len(),
         };
-        vacant.insert(Space { place, reader });
+        vacant.insert(Space { place, reader, hot: HotPages::default() });
         Ok(Some(info))
     }
 
     /// A page is due when it is there and was written, or is there and was never given: what the kernel says
-    /// about writes is not believed for pages that the destination does not have.
-    fn due(&mut self, scan: &SpaceScan) -> PageSet {
+    /// about writes is not believed for pages that the destination does not have. What is written all the time is held
+    /// back until the freeze.
+    fn due(&mut self, scan: &SpaceScan, frozen: bool) -> PageSet {
         let id = self.space(scan.key.0).place.id;
-        let sent = self.books().space(id);
-        scan.dirty.intersect(&scan.populated).union(&sent.missing(&scan.populated))
+        let missing = self.books().space(id).missing(&scan.populated);
+        let dirty = scan.dirty.intersect(&scan.populated);
+        let due = dirty.union(&missing);
+        let holds_back = self.holds_back && !frozen;
+        let Some(space) = self.spaces.get_mut(&scan.key.0) else { return due };
+        match holds_back {
+            true => space.hot.look(&due, &dirty, &scan.populated),
+            false => due.union(&space.hot.release().intersect(&scan.populated)),
+        }
     }
 }
 

@@ -91,7 +91,7 @@ impl Migration<'_> {
         let Self { spaces, books, workers, further, channel, .. } = self;
         let channel = channel.as_mut().expect("connected before the first round");
         let tasks = todo.iter().map(|Todo { key, pages }| {
-            let Space { place, reader } = &spaces[key];
+            let Space { place, reader, .. } = &spaces[key];
             Task { place, reader, pages }
         });
         let round = Round::new(Queue::new(tasks.collect()), books, round, frozen);

@@ -6,6 +6,7 @@
 mod faults;
 mod ferry;
 mod kept;
+mod policy;
 mod programs;
 mod refusals;
 mod streams;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         programs::tests(),
         refusals::tests(),
         streams::tests(),
+        policy::tests(),
         faults::tests(),
         kept::tests(),
         swap::tests(),

@@ -37,7 +37,8 @@ fn connections(ferry: &Ferry) -> anyhow::Result<()> {
         // Every page is in one of the counts, and every byte of pages is in one of the frames.
         for round in &report.rounds {
             let counted: u64 = round.codings.shares().iter().map(|(_, share)| share.pages).sum();
-            ensure!(counted + round.gone_pages == round.dirty_pages, "{round:?} does not add up");
+            let counted = counted + round.gone_pages + round.held_pages;
+            ensure!(counted == round.dirty_pages, "{round:?} does not add up");
             let bytes: u64 = round.codings.shares().iter().map(|(_, share)| share.bytes).sum();
             ensure!(bytes <= round.sent_bytes, "{round:?}: more bytes in frames than on the wire");
         }
@@ -90,7 +91,7 @@ fn lost(ferry: &Ferry) -> anyhow::Result<()> {
 }
 
 fn lost_for_good(ferry: &Ferry) -> anyhow::Result<()> {
-    let outcome = sparse(ferry, "dest-base=lose-all@2")?;
+    let outcome = sparse(ferry, "dest-base=lose-all")?;
     let report = outcome.moved()?;
     let frozen = report.rounds.last().context("rounds")?;
     ensure!(frozen.frozen && frozen.codings.delta.pages > 0, "no delta in the freeze: {:?}", frozen.codings);

@@ -1,0 +1,117 @@
+//! Which pages are written again before it pays to send them. Pure.
+//!
+//! A page that was dirty at each of the last looks will most likely be dirty at the next one: whatever is sent of it now is
+//! thrown away. Such pages are held back until the freeze, or until a look finds them clean (Clark et al., "Live
+//! Migration of Virtual Machines", NSDI 2005, section 5.2, skip pages that are dirty again already in the same round).
+
+use pageferry_tracker::PageSet;
+use std::collections::VecDeque;
+
+/// Looks in a row at which a page was dirty, the present one included, that make it hot.
+const LOOKS: usize = 3;
+
+/// What is known of the writes of one space.
+#[derive(Clone, Debug, Default)]
+pub struct HotPages {
+    /// What was dirty at the last looks, the newest first.
+    before: VecDeque<PageSet>,
+    held: PageSet,
+}
+
+impl HotPages {
+    /// Takes in what is due now: the pages that are dirty at this look, and others that were never sent. `dirty` are those
+    /// that were written since the look before. Gives the pages to send: what is due, and what was held back and has
+    /// cooled, without what is hot.
+    pub fn look(&mut self, due: &PageSet, dirty: &PageSet, populated: &PageSet) -> PageSet {
+        let held = self.held.intersect(populated);
+        let mut hot = match self.before.len() + 1 >= LOOKS {
+            true => dirty.clone(),
+            false => PageSet::default(),
+        };
+        for before in &self.before {
+            hot = hot.intersect(before);
+        }
+        self.before.push_front(dirty.clone());
+        self.before.truncate(LOOKS - 1);
+        let todo = due.union(&held);
+        // A page that was never sent is due whether it is hot or not: it is in no hot set before it was dirty often
+        // enough, and it was sent meanwhile.
+        self.held = hot.intersect(&todo);
+        todo.subtract(&self.held)
+    }
+
+    /// Pages that are held back.
+    pub fn held(&self) -> &PageSet {
+        &self.held
+    }
+
+    /// These pages were given out to be sent, and were not.
+    pub fn put_back(&mut self, pages: &PageSet) {
+        self.held = self.held.union(pages);
+    }
+
+    /// Everything that was held back, which is sent now whether it is hot or not.
+    pub fn release(&mut self) -> PageSet {
+        std::mem::take(&mut self.held)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn set(runs: &[(u64, u64)]) -> PageSet {
+        let mut set = PageSet::default();
+        runs.iter().for_each(|(start, len)| set.insert(*start, *len));
+        set
+    }
+
+    #[test]
+    fn what_is_always_dirty_is_held_back_until_it_cools() {
+        let (all, hot) = (set(&[(0, 100)]), set(&[(10, 5)]));
+        let mut pages = HotPages::default();
+        assert_eq!(pages.look(&all, &all, &all).len(), 100, "everything is sent once");
+        assert_eq!(
+            pages.look(&hot, &hot, &all).len(),
+            5,
+            "and once more, so that there is a base for deltas"
+        );
+        assert_eq!(pages.look(&hot, &hot, &all).len(), 0);
+        assert_eq!(pages.held(), &hot);
+        let cooled = pages.look(&set(&[(10, 2)]), &set(&[(10, 2)]), &all);
+        assert_eq!(cooled, set(&[(12, 3)]), "those that were not written any more");
+        assert_eq!(pages.release(), set(&[(10, 2)]));
+        assert!(pages.held().is_empty());
+    }
+
+    proptest! {
+        /// Whatever is written: at every moment each page is clean at the destination, or sent now, or held; also when
+        /// the last look is followed by the freeze instead of by a round.
+        #[test]
+        fn no_page_is_forgotten(looks in proptest::collection::vec(
+            proptest::collection::vec((0u64..60, 1u64..20), 0..6), 1..12)
+        ) {
+            let all = set(&[(0, 100)]);
+            let mut pages = HotPages::default();
+            // What the destination does not have in its last version.
+            let mut stale = all.clone();
+            let rounds = looks.len();
+            for (round, runs) in looks.into_iter().enumerate() {
+                let dirty = set(&runs);
+                stale = stale.union(&dirty);
+                // What the engine asks for: the dirty and the never sent; what is held it knows from here.
+                let due = stale.subtract(pages.held());
+                let sent = pages.look(&due.union(&dirty), &dirty, &all);
+                if round + 1 == rounds {
+                    pages.put_back(&sent);
+                } else {
+                    stale = stale.subtract(&sent);
+                }
+                prop_assert_eq!(&stale, pages.held());
+            }
+            let last = pages.release();
+            prop_assert!(stale.subtract(&last).is_empty());
+        }
+    }
+}
