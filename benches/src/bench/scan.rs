@@ -11,10 +11,11 @@ use bytesize::ByteSize;
 use clap::Args;
 use pageferry_tracker::probe::Kernel;
 use pageferry_tracker::{Collected, Target, Tracker, TrackerKind, TreeState};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::fs::File;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Every how many pages one is dirty; 0 for none.
 const EVERY: [u64; 4] = [0, 100, 10, 1];
@@ -158,10 +159,10 @@ impl Bench {
             for _ in 0..self.runs {
                 child::still_wanted()?;
                 puppet.tell(&format!("touch {every}"))?;
-                let start = Instant::now();
+                let start = processor_time();
                 let found = scan::written(&pagemap, puppet.address, end, &mut answers)
                     .context("scanning without the tracker")?;
-                bare.push(per_page(start.elapsed(), puppet.pages));
+                bare.push(per_page(processor_time() - start, puppet.pages));
                 ensure!(found == dirty, "the bare loop found {found} of {dirty} dirty pages");
                 puppet.tell(&format!("touch {every}"))?;
                 let (collected, took) = collect(&mut tracker)?;
@@ -192,12 +193,12 @@ impl Bench {
         let (mut own, mut bare) = (Vec::new(), Vec::new());
         for _ in 0..self.runs {
             child::still_wanted()?;
-            let start = Instant::now();
+            let start = processor_time();
             let collected = tracker.collect(TreeState::Frozen)?;
-            own.push(per_page(start.elapsed(), puppet.pages));
+            own.push(per_page(processor_time() - start, puppet.pages));
             let populated: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
             ensure!(populated >= puppet.pages, "{populated} pages were found, of {}", puppet.pages);
-            let start = Instant::now();
+            let start = processor_time();
             // A buffer's worth at a time, as a tracker with bounded memory would.
             let mut dirty = 0;
             for from in (0..puppet.pages as usize).step_by(8192) {
@@ -207,7 +208,7 @@ impl Bench {
                 dirty += entries.iter().filter(|entry| is_dirty(entry)).count();
             }
             std::hint::black_box(dirty);
-            bare.push(per_page(start.elapsed(), puppet.pages));
+            bare.push(per_page(processor_time() - start, puppet.pages));
         }
         let (own, bare) = (Runs::new(own), Runs::new(bare));
         let pass = QUICKER_THAN_PROCFS * own.median <= bare.median;
@@ -241,9 +242,9 @@ impl Bench {
                 (0..2).try_for_each(|_| collect(&mut tracker).map(drop))?;
                 puppet.tell("touch 100")?;
                 // The reading alone: clearing costs both the same, and depends on the kernel.
-                let start = Instant::now();
+                let start = processor_time();
                 let collected = tracker.collect(TreeState::Frozen)?;
-                figures.push(per_page(start.elapsed(), puppet.pages));
+                figures.push(per_page(processor_time() - start, puppet.pages));
                 expect(&collected, puppet, puppet.pages.div_ceil(100))?;
             }
         }
@@ -268,9 +269,9 @@ impl Bench {
         for _ in 0..self.runs {
             child::still_wanted()?;
             puppet.tell(&format!("map {NEW_MAPPINGS}"))?;
-            let start = Instant::now();
+            let start = processor_time();
             let text = std::fs::read(&maps).with_context(|| format!("reading {maps}"))?;
-            bare.push(per_page(start.elapsed(), MAPPINGS as u64));
+            bare.push(per_page(processor_time() - start, MAPPINGS as u64));
             ensure!(text.len() > MAPPINGS, "{maps} is too short");
             let (collected, took) = collect(&mut tracker)?;
             times.push(per_page(took, MAPPINGS as u64));
@@ -285,9 +286,9 @@ impl Bench {
 
 /// A collect of the running tree, and how long it took. What it found is acknowledged.
 fn collect(tracker: &mut Tracker) -> anyhow::Result<(Collected, Duration)> {
-    let start = Instant::now();
+    let start = processor_time();
     let collected = tracker.collect(TreeState::Running)?;
-    let took = start.elapsed();
+    let took = processor_time() - start;
     tracker.acknowledge(collected.ticket);
     Ok((collected, took))
 }
@@ -309,6 +310,12 @@ fn is_dirty(entry: &procfs::process::PageInfo) -> bool {
         PageInfo::MemoryPage(flags) => flags.contains(MemoryPageFlags::SOFT_DIRTY),
         PageInfo::SwapPage(flags) => flags.contains(SwapPageFlags::SOFT_DIRTY),
     }
+}
+
+/// What this thread has had of a processor: whatever else runs on the machine takes none of it.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn share(every: u64) -> f64 {
@@ -345,7 +352,7 @@ fn render(rows: &[Row], options: &Options) -> String {
         }
     }
     format!(
-        "{}\n{} of 4 KiB pages; median (smallest..largest) of {} runs; the mappings' times are by mapping\n\n{}{reasons}",
+        "{}\n{} of 4 KiB pages; time of the processor, median (smallest..largest) of {} runs; the mappings' times are by mapping\n\n{}{reasons}",
         machine::describe(),
         options.memory,
         options.runs,

@@ -6,12 +6,14 @@ use super::redis::{Server, throughput};
 use super::stats::Runs;
 use super::table::Table;
 use super::{child, machine};
+use crate::sys::scan;
 use anyhow::{Context, ensure};
 use bytesize::ByteSize;
 use clap::Args;
 use pageferry_tracker::probe::Kernel;
-use pageferry_tracker::{Target, Tracker, TrackerKind, TreeState};
+use pageferry_tracker::{Run, Target, Tracker, TrackerKind, TreeState};
 use serde::Serialize;
+use std::fs::File;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -64,6 +66,9 @@ struct Row {
     interval_ms: u64,
     /// Throughput while it is tracked, as a part of that without.
     kept_throughput: Runs,
+    /// The same with a bare loop over `ioctl(PAGEMAP_SCAN)` in the tracker's place: what no tracker by this call can better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bare_kept_throughput: Option<Runs>,
     /// Operations a second without.
     without: Runs,
     /// Dirty pages of a scan.
@@ -166,6 +171,8 @@ fn pages_alone(measured: &Measured) -> f64 {
 
 struct Measured {
     kept: Runs,
+    /// Kept with the bare loop, where there is one.
+    bare: Option<Runs>,
     without: Runs,
     dirty: Runs,
     pages_a_second: Runs,
@@ -180,19 +187,28 @@ fn compare(
     load: &mut dyn FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<Measured> {
     let (mut kept, mut without, mut dirty, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut bare = Vec::new();
+    let interval = Duration::from_millis(interval_ms);
     let mut before = load()?;
     for _ in 0..options.runs {
-        let (tracked, scans) = tracked(kind, pid, Duration::from_millis(interval_ms), load)?;
-        let after = load()?;
+        let (tracked, scans) = tracked(kind, pid, interval, Way::Tracker, load)?;
+        let mut after = load()?;
         let alone = f64::midpoint(before, after);
         before = after;
+        if kind == TrackerKind::UffdWp {
+            let (scanned, _) = self::tracked(kind, pid, interval, Way::Bare, load)?;
+            after = load()?;
+            bare.push(scanned / f64::midpoint(before, after));
+            before = after;
+        }
         kept.push(tracked / alone);
         without.push(alone);
         dirty.push(scans.pages as f64 / scans.count as f64);
         rates.push(scans.pages as f64 / scans.time.as_secs_f64());
     }
     let [kept, without, dirty, pages_a_second] = [kept, without, dirty, rates].map(Runs::new);
-    Ok(Measured { kept, without, dirty, pages_a_second })
+    let bare = (!bare.is_empty()).then(|| Runs::new(bare));
+    Ok(Measured { kept, bare, without, dirty, pages_a_second })
 }
 
 /// Scans that were made under a load.
@@ -202,16 +218,42 @@ struct Scans {
     time: Duration,
 }
 
+/// Who scans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// The tracker.
+    Tracker,
+    /// A loop over the system call, on the pages that existed at first; the tracker only holds them registered.
+    Bare,
+}
+
 /// A load while its process is scanned every `interval`. Attaching, and the first look at everything, come before.
 fn tracked(
     kind: TrackerKind,
     pid: i32,
     interval: Duration,
+    way: Way,
     load: &mut dyn FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<(f64, Scans)> {
     let mut tracker = Tracker::attach(Target::open(pid)?, kind)?;
     let first = tracker.collect(TreeState::Running)?;
     tracker.acknowledge(first.ticket);
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).context("opening a pagemap")?;
+    let existing: Vec<Run> = first.spaces.iter().flat_map(|space| space.populated.runs()).copied().collect();
+    let mut answers = vec![scan::Found::default(); 2048];
+    let mut look = || -> anyhow::Result<u64> {
+        if way == Way::Tracker {
+            let collected = tracker.collect(TreeState::Running)?;
+            tracker.acknowledge(collected.ticket);
+            return Ok(collected.spaces.iter().map(|space| space.dirty.len()).sum());
+        }
+        let mut pages = 0;
+        for run in &existing {
+            let found = scan::written(&pagemap, run.start * 4096, run.end() * 4096, &mut answers);
+            pages += found.context("scanning without the tracker")?;
+        }
+        Ok(pages)
+    };
     let ended = AtomicBool::new(false);
     let measured = thread::scope(|scope| {
         let scanner = scope.spawn(|| -> anyhow::Result<Scans> {
@@ -224,10 +266,8 @@ fn tracked(
                     continue;
                 }
                 due += interval;
-                let collected = tracker.collect(TreeState::Running)?;
-                tracker.acknowledge(collected.ticket);
+                pages += look()?;
                 count += 1;
-                pages += collected.spaces.iter().map(|space| space.dirty.len()).sum::<u64>();
             }
             Ok(Scans { count, pages, time: start.elapsed() })
         });
@@ -251,7 +291,7 @@ fn report(
     limit: impl FnOnce(&Measured) -> f64,
 ) -> anyhow::Result<()> {
     let limit = limit(&measured);
-    let Measured { kept, without, dirty, .. } = measured;
+    let Measured { kept, bare, without, dirty, .. } = measured;
     let pass = kept.median >= limit;
     let source = TrackerName(kind);
     let row = Row {
@@ -259,6 +299,7 @@ fn report(
         source,
         interval_ms,
         kept_throughput: kept,
+        bare_kept_throughput: bare,
         without,
         dirty_pages: dirty,
         limit,
@@ -325,17 +366,27 @@ fn render(rows: &[Row], pauses: &[PauseRow], options: &Options) -> String {
         options.seconds
     );
     if !rows.is_empty() {
-        let head =
-            ["program", "scan every", "operations/s without", "dirty pages", "kept %", "limit", "goal"];
+        let head = [
+            "program",
+            "scan every",
+            "operations/s without",
+            "dirty pages",
+            "kept %",
+            "ioctl alone keeps %",
+            "limit",
+            "goal",
+        ];
         let mut table = Table::new(&head);
         for row in rows {
-            let kept = Runs::new(row.kept_throughput.runs.iter().map(|kept| kept * 100.0).collect());
+            let percent =
+                |kept: &Runs| Runs::new(kept.runs.iter().map(|kept| kept * 100.0).collect()).display(1);
             table.row(vec![
                 row.workload.to_owned(),
                 format!("{} ms", row.interval_ms),
                 row.without.display(0),
                 row.dirty_pages.display(0),
-                kept.display(1),
+                percent(&row.kept_throughput),
+                row.bare_kept_throughput.as_ref().map_or_else(|| "-".to_owned(), percent),
                 format!("{:.1}", row.limit * 100.0),
                 if row.pass { "met" } else { "missed" }.to_owned(),
             ]);
