@@ -24,7 +24,7 @@ mod verify;
 pub use cancel::Cancel;
 pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
-pub use kept::{RestorePlan, restore};
+pub use kept::{RestorePlan, inspect, restore};
 pub use observe::{Event, Observer, Silent};
 pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo};
 pub use report::MigrationReport;

@@ -20,7 +20,7 @@ fn pageferry(arguments: &[&str]) -> (i32, String, String) {
 
 #[test]
 fn help_texts() {
-    for verb in ["check", "receive", "migrate", "restore", "track", "completions", "man"] {
+    for verb in ["check", "receive", "migrate", "restore", "inspect", "track", "completions", "man"] {
         let (code, out, err) = pageferry(&[verb, "--help"]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");
         assert!(out.contains("Example:"), "{verb} shows an example");

@@ -106,6 +106,17 @@ Exit codes:
   130  interrupted (143 by SIGTERM); nothing of it runs"
     )]
     Restore(RestoreVerb),
+    /// Reads a file of `migrate --to file:PATH` to the end: whether all of it is right, and what takes how much.
+    ///
+    /// Makes every page as a restore would, compares each with its digest, and every address space with what the source
+    /// sealed, by code of its own. It needs as much memory as the program had, and changes nothing.
+    ///
+    /// Exit code 0 when all of it is right, 1 when not: then the message names the first frame that is wrong and its place, and the tables
+    /// show what comes before it.
+    #[command(
+        after_help = "Example:\n  $ pageferry inspect /srv/redis.pageferry\n  $ pageferry inspect --json /srv/redis.pageferry | jq .fault"
+    )]
+    Inspect(InspectVerb),
     /// Shows what a program writes: dirty pages, rates, the writable working set.
     ///
     /// Nothing is moved, and the program never notices: its pages are write-protected asynchronously (userfaultfd) or
@@ -397,6 +408,16 @@ pub(super) struct MigrateVerb {
     /// Say nothing but errors.
     #[arg(short, long, conflicts_with = "json")]
     pub(super) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectVerb {
+    /// The file; or a directory of checkpoints, for the last one in it.
+    #[arg(value_name = "FILE")]
+    pub(super) path: PathBuf,
+    /// One JSON object instead of tables, with every region and every image.
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Args)]

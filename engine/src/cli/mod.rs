@@ -3,6 +3,7 @@
 mod arguments;
 mod check;
 mod failure;
+mod inspect;
 mod migrate;
 mod progress;
 mod receive;
@@ -36,6 +37,7 @@ pub fn run() -> ExitCode {
         Verb::Check(verb) => check::run(&verb),
         Verb::Receive(verb) => receive::run(verb),
         Verb::Migrate(verb) => migrate::run(&verb),
+        Verb::Inspect(verb) => inspect::run(&verb),
         Verb::Restore(verb) => restore::run(verb),
         Verb::Track(verb) => track::run(&verb),
         Verb::Completions { shell } => {

@@ -11,12 +11,14 @@ mod draft;
 mod error;
 mod flusher;
 mod frames;
+mod inspect;
 mod ledger;
 mod player;
 mod restore;
 
 pub(crate) use archive::Archive;
 pub use error::{Damage, KeptError, Spot};
+pub use inspect::{Inspection, RegionReport, Round, Share, SpaceReport, inspect};
 pub use restore::{RestorePlan, restore};
 
 #[cfg(test)]

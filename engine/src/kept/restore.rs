@@ -3,6 +3,7 @@
 use super::archive::PATIENCE;
 use super::checkpoints::stream_of;
 use super::error::KeptError;
+use super::inspect::inspect;
 use super::player::{play, survey};
 use crate::destination::{Host, interrupted};
 use crate::error::{CopyState, FailureKind};
@@ -80,6 +81,13 @@ pub fn restore(plan: &RestorePlan, observer: &dyn Observer, cancel: &Cancel) -> 
         }
         (Some(Err(mut error)), _) => {
             error.phase = PHASE.to_owned();
+            // What only a receiver unpacks is found by it, and it does not know where in the file it was.
+            if error.kind == FailureKind::RolledBack
+                && let Ok(fault) = inspect(&stream).map(|inspection| inspection.fault)
+                && let Some(fault) = fault
+            {
+                error.cause = fault.into();
+            }
             Err(error)
         }
         (None, Ok(())) => Err(interrupted()),

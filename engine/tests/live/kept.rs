@@ -18,6 +18,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("a path that exists is not written over", exists),
         ("a kept stream that fails leaves no file behind", rolled_back),
         ("a damaged stream is refused", damaged),
+        ("a stream is read by an independent reader", inspected),
     ]
 }
 
@@ -186,6 +187,62 @@ fn rolled_back(ferry: &Ferry) -> anyhow::Result<()> {
         nothing_but(&dir, &[]).context(fault)?;
     }
     Ok(())
+}
+
+/// A stream with pages in many codings, in which a few pages are written again and again.
+fn sparse(ferry: &Ferry) -> anyhow::Result<(Subject, PathBuf)> {
+    let subject = ferry.subject(&["writer", "--memory", "8MiB", "--rate", "8MB"])?;
+    let path = fresh(ferry, "stream");
+    let options = ["--verify", "--bandwidth", "6MB", "--downtime", "60ms", "--delta-cache", "8MiB"];
+    keep(ferry, subject.pid, &format!("file:{}", path.display()), None, &options)?.moved()?;
+    Ok((subject, path))
+}
+
+/// `pageferry inspect --json`: its exit code, and what it found.
+fn inspect(ferry: &Ferry, path: &Path) -> anyhow::Result<(i32, serde_json::Value)> {
+    let script = format!(
+        "{} inspect --json {} 2>/dev/null; echo code=$?",
+        env!("CARGO_BIN_EXE_pageferry"),
+        path.display()
+    );
+    let text = ferry.sh(Host::Destination, &script)?;
+    let (said, code) = text.rsplit_once("code=").context("no exit code")?;
+    Ok((code.trim().parse()?, serde_json::from_str(said).context(said.to_owned())?))
+}
+
+fn inspected(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, path) = sparse(ferry)?;
+    let whole = fs::read(&path)?;
+    let (code, found) = inspect(ferry, &path)?;
+    ensure!(code == 0 && found["fault"].is_null(), "{found}");
+    let sum = |rows: &serde_json::Value, field: &str| -> u64 {
+        rows.as_array().into_iter().flatten().filter_map(|row| row[field].as_u64()).sum()
+    };
+    // Every byte of the file is in each of the tables that is about it.
+    ensure!(found["bytes"].as_u64() == Some(whole.len() as u64), "{found}");
+    ensure!(sum(&found["kinds"], "bytes") == whole.len() as u64, "{found}");
+    let pages = sum(&found["rounds"], "bytes");
+    ensure!(pages > 8 << 20 && sum(&found["codings"], "bytes") == pages, "{found}");
+    let spaces = &found["spaces"];
+    ensure!(sum(spaces, "bytes") + sum(spaces, "gone_bytes") == pages, "{found}");
+    ensure!(sum(&spaces[0]["regions"], "bytes") == sum(spaces, "bytes"), "{found}");
+    ensure!(sum(&found["images"], "count") > 5, "{found}");
+    // What only a receiver unpacks is found too, by both.
+    let frames = frames(&whole);
+    let deltas = frames.iter().find(|(at, kind, ..)| *kind == 1 && whole[at + 40] == 2);
+    let &(at, _, head, payload) = deltas.context("no frame with deltas")?;
+    let mut bytes = whole.clone();
+    bytes[at + 32 + head + payload - 1] ^= 1;
+    let damaged = fresh(ferry, "damaged");
+    fs::write(&damaged, bytes)?;
+    let number = frames.iter().position(|frame| frame.0 == at).unwrap_or(0);
+    let place = format!("frame {number}, at byte {at}");
+    let (code, found) = inspect(ferry, &damaged)?;
+    ensure!(code == 1 && found["fault"].as_str().is_some_and(|fault| fault.contains(&place)), "{found}");
+    ensure!(found["frames"].as_u64() == Some(number as u64), "{found}");
+    let (code, said) = restore(ferry, &damaged, "")?;
+    ensure!(code == 1 && said.contains(&place), "{place}: exit code {code}: {said}");
+    restored(ferry, &path, &subject)
 }
 
 /// Where each frame of a stream begins, with its kind and the lengths of head and payload.
