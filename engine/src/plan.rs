@@ -72,6 +72,8 @@ pub struct SendPlan {
     pub pid: i32,
     /// Where to.
     pub to: SendTo,
+    /// Directory of a store in which the program's pages are kept when it has moved, for a migration back.
+    pub keep_store: Option<PathBuf>,
     /// Into a file only: the program runs on when the file has all of it, instead of being ended (a checkpoint).
     pub keep_running: bool,
     /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
@@ -118,6 +120,7 @@ impl SendPlan {
         Self {
             pid,
             to: to.into(),
+            keep_store: None,
             keep_running: false,
             downtime: Duration::from_millis(100),
             max_rounds: 30,
@@ -179,6 +182,9 @@ pub struct ReceivePlan {
     pub memory_limit: Option<u64>,
     /// Bytes of memory that are made ready while nobody is migrating: fresh memory costs more than the copying into it.
     pub standby: u64,
+    /// Directory of a store in which the pages of a program are kept when it has come, and from which the next one is
+    /// offered what it has already.
+    pub keep_store: Option<PathBuf>,
     /// CRIU to use; `None` searches for one.
     pub criu: Option<PathBuf>,
     /// How long the link or CRIU may make no progress before the migration is given up.
@@ -195,6 +201,7 @@ impl ReceivePlan {
             insecure: false,
             memory_limit: None,
             standby: 0,
+            keep_store: None,
             criu: None,
             stall_timeout: Duration::from_secs(30),
             remember: Duration::from_secs(600),

@@ -50,6 +50,8 @@ pub struct MigrationReport {
     pub streams: u32,
     /// Pages that the destination asked for again, because it could not make them of what it was sent.
     pub repeated_pages: u64,
+    /// Pages that the destination had kept from before, and offered.
+    pub kept_pages: u64,
     /// Bytes of CRIU's images on the wire.
     pub image_bytes: u64,
     /// From the start of `send` until the program ran at the destination.

@@ -172,6 +172,10 @@ pub(super) struct ReceiveVerb {
     /// come. It is taken from the machine until then.
     #[arg(long, value_name = "SIZE", default_value = "0")]
     pub(super) standby: Bytes,
+    /// Keep the pages of what has come in this directory, on disk; what is there from before is copied from it instead of
+    /// being sent, above all when a program comes back.
+    #[arg(long, value_name = "DIR")]
+    pub(super) keep_store: Option<PathBuf>,
     /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
     #[arg(long, value_name = "PATH")]
     pub(super) criu: Option<PathBuf>,
@@ -343,6 +347,10 @@ pub(super) struct MigrateVerb {
     /// that gets a file for each checkpoint.
     #[arg(long, value_name = "HOST:PORT")]
     pub(super) to: String,
+    /// When the program has moved, keep its pages in this directory, on disk: `receive --keep-store` takes them from there when
+    /// it comes back.
+    #[arg(long, value_name = "DIR")]
+    pub(super) keep_store: Option<PathBuf>,
     /// Into a file: let the program run on here when the file has all of it, instead of ending it.
     #[arg(long)]
     pub(super) keep_running: bool,

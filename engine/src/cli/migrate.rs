@@ -73,6 +73,7 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
 fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     let mut plan = SendPlan::new(verb.pid, to);
     plan.keep_running = verb.keep_running;
+    plan.keep_store.clone_from(&verb.keep_store);
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);

@@ -23,6 +23,7 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.insecure = verb.insecure;
     plan.memory_limit = verb.memory_limit.map(|bytes| bytes.0);
     plan.standby = verb.standby.0;
+    plan.keep_store = verb.keep_store;
     plan.criu = verb.criu;
     plan.stall_timeout = verb.stall_timeout.0;
     let cancel = signals::token()?;

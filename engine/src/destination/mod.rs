@@ -3,6 +3,7 @@
 mod failure;
 mod guard;
 mod hub;
+mod keep;
 mod receive;
 mod restore;
 pub(crate) mod serve;
@@ -12,11 +13,13 @@ pub(crate) mod sys;
 mod verify;
 
 use crate::error::{CopyState, FailureKind};
+use crate::kept::KeptStore;
 use crate::link::{Channel, Incoming, TcpLink};
 use crate::observe::Event;
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
 use hub::Hub;
+use keep::Keeper;
 use pageferry_criu_glue::{Criu, ImageDir, Restore, RestoreOptions, TcpPolicy};
 use pageferry_wire_format::{self as wire, AbortCode, ControlMessage, HandoverState, Hello, Welcome};
 use receive::Reception;
@@ -173,6 +176,10 @@ impl Host {
                 MigrationError::refused(phase, "restoring a program needs root").with_help("run it as root")
             );
         }
+        if let Some(dir) = &plan.keep_store {
+            // A directory that cannot be used is found out now.
+            KeptStore::open(dir).map_err(|error| MigrationError::refused(phase, error))?;
+        }
         let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
             MigrationError::refused(phase, error).with_help("`pageferry check` shows what is missing here")
         })?;
@@ -284,11 +291,14 @@ impl Host {
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
         let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let store = match standby {
+        let mut store = match standby {
             Some(store) => store,
             None => PageStore::new(self.plan.memory_limit)?,
         };
         let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
+        let mut keeper = Keeper::take(self.plan.keep_store.as_deref());
+        let kept = keeper.pages();
+        store.set_kept(Arc::clone(&kept));
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
         let _door = Door::open(self, Arc::clone(&hub));
         channel.link_mut().set_alarm(Some(hub.alarm().clone()));
@@ -298,8 +308,9 @@ impl Host {
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory,
             streams: most_streams(),
-            kept: 0,
+            kept: kept.digests().len() as u64,
         }))?;
+        keeper.offer(channel)?;
         // CRIU starts while the rounds run: its start is no part of the downtime.
         let choices = hello.choices;
         let options = RestoreOptions {
@@ -311,6 +322,7 @@ impl Host {
         };
         let restore = Restore::prepare(&self.criu, &images, options)?;
         let cargo = Reception::new(channel, &hub, &images, observer).run()?;
+        keeper.note(&cargo);
         let store = hub.close().ok_or(ReceiveError::Order("an end twice"))?;
         channel.link_mut().set_alarm(None);
         let server = Server::new(store)?;
@@ -327,7 +339,7 @@ impl Host {
         }
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);
-        let told = alive.told;
+        let (told, pid) = (alive.told, alive.pid);
         match alive.settle(channel) {
             Ok(stats) => observer.event(&Event::Filled {
                 pages: stats.pages,
@@ -337,6 +349,10 @@ impl Host {
             Err(error) => observer.event(&Event::Warning { text: error.chain() }),
         }
         let closed = channel.link_mut().close_gently(Duration::from_secs(2));
+        if let Err(error) = keeper.fill(pid) {
+            let text = format!("the pages could not be kept: {error}");
+            observer.event(&Event::Warning { text });
+        }
         Ok(told && closed)
     }
 }

@@ -42,6 +42,8 @@ pub(super) struct Rebirth<'a> {
 pub(super) struct Alive {
     pub(super) server: Server,
     pub(super) restore: Restore,
+    /// Its root, as this process sees it.
+    pub(super) pid: i32,
     /// Whether the source was told that the program runs here.
     pub(super) told: bool,
     guard: Guard,
@@ -51,7 +53,7 @@ impl Rebirth<'_> {
     /// Restores, waits for the commit, and lets the program run.
     pub(super) fn run(mut self, restore: Restore, server: Server) -> Result<Alive, ReceiveError> {
         match self.bring_up(restore, &server) {
-            Ok((restore, told, guard)) => Ok(Alive { server, restore, told, guard }),
+            Ok((restore, (told, pid), guard)) => Ok(Alive { server, restore, pid, told, guard }),
             Err(error) => {
                 server.abort();
                 Err(error)
@@ -63,7 +65,7 @@ impl Rebirth<'_> {
         &mut self,
         mut restore: Restore,
         server: &Server,
-    ) -> Result<(Restore, bool, Guard), ReceiveError> {
+    ) -> Result<(Restore, (bool, i32), Guard), ReceiveError> {
         let by_vpid: BTreeMap<i32, SpaceId> =
             self.cargo.spaces.iter().map(|(space, incomer)| (incomer.vpid, *space)).collect();
         let lazy = restore.lazy()?;
@@ -103,14 +105,14 @@ impl Rebirth<'_> {
         })
     }
 
-    /// The steps up to the running program; says whether the source could be told.
+    /// The steps up to the running program; says whether the source could be told, and the program's pid.
     fn steps(
         &mut self,
         restore: &mut Restore,
         server: &Server,
         kept: &Mutex<Vec<OwnedFd>>,
         guard: &mut Option<Guard>,
-    ) -> Result<bool, ReceiveError> {
+    ) -> Result<(bool, i32), ReceiveError> {
         let patience = self.plan.stall_timeout;
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         let mut laps = Laps { last: Instant::now(), timings: Vec::new() };
@@ -156,7 +158,7 @@ impl Rebirth<'_> {
         // no reason to undo anything.
         let told = self.channel.control(&ControlMessage::Resumed { pid, timings: laps.timings }).is_ok();
         self.observer.event(&Event::Resumed { pid });
-        Ok(told)
+        Ok((told, pid))
     }
 }
 

@@ -68,6 +68,11 @@ impl Books {
         self.spaces.entry(space).or_default()
     }
 
+    /// The destination has kept this page from before: it is one of [`SpaceId::KEPT`], from which can be copied.
+    pub(crate) fn enter_kept(&mut self, page: u64, content: PageDigest) {
+        self.space(SpaceId::KEPT).insert(page, content);
+    }
+
     /// A space is gone.
     pub(crate) fn forget(&mut self, space: SpaceId) {
         self.spaces.remove(&space);
@@ -80,7 +85,8 @@ impl Books {
             return;
         }
         self.cache.set_budget(cache);
-        if self.twins.reserve(pages, processes > 1) {
+        let kept = self.spaces.get(&SpaceId::KEPT).map_or(0, SentPages::len);
+        if self.twins.reserve(pages + kept, processes > 1 || kept > 0) {
             self.enter_all();
         }
     }
@@ -155,8 +161,19 @@ impl Books {
 
     /// The destination could not make these pages of what it was sent: they count as never sent.
     pub(crate) fn take_back(&mut self, space: SpaceId, pages: impl Iterator<Item = u64>) {
-        let Some(sent) = self.spaces.get_mut(&space) else { return };
-        pages.for_each(|page| sent.remove(page));
+        for page in pages {
+            let Some(sent) = self.spaces.get_mut(&space) else { return };
+            let content = sent.get(page).copied();
+            sent.remove(page);
+            // Perhaps it was a copy of a page that was kept, and is damaged there: it is not copied again.
+            if let Some(content) = content
+                && let Some(kept) = self.spaces.get_mut(&SpaceId::KEPT)
+                && let Some((_, at)) =
+                    self.twins.find(&content, |of, at| of == SpaceId::KEPT && kept.get(at) == Some(&content))
+            {
+                kept.remove(at);
+            }
+        }
     }
 }
 
@@ -254,6 +271,20 @@ mod tests {
         let before = (bench.books.space(A).len(), bench.books.space(B).len());
         assert_eq!(before, (0, 0));
         assert_eq!(bench.send(B, 7, &page, 1), Fate::Whole);
+    }
+
+    #[test]
+    fn what_the_destination_kept_is_copied_until_it_says_that_it_is_not_there() {
+        let mut books = Books::default();
+        let page = noise(1);
+        books.enter_kept(77, digest::page(&page));
+        books.make_room(1000, 1, 1 << 20);
+        let mut bench = Bench { books, out: Output::default() };
+        let kept = Fate::Copy(PageRef { space: SpaceId::KEPT, page: PageNo(77) });
+        assert_eq!(bench.send(A, 7, &page, 0), kept);
+        assert_eq!(bench.send(A, 8, &noise(2), 0), Fate::Whole);
+        bench.books.take_back(A, [7].into_iter());
+        assert_eq!(bench.send(A, 7, &page, 1), Fate::Whole, "it is not asked for again and again");
     }
 
     #[test]

@@ -103,6 +103,7 @@ impl Migration<'_> {
         if self.hide == HideKind::SyntheticParent {
             self.tracker_mut().clear_frozen()?;
         }
+        self.note_what_to_keep(&collected);
         let table = self.hidden_table(&collected)?;
         self.dump_mut().dump(&table, wait)?;
         self.report.downtime_us.dump = laps.lap(self.observer, "dump");
@@ -315,20 +316,32 @@ impl Migration<'_> {
 
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
-        let patience = self.plan.stall_timeout;
-        // Of a program that runs on here there is none any more.
-        if let Some(dump) = self.dump.take() {
-            dump.commit(patience)?;
+        let keep = self.store.is_some();
+        if !keep {
+            self.end_tree()?;
         }
         match self.answer("the destination to have every page in place")? {
-            ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => Ok(()),
+            ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => {}
             ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
                 self.observer.event(&Event::Filled { pages, faults, max_fault_us });
                 self.report.fill =
                     Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
-                Ok(())
             }
-            other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),
+            other => return Err(SendError::Protocol(format!("{other:?} instead of filled"))),
+        }
+        if keep {
+            self.keep_pages();
+            self.end_tree()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the frozen tree. Of a program that runs on here there is none any more.
+    fn end_tree(&mut self) -> Result<(), SendError> {
+        let patience = self.plan.stall_timeout;
+        match self.dump.take() {
+            Some(dump) => Ok(dump.commit(patience)?),
+            None => Ok(()),
         }
     }
 }

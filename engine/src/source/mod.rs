@@ -4,6 +4,7 @@ mod books;
 mod deltas;
 mod failure;
 mod handover;
+mod keep;
 mod machine;
 mod pages;
 mod precopy;
@@ -18,7 +19,7 @@ mod watchman;
 
 use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};
-use crate::kept::Archive;
+use crate::kept::{Archive, KeptStore};
 use crate::layout::{Layout, Place};
 use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
@@ -29,7 +30,7 @@ use books::Books;
 use failure::SendError;
 use machine::{Aftermath, Phase, Stake};
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
-use pageferry_tracker::{self as tracker, PageReader, Target, Tracker};
+use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
 use pages::Worker;
 use std::collections::BTreeMap;
@@ -128,6 +129,10 @@ struct Migration<'a> {
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
+    /// Where the pages of the program are kept when it has moved.
+    store: Option<KeptStore>,
+    /// Which ones these are, by address space.
+    to_keep: Vec<(u32, PageSet)>,
     /// Bytes that went over further connections that are closed.
     closed_bytes: u64,
 }
@@ -207,6 +212,8 @@ impl<'a> Migration<'a> {
             further: Vec::new(),
             peer,
             holds_back: false,
+            store: plan.keep_store.as_deref().map(KeptStore::open).transpose()?,
+            to_keep: Vec::new(),
             closed_bytes: 0,
         })
     }
@@ -250,6 +257,7 @@ impl<'a> Migration<'a> {
             other => return Err(SendError::Protocol(format!("{other:?} instead of a welcome"))),
         };
         self.peer_memory = welcome.memory;
+        self.hear_of_kept(welcome.kept)?;
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
         self.open_streams(welcome.streams)?;

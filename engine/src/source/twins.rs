@@ -15,6 +15,8 @@ const SLACK: f64 = 1.25;
 const PAGE_BITS: u32 = 40;
 /// Bits of a space's number.
 const SPACE_BITS: u32 = 12;
+/// The number that stands for the pages that the destination kept; one less is the last of a space.
+const KEPT: u64 = (1 << SPACE_BITS) - 1;
 /// The rest tells the contents of one bucket apart.
 const TAG_BITS: u32 = 64 - PAGE_BITS - SPACE_BITS;
 /// An entry that is none: its tag is never made.
@@ -94,8 +96,9 @@ impl Twins {
     pub(crate) fn enter(&mut self, digest: &PageDigest, space: SpaceId, page: u64) {
         let Some((bucket, tag)) = self.locate(digest) else { return };
         // Space 0 is entered as 1, so that no entry is `NONE`.
-        let space = u64::from(space.0) + 1;
-        if space >> SPACE_BITS != 0 || page >> PAGE_BITS != 0 {
+        let number = u64::from(space.0) + 1;
+        let space = if space == SpaceId::KEPT { KEPT } else { number };
+        if space == number && space >= KEPT || page >> PAGE_BITS != 0 {
             return;
         }
         let entry = tag << (64 - TAG_BITS) | space << PAGE_BITS | page;
@@ -125,8 +128,11 @@ impl Twins {
 }
 
 fn unpack(entry: u64) -> (SpaceId, u64) {
-    let space = entry >> PAGE_BITS & ((1 << SPACE_BITS) - 1);
-    (SpaceId((space as u32).wrapping_sub(1)), entry & ((1 << PAGE_BITS) - 1))
+    let space = match entry >> PAGE_BITS & ((1 << SPACE_BITS) - 1) {
+        KEPT => SpaceId::KEPT,
+        number => SpaceId((number as u32).wrapping_sub(1)),
+    };
+    (space, entry & ((1 << PAGE_BITS) - 1))
 }
 
 #[cfg(test)]
@@ -179,7 +185,12 @@ mod tests {
         twins.reserve(100, true);
         twins.enter(&content(1), SpaceId(0), 1 << PAGE_BITS);
         twins.enter(&content(1), SpaceId(1 << SPACE_BITS), 1);
+        twins.enter(&content(1), SpaceId(KEPT as u32 - 1), 1);
         assert_eq!(twins.find(&content(1), |_, _| true), None);
+        for space in [SpaceId::KEPT, SpaceId(KEPT as u32 - 2)] {
+            twins.enter(&content(1), space, 1);
+            assert_eq!(twins.find(&content(1), |of, _| of == space), Some((space, 1)));
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::Test;
 use super::ferry::{Ferry, Outcome};
 use anyhow::{Context, ensure};
+use pageferry::MigrationReport;
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
 use std::fs;
@@ -19,6 +20,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("a kept stream that fails leaves no file behind", rolled_back),
         ("a damaged stream is refused", damaged),
         ("a stream is read by an independent reader", inspected),
+        ("a program that comes back finds what was kept of it", there_and_back),
+        ("a kept store that is damaged costs bytes and nothing else", damaged_store),
     ]
 }
 
@@ -243,6 +246,77 @@ fn inspected(ferry: &Ferry) -> anyhow::Result<()> {
     let (code, said) = restore(ferry, &damaged, "")?;
     ensure!(code == 1 && said.contains(&place), "{place}: exit code {code}: {said}");
     restored(ferry, &path, &subject)
+}
+
+/// A program that has moved to the destination, and the stores that both sides have kept of it: here and there.
+fn moved_with_stores(ferry: &Ferry) -> anyhow::Result<(Subject, MigrationReport, [PathBuf; 2])> {
+    let subject = ferry.subject(&["writer", "--memory", "48MiB", "--rate", "50KB"])?;
+    let stores = [fresh(ferry, "store"), fresh(ferry, "store")];
+    let [here, there] = stores.each_ref().map(|store| store.display().to_string());
+    let receiver = ferry.receiver(None, &["--once", "--keep-store", &there])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--verify", "--keep-store", &here])?;
+    let report = outcome.moved()?.clone();
+    ensure!(report.kept_pages == 0 && report.bytes_sent > 48 << 20, "{} bytes", report.bytes_sent);
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.lives_only(Host::Destination, &subject)?;
+    Ok((subject, report, stores))
+}
+
+/// Moves the program back to the source, whose store is `here`.
+fn back(ferry: &Ferry, subject: &Subject, here: &Path, options: &[&str]) -> anyhow::Result<MigrationReport> {
+    const HERE: &str = "10.77.0.1:7077";
+    let store = here.display().to_string();
+    let receiver = ferry.receiver_in(Host::Source, HERE, None, &["--once", "--keep-store", &store])?;
+    let options = [&["--verify"], options].concat();
+    let outcome = ferry.migrate_from(Host::Destination, subject.pid, HERE, None, &options)?.wait()?;
+    let report = outcome.moved()?.clone();
+    ensure!(report.verified, "not verified");
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.lives_only(Host::Source, subject)?;
+    Ok(report)
+}
+
+fn there_and_back(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, first, [here, there]) = moved_with_stores(ferry)?;
+    let store = there.display().to_string();
+    let second = back(ferry, &subject, &here, &["--keep-store", &store])?;
+    ensure!(second.kept_pages > 12_000, "{} pages were offered", second.kept_pages);
+    ensure!(second.repeated_pages == 0, "{} pages were asked for again", second.repeated_pages);
+    let (there_bytes, back_bytes) = (first.bytes_sent, second.bytes_sent);
+    ensure!(back_bytes * 10 < there_bytes, "{back_bytes} bytes back after {there_bytes} there");
+    // And there again, from what was kept when it left.
+    let receiver = ferry.receiver(None, &["--once", "--keep-store", &store])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--verify"])?;
+    let third = outcome.moved()?;
+    ensure!(third.bytes_sent * 10 < there_bytes, "{} bytes there again", third.bytes_sent);
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.lives_only(Host::Destination, &subject)
+}
+
+fn damaged_store(ferry: &Ferry) -> anyhow::Result<()> {
+    let (subject, first, [here, _]) = moved_with_stores(ferry)?;
+    // A byte of every second page.
+    let pages = here.join("pages-1");
+    let mut bytes = fs::read(&pages)?;
+    bytes.chunks_mut(8192).for_each(|two| two[77] ^= 1);
+    fs::write(&pages, &bytes)?;
+    let second = back(ferry, &subject, &here, &[])?;
+    ensure!(second.kept_pages > 12_000, "{} pages were offered", second.kept_pages);
+    ensure!(second.repeated_pages > 5_000, "{} pages were asked for again", second.repeated_pages);
+    let half = first.bytes_sent / 2;
+    ensure!((half / 2..half * 3 / 2).contains(&second.bytes_sent), "{} bytes", second.bytes_sent);
+    ferry.hosts.kill(Host::Source, subject.pid)?;
+    // An index that is damaged offers nothing.
+    let (subject, first, [here, _]) = moved_with_stores(ferry)?;
+    let mut bytes = fs::read(here.join("index"))?;
+    bytes[1000] ^= 1;
+    fs::write(here.join("index"), &bytes)?;
+    let second = back(ferry, &subject, &here, &[])?;
+    ensure!(second.kept_pages == 0, "{} pages were offered", second.kept_pages);
+    ensure!(second.bytes_sent * 2 > first.bytes_sent, "{} bytes", second.bytes_sent);
+    // It was written anew.
+    ensure!(fs::read(here.join("index"))?.len() > 16 * 12_000, "the store was not made anew");
+    Ok(())
 }
 
 /// Where each frame of a stream begins, with its kind and the lengths of head and payload.

@@ -35,7 +35,12 @@ impl PageStore {
         let (mut left, mut bytes) = (Vec::new(), [0; SLOT_BYTES]);
         for order in orders {
             let CopyOrder { space, page, round, content, from } = order;
-            if self.read(from.space, from.page, &content, &mut bytes).is_none() {
+            let found = match from.space {
+                // Not believed: read and compared, and asked for again if it is another one.
+                SpaceId::KEPT => self.kept.read(from.page.0, &content, &mut bytes),
+                space => self.read(space, from.page, &content, &mut bytes).is_some(),
+            };
+            if !found {
                 left.push(order);
                 continue;
             }

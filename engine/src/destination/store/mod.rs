@@ -23,6 +23,7 @@ pub(crate) use index::Mask;
 pub use landing::Landing;
 
 use super::sys::arena::SLOT_BYTES;
+use crate::kept::KeptPages;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
 use pageferry_wire_format::digest::{self, SpaceDigest};
@@ -37,6 +38,8 @@ pub struct PageStore {
     slots: Slots,
     spaces: BTreeMap<SpaceId, SpaceIndex>,
     returned: Arc<Mutex<Returned>>,
+    /// From before this session.
+    kept: Arc<KeptPages>,
 }
 
 /// The bytes of a page.
@@ -80,7 +83,17 @@ impl PageStore {
     /// # Errors
     /// When no thread can be started.
     pub fn new(limit_bytes: Option<u64>) -> Result<Self, StoreError> {
-        Ok(Self { slots: Slots::new(limit_bytes)?, spaces: BTreeMap::new(), returned: Arc::default() })
+        Ok(Self {
+            slots: Slots::new(limit_bytes)?,
+            spaces: BTreeMap::new(),
+            returned: Arc::default(),
+            kept: Arc::default(),
+        })
+    }
+
+    /// What pages may be copied from besides: those of a store that was kept.
+    pub(crate) fn set_kept(&mut self, kept: Arc<KeptPages>) {
+        self.kept = kept;
     }
 
     /// Announces that `bytes` of pages will come altogether, counted from the start: their memory is made ready
