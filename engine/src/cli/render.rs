@@ -118,14 +118,19 @@ pub(super) fn report(report: &MigrationReport) -> String {
         let _ =
             writeln!(text, "verified: {} pages compared before the commit, all equal", report.verified_pages);
     }
-    text += "established TCP connections were closed: clients have to connect again, to the destination\n";
+    text += match report.strategy.as_str() {
+        "checkpoint" => {
+            "established TCP connections are not in it: clients have to connect again after a restore\n"
+        }
+        _ => "established TCP connections were closed: clients have to connect again, to the destination\n",
+    };
     text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry::report::{Downtime, FillReport, RoundReport};
+    use pageferry::report::{Downtime, FillReport, RoundReport, Share};
 
     fn example() -> MigrationReport {
         let mut downtime = Downtime {
@@ -162,6 +167,11 @@ mod tests {
                     dirty_pages: 16_435,
                     sent_pages: 16_435,
                     sent_bytes: 67_599_375,
+                    codings: Codings {
+                        raw: Share { pages: 16_035, bytes: 65_954_111 },
+                        zstd: Share { pages: 400, bytes: 1_645_264 },
+                        ..Codings::default()
+                    },
                     duration_us: 218_553,
                     link_rate: 3.166e8,
                     ..RoundReport::default()
@@ -191,6 +201,16 @@ mod tests {
     #[test]
     fn a_report_lines_up() {
         insta::assert_snapshot!(report(&example()));
+    }
+
+    #[test]
+    fn a_checkpoint_is_said_to_be_one() {
+        let (strategy, to) = ("checkpoint".to_owned(), "file:/srv/redis.pageferry".to_owned());
+        let text = report(&MigrationReport { strategy, to, fill: None, verified: false, ..example() });
+        assert!(
+            text.starts_with("redis-server (1 process, 64.2 MiB) is kept in file:/srv/redis.pageferry in")
+        );
+        assert!(!text.contains("verified") && text.contains("connections are not in it"), "{text}");
     }
 
     #[test]

@@ -80,6 +80,7 @@ fn twice(ferry: &Ferry) -> anyhow::Result<()> {
     let outcome = keep(ferry, subject.pid, &to, None, &["--verify", "--downtime", "20ms"])?;
     let report = outcome.moved()?;
     ensure!(report.strategy == "checkpoint" && report.to == to, "{} to {}", report.strategy, report.to);
+    ensure!(!report.verified, "nothing was compared yet");
     ensure!(report.destination_pid.is_none() && report.fill.is_none(), "nothing runs anywhere");
     ensure!(ferry.state(Host::Source, subject.pid)?.is_none(), "it still runs at the source");
     let bytes = fs::metadata(&path)?.len();
