@@ -3,6 +3,7 @@
 use super::archive::Archive;
 use super::error::KeptError;
 use super::frames::{Frames, StreamFile};
+use super::inspect::inspect;
 use super::player::survey;
 use crate::link::{Channel, ChannelError};
 use pageferry_wire_format::{
@@ -157,6 +158,39 @@ fn a_stream_that_was_cut_anywhere_is_refused_with_its_place() {
             KeptError::Unfinished { frame, end } => assert!(frame > 0 && end == len as u64),
             other => panic!("cut after {len} bytes: {other}"),
         }
+    }
+}
+
+#[test]
+fn the_independent_reader_finds_every_byte_that_was_changed_and_every_end_that_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let sent = stream(&path);
+    let right = inspect(&path).unwrap();
+    assert_eq!((right.fault.as_deref(), right.bytes), (None, sent));
+    let space = &right.spaces[0];
+    assert_eq!((space.pages, space.zero_pages, space.vpid), (3, 0, 9));
+    let coded: Vec<(&str, u64)> = right.codings.iter().map(|row| (row.name.as_str(), row.count)).collect();
+    assert_eq!(coded, [("copy", 1), ("delta", 1), ("raw", 2)]);
+    assert_eq!(space.bytes, right.rounds.iter().map(|round| round.bytes).sum::<u64>());
+    let whole = fs::read(&path).unwrap();
+    let mut frames = Frames::new(StreamFile::open(&path).unwrap());
+    // All of the heads and of what is small; of pages a byte here and there.
+    let mut places: Vec<usize> = (0..whole.len()).step_by(61).collect();
+    while frames.next().unwrap().is_some() {
+        let at = frames.spot().offset as usize;
+        let len = frames.head().len() + frames.payload().len().min(64);
+        places.extend(at..at + len);
+    }
+    let damaged = dir.path().join("damaged");
+    for at in places {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(&damaged, &bytes).unwrap();
+        let found = inspect(&damaged).unwrap();
+        assert!(found.fault.is_some() && found.bytes <= at as u64, "byte {at}: {:?}", found.fault);
+        fs::write(&damaged, &whole[..at]).unwrap();
+        assert!(inspect(&damaged).unwrap().fault.is_some(), "cut after {at} bytes");
     }
 }
 
