@@ -7,8 +7,9 @@
 use pageferry_tracker::PageSet;
 use std::collections::VecDeque;
 
-/// Looks in a row at which a page was dirty, the present one included, that make it hot.
-const LOOKS: usize = 3;
+/// Looks in a row at which a page was dirty, the present one included, that make it hot: after the first it was sent, after
+/// the second it was sent again and its bytes kept, and after the third it is known whether deltas of it are small.
+const LOOKS: usize = 4;
 
 /// What is known of the writes of one space.
 #[derive(Clone, Debug, Default)]
@@ -21,10 +22,10 @@ pub struct HotPages {
 impl HotPages {
     /// Takes in what is due now: the pages that are dirty at this look, and others that were never sent. `dirty` are those
     /// that were written since the look before. Gives the pages to send: what is due, and what was held back and has
-    /// cooled, without what is hot.
-    pub fn look(&mut self, due: &PageSet, dirty: &PageSet, populated: &PageSet) -> PageSet {
+    /// cooled, without what is hot. Without `hold` nothing is held back.
+    pub fn look(&mut self, due: &PageSet, dirty: &PageSet, populated: &PageSet, hold: bool) -> PageSet {
         let held = self.held.intersect(populated);
-        let mut hot = match self.before.len() + 1 >= LOOKS {
+        let mut hot = match hold && self.before.len() + 1 >= LOOKS {
             true => dirty.clone(),
             false => PageSet::default(),
         };
@@ -71,15 +72,14 @@ mod tests {
     fn what_is_always_dirty_is_held_back_until_it_cools() {
         let (all, hot) = (set(&[(0, 100)]), set(&[(10, 5)]));
         let mut pages = HotPages::default();
-        assert_eq!(pages.look(&all, &all, &all).len(), 100, "everything is sent once");
-        assert_eq!(
-            pages.look(&hot, &hot, &all).len(),
-            5,
-            "and once more, so that there is a base for deltas"
-        );
-        assert_eq!(pages.look(&hot, &hot, &all).len(), 0);
-        assert_eq!(pages.held(), &hot);
-        let cooled = pages.look(&set(&[(10, 2)]), &set(&[(10, 2)]), &all);
+        let mut look = |dirty: &PageSet, hold| pages.look(dirty, dirty, &all, hold);
+        assert_eq!(look(&all, true).len(), 100, "everything is sent once");
+        assert_eq!(look(&hot, true).len(), 5, "and once more, so that there is a base for deltas");
+        assert_eq!(look(&hot, true).len(), 5, "and by them");
+        assert_eq!(look(&hot, true).len(), 0);
+        assert_eq!(look(&hot, false), hot, "nothing is held that need not be");
+        assert_eq!(look(&hot, true).len(), 0);
+        let cooled = look(&set(&[(10, 2)]), true);
         assert_eq!(cooled, set(&[(12, 3)]), "those that were not written any more");
         assert_eq!(pages.release(), set(&[(10, 2)]));
         assert!(pages.held().is_empty());
@@ -90,19 +90,19 @@ mod tests {
         /// the last look is followed by the freeze instead of by a round.
         #[test]
         fn no_page_is_forgotten(looks in proptest::collection::vec(
-            proptest::collection::vec((0u64..60, 1u64..20), 0..6), 1..12)
+            (proptest::collection::vec((0u64..60, 1u64..20), 0..6), proptest::bool::weighted(0.8)), 1..12)
         ) {
             let all = set(&[(0, 100)]);
             let mut pages = HotPages::default();
             // What the destination does not have in its last version.
             let mut stale = all.clone();
             let rounds = looks.len();
-            for (round, runs) in looks.into_iter().enumerate() {
+            for (round, (runs, hold)) in looks.into_iter().enumerate() {
                 let dirty = set(&runs);
                 stale = stale.union(&dirty);
                 // What the engine asks for: the dirty and the never sent; what is held it knows from here.
                 let due = stale.subtract(pages.held());
-                let sent = pages.look(&due.union(&dirty), &dirty, &all);
+                let sent = pages.look(&due.union(&dirty), &dirty, &all, hold);
                 if round + 1 == rounds {
                     pages.put_back(&sent);
                 } else {

@@ -129,6 +129,8 @@ struct Migration<'a> {
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
+    /// Whether most pages of the last round travelled as deltas.
+    deltas_help: bool,
     /// Where the pages of the program are kept when it has moved.
     store: Option<KeptStore>,
     /// Which ones these are, by address space.
@@ -212,6 +214,7 @@ impl<'a> Migration<'a> {
             further: Vec::new(),
             peer,
             holds_back: false,
+            deltas_help: false,
             store: plan.keep_store.as_deref().map(KeptStore::open).transpose()?,
             to_keep: Vec::new(),
             closed_bytes: 0,

@@ -90,6 +90,7 @@ impl Migration<'_> {
             let sent = sending.elapsed();
             self.end_round(round, &tally)?;
             self.acknowledged(round)?;
+            self.deltas_help = tally.codings.delta.pages * 2 > tally.sent();
             let acked = sending.elapsed();
             self.tracker_mut().acknowledge(collected.ticket);
 
@@ -189,11 +190,12 @@ impl Migration<'_> {
         let missing = self.books().space(id).missing(&scan.populated);
         let dirty = scan.dirty.intersect(&scan.populated);
         let due = dirty.union(&missing);
-        let holds_back = self.holds_back && !frozen;
+        // Deltas of it that are small are better sent: they would only grow.
+        let hold = self.holds_back && !self.deltas_help;
         let Some(space) = self.spaces.get_mut(&scan.key.0) else { return due };
-        match holds_back {
-            true => space.hot.look(&due, &dirty, &scan.populated),
-            false => due.union(&space.hot.release().intersect(&scan.populated)),
+        match frozen {
+            false => space.hot.look(&due, &dirty, &scan.populated, hold),
+            true => due.union(&space.hot.release().intersect(&scan.populated)),
         }
     }
 }
