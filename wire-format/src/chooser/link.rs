@@ -64,7 +64,7 @@ impl Meter {
         self.link
     }
 
-    /// Whether the link is waited for now.
+    /// Whether the link is being waited for.
     pub(super) fn is_full(&self) -> bool {
         self.full >= SURELY && self.lately.is_full()
     }
