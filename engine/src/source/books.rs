@@ -5,7 +5,7 @@ use super::deltas::DeltaCache;
 use super::sent::SentPages;
 use super::twins::Twins;
 use pageferry_wire_format::delta::{self, Page};
-use pageferry_wire_format::{PageDigest, PageNo, PageRef, SpaceId};
+use pageferry_wire_format::{PageDigest, PageNo, PageRef, PageRun, SpaceId};
 use std::collections::BTreeMap;
 
 /// A delta that is longer than this is not worth one: half a page, after which zstd or the link itself is as good.
@@ -159,10 +159,16 @@ impl Books {
         fate
     }
 
-    /// The destination could not make these pages of what it was sent: they count as never sent.
-    pub(crate) fn take_back(&mut self, space: SpaceId, pages: impl Iterator<Item = u64>) {
-        for page in pages {
-            let Some(sent) = self.spaces.get_mut(&space) else { return };
+    /// The destination could not make these pages of what it was sent: they count as never sent. Gives their number, or
+    /// `None`, and takes nothing back, when they are more than it was given: what a peer says is not gone through page by
+    /// page before it is known to be possible.
+    pub(crate) fn take_back(&mut self, space: SpaceId, runs: &[PageRun]) -> Option<u64> {
+        let asked = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.len));
+        if asked > self.spaces.get(&space).map_or(0, SentPages::len) {
+            return None;
+        }
+        for page in runs.iter().flat_map(PageRun::pages) {
+            let Some(sent) = self.spaces.get_mut(&space) else { break };
             let content = sent.get(page).copied();
             sent.remove(page);
             // Perhaps it was a copy of a page that was kept, and is damaged there: it is not copied again.
@@ -174,6 +180,7 @@ impl Books {
                 kept.remove(at);
             }
         }
+        Some(asked)
     }
 }
 
@@ -183,6 +190,7 @@ mod tests {
     use pageferry_wire_format::digest;
 
     const A: SpaceId = SpaceId(0);
+    const SEVEN: PageRun = PageRun { start: PageNo(7), len: 1 };
     const B: SpaceId = SpaceId(1);
 
     struct Bench {
@@ -266,8 +274,8 @@ mod tests {
         let page = noise(1);
         bench.send(A, 7, &page, 0);
         assert!(matches!(bench.send(B, 7, &page, 0), Fate::Copy(_)));
-        bench.books.take_back(A, [7].into_iter());
-        bench.books.take_back(B, [7].into_iter());
+        bench.books.take_back(A, &[SEVEN]);
+        bench.books.take_back(B, &[SEVEN]);
         let before = (bench.books.space(A).len(), bench.books.space(B).len());
         assert_eq!(before, (0, 0));
         assert_eq!(bench.send(B, 7, &page, 1), Fate::Whole);
@@ -283,8 +291,19 @@ mod tests {
         let kept = Fate::Copy(PageRef { space: SpaceId::KEPT, page: PageNo(77) });
         assert_eq!(bench.send(A, 7, &page, 0), kept);
         assert_eq!(bench.send(A, 8, &noise(2), 0), Fate::Whole);
-        bench.books.take_back(A, [7].into_iter());
+        bench.books.take_back(A, &[SEVEN]);
         assert_eq!(bench.send(A, 7, &page, 1), Fate::Whole, "it is not asked for again and again");
+    }
+
+    #[test]
+    fn a_peer_that_asks_for_more_than_it_was_given_is_not_believed() {
+        let mut bench = Bench::new();
+        bench.send(A, 7, &noise(1), 0);
+        let endless = PageRun { start: PageNo(0), len: 1 << 51 };
+        assert_eq!(bench.books.take_back(A, &[endless, endless]), None);
+        assert_eq!(bench.books.take_back(B, &[SEVEN]), None, "nothing was sent of this space");
+        assert_eq!(bench.books.space(A).len(), 1);
+        assert_eq!(bench.books.take_back(A, &[SEVEN]), Some(1));
     }
 
     #[test]

@@ -179,10 +179,14 @@ impl Migration<'_> {
                 }
                 ControlMessage::Again { spaces } => {
                     for (space, runs) in &spaces {
-                        let pages = runs.iter().map(|run| run.len).sum::<u64>();
+                        let Some(pages) = self.books().take_back(*space, runs) else {
+                            return Err(SendError::Protocol(format!(
+                                "more pages of space {} again than it was given",
+                                space.0
+                            )));
+                        };
                         tracing::warn!(space = space.0, pages, "the destination asks for pages again");
                         self.report.repeated_pages += pages;
-                        self.books().take_back(*space, runs.iter().flat_map(PageRun::pages));
                     }
                     again.extend(spaces);
                 }
