@@ -131,6 +131,26 @@ fn parse_stat(text: &str) -> Option<Stat> {
     })
 }
 
+/// Reads a file of `/proc` from where it stands to its end into a buffer, whose memory is used again; what was in it is gone.
+pub(crate) fn read_into(file: &mut File, bytes: &mut Vec<u8>) -> io::Result<()> {
+    // Not `read_to_end`, which begins with small pieces: these files say nothing of their length.
+    let mut length = 0;
+    bytes.resize(bytes.capacity().max(4096), 0);
+    loop {
+        if length == bytes.len() {
+            bytes.resize(2 * length, 0);
+        }
+        match file.read(&mut bytes[length..]) {
+            Ok(0) => break,
+            Ok(more) => length += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes.truncate(length);
+    Ok(())
+}
+
 impl Target {
     /// Opens the process `pid`.
     ///
@@ -289,28 +309,8 @@ impl Target {
     /// Reads a file of its folder in `/proc`.
     pub(crate) fn read_file(&self, name: &str) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        self.read_file_into(name, &mut bytes)?;
+        read_into(&mut self.open_file(name)?, &mut bytes)?;
         Ok(bytes)
-    }
-
-    /// The same into a buffer, whose memory is used again; what was in it is gone.
-    pub(crate) fn read_file_into(&self, name: &str, bytes: &mut Vec<u8>) -> io::Result<()> {
-        // Not `read_to_end`, which begins with small pieces: these files say nothing of their length.
-        let (mut file, mut length) = (self.open_file(name)?, 0);
-        bytes.resize(bytes.capacity().max(4096), 0);
-        loop {
-            if length == bytes.len() {
-                bytes.resize(2 * length, 0);
-            }
-            match file.read(&mut bytes[length..]) {
-                Ok(0) => break,
-                Ok(more) => length += more,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        bytes.truncate(length);
-        Ok(())
     }
 
     /// Reads a file of its folder in `/proc` that the kernel writes in one piece (`stat`, `status`): what does not fill the

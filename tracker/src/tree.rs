@@ -55,10 +55,10 @@ pub(crate) fn discover_with(root: &Target, known: &[Target]) -> Result<Vec<Targe
     let mut before: Option<Vec<Target>> = None;
     for _ in 0..LOOKS {
         let found = look(root, before.as_deref().unwrap_or(known))?;
-        let same = before.as_ref().is_some_and(|before| {
-            before.len() == found.len() && before.iter().zip(&found).all(|(old, new)| old.is(new))
-        });
-        if same {
+        // What was known beforehand is a look too: then one more says that nothing has changed, and the next is only about
+        // what comes later.
+        let before_that = before.as_deref().unwrap_or(known);
+        if before_that.len() == found.len() && before_that.iter().zip(&found).all(|(old, new)| old.is(new)) {
             return Ok(found);
         }
         before = Some(found);

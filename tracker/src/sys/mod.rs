@@ -2,5 +2,6 @@
 //! above them.
 
 pub(crate) mod pagemap;
+pub(crate) mod procmap;
 pub(crate) mod ptrace;
 pub(crate) mod uffd;
