@@ -14,6 +14,7 @@ use pageferry_tracker::{Collected, Target, Tracker, TrackerKind, TreeState};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -221,36 +222,67 @@ impl Bench {
         self.add(case, Ok((own, bare, pass)))
     }
 
-    /// PAGEMAP_SCAN for soft-dirty beside reading entries, with all that a collect does: freezing, reading, clearing.
+    /// PAGEMAP_SCAN for soft-dirty beside reading entries, by the tracker and by bare loops: the reading alone, in a program
+    /// that is taken as frozen. Clearing costs both the same. On a kernel that is built without soft-dirty nothing shows as
+    /// dirty, and the walk is the same.
     fn soft_dirty(&mut self, kernel: &Kernel, puppet: &mut Puppet) -> anyhow::Result<()> {
-        let case = Case {
-            source: "soft-dirty by PAGEMAP_SCAN",
-            dirty_share: 0.01,
-            bare: "pagemap entries",
+        let is_there = kernel.choose(Some(TrackerKind::SoftDirtyScan)).is_ok();
+        let every = if is_there { 100 } else { 0 };
+        let case = |source: &'static str, bare: &'static str| Case {
+            source,
+            dirty_share: share(every),
+            bare,
             limit: format!("1/{QUICKER_THAN_READING}x"),
         };
-        if let Err(reason) = kernel.choose(Some(TrackerKind::SoftDirtyScan)) {
-            return self.add(case, Err(reason.to_string()));
+        let pagemap = File::open(format!("/proc/{}/pagemap", puppet.pid())).context("opening a pagemap")?;
+        let mut answers = vec![scan::Found::default(); 2048];
+        let end = puppet.address + puppet.pages * 4096;
+        let asked = scan::soft_dirty(&pagemap, puppet.address, puppet.address + 4096, &mut answers);
+        if let Err(error) = asked {
+            let reason = format!("PAGEMAP_SCAN, which came with Linux 6.7: {error}");
+            return self.add(case("soft-dirty by PAGEMAP_SCAN", "pagemap entries"), Err(reason));
         }
-        let mut figures = [Vec::new(), Vec::new()];
+        let [mut own, mut entries, mut bare, mut bare_entries] = [const { Vec::new() }; 4];
+        let dirty = if every == 0 { 0 } else { puppet.pages.div_ceil(every) };
         for _ in 0..self.runs {
             for (kind, figures) in
-                [TrackerKind::SoftDirtyScan, TrackerKind::SoftDirty].into_iter().zip(&mut figures)
+                [(TrackerKind::SoftDirtyScan, &mut own), (TrackerKind::SoftDirty, &mut entries)]
             {
                 child::still_wanted()?;
                 let mut tracker = Tracker::attach(Target::open(puppet.pid())?, kind)?;
-                (0..2).try_for_each(|_| collect(&mut tracker).map(drop))?;
-                puppet.tell("touch 100")?;
-                // The reading alone: clearing costs both the same, and depends on the kernel.
+                let state = if is_there { TreeState::Running } else { TreeState::Frozen };
+                for _ in 0..2 {
+                    let collected = tracker.collect(state)?;
+                    tracker.acknowledge(collected.ticket);
+                }
+                puppet.tell(&format!("touch {every}"))?;
                 let start = processor_time();
                 let collected = tracker.collect(TreeState::Frozen)?;
                 figures.push(per_page(processor_time() - start, puppet.pages));
-                expect(&collected, puppet, puppet.pages.div_ceil(100))?;
+                if is_there {
+                    expect(&collected, puppet, dirty)?;
+                }
             }
+            // What the last collect left is still there: it was of a frozen program, and cleared nothing.
+            let start = processor_time();
+            let found = scan::soft_dirty(&pagemap, puppet.address, end, &mut answers)
+                .context("scanning without the tracker")?;
+            bare.push(per_page(processor_time() - start, puppet.pages));
+            ensure!(found == dirty, "the bare loop found {found} of {dirty} soft-dirty pages");
+            let start = processor_time();
+            let found = soft_dirty_entries(&pagemap, puppet.address, end)?;
+            bare_entries.push(per_page(processor_time() - start, puppet.pages));
+            ensure!(found == dirty, "the bare reads found {found} of {dirty} soft-dirty pages");
         }
-        let [own, bare] = figures.map(Runs::new);
-        let pass = QUICKER_THAN_READING * own.median <= bare.median;
-        self.add(case, Ok((own, bare, pass)))
+        for (own, bare, case) in [
+            (own, entries, case("soft-dirty by PAGEMAP_SCAN", "pagemap entries")),
+            (bare, bare_entries, case("that ioctl alone", "pread alone")),
+        ] {
+            let (own, bare) = (Runs::new(own), Runs::new(bare));
+            let pass = QUICKER_THAN_READING * own.median <= bare.median;
+            self.add(case, Ok((own, bare, pass)))?;
+        }
+        Ok(())
     }
 
     /// A few new mappings among very many.
@@ -302,6 +334,20 @@ fn expect(collected: &Collected, puppet: &Puppet, dirty: u64) -> anyhow::Result<
         puppet.pages
     );
     Ok(())
+}
+
+/// How many entries of pagemap have their soft-dirty bit, and nothing else of them.
+fn soft_dirty_entries(pagemap: &File, start: u64, end: u64) -> anyhow::Result<u64> {
+    let mut buffer = vec![0; 64 << 10];
+    let (mut at, end, mut dirty) = (start / 4096 * 8, end / 4096 * 8, 0);
+    while at < end {
+        let piece = (end - at).min(buffer.len() as u64) as usize;
+        pagemap.read_exact_at(&mut buffer[..piece], at).context("reading a pagemap")?;
+        let entries = buffer[..piece].chunks_exact(8);
+        dirty += entries.filter(|entry| entry[6] >> 7 == 1).count() as u64;
+        at += piece as u64;
+    }
+    Ok(dirty)
 }
 
 fn is_dirty(entry: &procfs::process::PageInfo) -> bool {

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
 const WP_MATCHING: u64 = 1;
 const WRITTEN: u64 = 1 << 1;
+const SOFT_DIRTY: u64 = 1 << 7;
 
 /// `struct pm_scan_arg`.
 #[repr(C)]
@@ -43,17 +44,37 @@ const _: () = assert!(size_of::<Arg>() == 96 && size_of::<Found>() == 24);
 /// # Errors
 /// What the kernel says: `ENOTTY` before Linux 6.7, `ESRCH` when the memory is gone.
 pub fn written(pagemap: &File, start: u64, end: u64, answers: &mut [Found]) -> io::Result<u64> {
+    count(pagemap, start, end, answers, WP_MATCHING, WRITTEN)
+}
+
+/// Finds the pages of `[start, end)` that are soft-dirty, leaves them so, and returns how many they are.
+///
+/// # Errors
+/// As [`written`].
+pub fn soft_dirty(pagemap: &File, start: u64, end: u64, answers: &mut [Found]) -> io::Result<u64> {
+    count(pagemap, start, end, answers, 0, SOFT_DIRTY)
+}
+
+/// Walks over the pages of `category`, with `flags`.
+fn count(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    answers: &mut [Found],
+    flags: u64,
+    category: u64,
+) -> io::Result<u64> {
     let (mut at, mut bytes) = (start, 0);
     while at < end {
         let mut arg = Arg {
             size: size_of::<Arg>() as u64,
-            flags: WP_MATCHING,
+            flags,
             start: at,
             end,
             vec: answers.as_mut_ptr() as u64,
             vec_len: answers.len() as u64,
-            category_mask: WRITTEN,
-            return_mask: WRITTEN,
+            category_mask: category,
+            return_mask: category,
             ..Arg::default()
         };
         // SAFETY: `arg` has the size that it says and lives until the call returns; `vec` and `vec_len` are the slice
