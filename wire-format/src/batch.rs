@@ -1,24 +1,27 @@
 //! Pages of a space.
 //!
 //! ```text
-//! space u32 | round u32 | coding u16 | 0 u16 | runs u32 | pages u32
-//! runs    x { first page u64, pages u32 }
-//! bitmap    ceil(pages / 8) bytes: bit set = the page is all zeros and has no bytes in the payload
-//! digests   16 bytes for each page that is not zero, in order
-//! bases     with codings 2 and 4: 16 bytes for each page that is not zero, in order
-//! sources x { space u32, page u64 } with coding 3: one for each page, in order
+//! space u32 | round u32 | coding u16 | 0 u16 | pages u32
+//! runs    until these are all pages: { pages between it and the run before, its pages }, numbers of few bytes
+//! bitmap  ceil(pages / 8) bytes: bit set = the page is all zeros and has no bytes in the payload
+//! content 16 bytes for all pages that are not zero together, unless none is; with codings 2 and 4 for each of them
+//! bases   16 bytes with codings 2 and 4
+//! sources with codings 2, 3 and 4, until these are all pages that are not zero: { pages, space, distance }, numbers of
+//!         few bytes
 //! ```
-//! The payload is the bytes of the pages that are not zero, in order: as they are, as one zstd frame, or on top of the
-//! bytes that were sent of each page before, as one delta each ([`crate::delta`]) or one zstd frame with these as its
-//! prefix. The base is the digest of those: a receiver that has others must not use them. Copies have no payload:
+//! The payload is the bytes of the pages that are not zero, in order: as they are, as one zstd frame, or on top of bytes
+//! that the receiver has of some page, as one delta each ([`crate::delta`]) or one zstd frame with these as its
+//! prefix. The digest of the bases is that of those: a receiver that has others must not use them. Copies have no payload:
 //! the receiver has the same bytes elsewhere, and takes them only if they have the digest.
 
 use crate::delta;
-use crate::digest;
+use crate::digest::Chain;
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, Fields, FrameKind, Sequencer, limit};
-use crate::limits::{MAX_BATCH_PAGES, PAGE_SIZE};
+use crate::limits::{MAX_BATCH_PAGES, MAX_PAGE_NO, PAGE_SIZE};
 use crate::page::{PageDigest, PageNo, PageRef, PageRun, SpaceId, check_runs};
+use crate::sources;
+use crate::varint;
 
 /// How the payload of a batch is coded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,20 +32,25 @@ pub enum Coding {
     Raw = 0,
     /// One zstd frame.
     Zstd = 1,
-    /// A delta for each page, on top of what the receiver has of it.
+    /// A delta for each page, on top of what the receiver has of it, or of another page.
     Delta = 2,
     /// No payload: the receiver has the same bytes in another page. No zero pages.
     Copy = 3,
-    /// One zstd frame whose prefix is what the receiver has of each page, in order. No zero pages.
+    /// One zstd frame whose prefix is what the receiver has of each page, or of another one, in order. No zero pages.
     ZstdOnBase = 4,
 }
 
 impl Coding {
     const ALL: [Self; 5] = [Self::Raw, Self::Zstd, Self::Delta, Self::Copy, Self::ZstdOnBase];
 
-    /// Whether each page names what it is on top of.
+    /// Whether pages are on top of others.
     fn has_bases(self) -> bool {
         matches!(self, Self::Delta | Self::ZstdOnBase)
+    }
+
+    /// Whether pages are made of others.
+    fn has_sources(self) -> bool {
+        self.has_bases() || self == Self::Copy
     }
 }
 
@@ -54,10 +62,13 @@ pub struct PageBatch {
     coding: Coding,
     runs: Vec<PageRun>,
     zero: Vec<bool>,
-    digests: Vec<PageDigest>,
-    /// On bases: what each page that is not zero was before.
-    bases: Vec<PageDigest>,
-    /// With copies: where each page is.
+    /// Of all pages that are not zero.
+    content: Chain,
+    /// On bases: the digest of each page that is not zero.
+    each: Vec<PageDigest>,
+    /// On bases: of all that pages were before.
+    bases: Chain,
+    /// With copies and on bases: where the receiver has what each page that is not zero is made of.
     sources: Vec<PageRef>,
     stored: usize,
 }
@@ -70,28 +81,36 @@ impl PageBatch {
         self.coding = coding;
         self.runs.clear();
         self.zero.clear();
-        self.digests.clear();
-        self.bases.clear();
+        self.each.clear();
         self.sources.clear();
+        (self.content, self.bases) = (Chain::default(), Chain::default());
         self.stored = 0;
     }
 
     /// Adds a page, which has to be behind all that were added before.
     pub fn push(&mut self, page: PageNo, zero: bool, content: PageDigest) {
+        self.append(page, zero);
+        if !zero {
+            self.content.push(&content);
+        }
+    }
+
+    fn append(&mut self, page: PageNo, zero: bool) {
         match self.runs.last_mut() {
             Some(run) if run.end() == page.0 => run.len += 1,
             _ => self.runs.push(PageRun { start: page, len: 1 }),
         }
         self.zero.push(zero);
-        self.digests.push(if zero { digest::ZERO_PAGE } else { content });
         self.stored += usize::from(!zero);
     }
 
-    /// Adds a page that is not zero, on top of what has the digest `base`. For [`Coding::Delta`] and
-    /// [`Coding::ZstdOnBase`] only.
-    pub fn push_on_base(&mut self, page: PageNo, content: PageDigest, base: PageDigest) {
+    /// Adds a page that is not zero, on top of what the receiver has at `from` and has the digest `base`. For
+    /// [`Coding::Delta`] and [`Coding::ZstdOnBase`] only.
+    pub fn push_on_base(&mut self, page: PageNo, content: PageDigest, from: PageRef, base: PageDigest) {
         self.push(page, false, content);
-        self.bases.push(base);
+        self.each.push(content);
+        self.bases.push(&base);
+        self.sources.push(from);
     }
 
     /// Adds a page that is not zero and whose bytes the receiver has at `from`. For [`Coding::Copy`] only.
@@ -100,20 +119,35 @@ impl PageBatch {
         self.sources.push(from);
     }
 
-    /// On bases the digests of the bases of the pages that are not zero, in order; else nothing.
-    pub fn bases(&self) -> &[PageDigest] {
-        &self.bases
+    /// The digest of all pages that are not zero, in order.
+    pub fn content(&self) -> Chain {
+        self.content
     }
 
-    /// With copies where the receiver has each page, in order; else nothing.
+    /// On bases the digests of the pages that are not zero, in order; else nothing: they follow from the bytes.
+    pub fn each(&self) -> &[PageDigest] {
+        &self.each
+    }
+
+    /// On bases the digest of all bases, in the order of the pages.
+    pub fn bases(&self) -> Chain {
+        self.bases
+    }
+
+    /// With copies where the receiver has each page, and on bases where it has what the page is on top of, for each page
+    /// that is not zero, in order; else nothing.
     pub fn sources(&self) -> &[PageRef] {
         &self.sources
     }
 
     /// Says how the payload is coded. Bases are forgotten where the coding has none.
     pub fn set_coding(&mut self, coding: Coding) {
-        if !matches!(coding, Coding::Delta | Coding::ZstdOnBase) {
-            self.bases.clear();
+        if !coding.has_bases() {
+            self.each.clear();
+            self.bases = Chain::default();
+        }
+        if !coding.has_sources() {
+            self.sources.clear();
         }
         self.coding = coding;
     }
@@ -153,10 +187,15 @@ impl PageBatch {
         self.stored
     }
 
-    /// Every page in order: its number, whether it is zero, and its digest.
-    pub fn pages(&self) -> impl Iterator<Item = (PageNo, bool, &PageDigest)> {
+    /// Every page in order: its number, and whether it is zero.
+    pub fn pages(&self) -> impl Iterator<Item = (PageNo, bool)> {
         let numbers = self.runs.iter().flat_map(PageRun::pages).map(PageNo);
-        numbers.zip(&self.zero).zip(&self.digests).map(|((page, zero), digest)| (page, *zero, digest))
+        numbers.zip(self.zero.iter().copied())
+    }
+
+    /// The pages that are not zero, in order.
+    pub fn stored(&self) -> impl Iterator<Item = PageNo> {
+        self.pages().filter(|(_, zero)| !zero).map(|(page, _)| page)
     }
 
     /// Appends the next frame of a direction to `out`, without its payload of `payload_len` bytes.
@@ -175,27 +214,27 @@ impl PageBatch {
             out.extend_from_slice(&self.round.to_le_bytes());
             out.extend_from_slice(&(self.coding as u16).to_le_bytes());
             out.extend_from_slice(&[0; 2]);
-            out.extend_from_slice(&(self.runs.len() as u32).to_le_bytes());
             out.extend_from_slice(&(self.zero.len() as u32).to_le_bytes());
+            let mut end = 0;
             for run in &self.runs {
-                out.extend_from_slice(&run.start.0.to_le_bytes());
-                out.extend_from_slice(&(run.len as u32).to_le_bytes());
+                varint::put(run.start.0 - end, out);
+                varint::put(run.len, out);
+                end = run.end();
             }
             let bitmap = out.len();
             out.resize(bitmap + self.zero.len().div_ceil(8), 0);
             for (index, zero) in self.zero.iter().enumerate() {
                 out[bitmap + index / 8] |= u8::from(*zero) << (index % 8);
             }
-            for (zero, digest) in self.zero.iter().zip(&self.digests) {
-                if !zero {
-                    out.extend_from_slice(&digest.0);
+            match self.coding.has_bases() {
+                true => {
+                    self.each.iter().for_each(|digest| out.extend_from_slice(&digest.0));
+                    out.extend_from_slice(&self.bases.to_bytes());
                 }
+                false if self.stored > 0 => out.extend_from_slice(&self.content.to_bytes()),
+                false => {}
             }
-            self.bases.iter().for_each(|base| out.extend_from_slice(&base.0));
-            for source in &self.sources {
-                out.extend_from_slice(&source.space.0.to_le_bytes());
-                out.extend_from_slice(&source.page.0.to_le_bytes());
-            }
+            sources::put(&self.sources, self.stored(), out);
             Ok(())
         })
     }
@@ -222,15 +261,24 @@ impl PageBatch {
             return Err(DecodeError::Invalid("a reserved field that is not zero"));
         }
         self.clear(space, round, coding);
-        let (runs, pages) = (fields.u32()? as usize, fields.u32()? as usize);
-        limit("a batch's runs", runs, MAX_BATCH_PAGES)?;
+        let pages = fields.u32()? as usize;
         limit("a batch's pages", pages, MAX_BATCH_PAGES)?;
-        for _ in 0..runs {
-            let run = PageRun { start: PageNo(fields.u64()?), len: u64::from(fields.u32()?) };
-            self.runs.push(run);
+        let (mut end, mut left) = (0, pages as u64);
+        while left > 0 {
+            let (gap, len) = (varint::get(&mut fields)?, varint::get(&mut fields)?);
+            if gap == 0 && !self.runs.is_empty() {
+                return Err(DecodeError::Invalid("two page runs that are one"));
+            }
+            if gap >= MAX_PAGE_NO || len == 0 || len > left {
+                return Err(DecodeError::Invalid(
+                    "a page run beyond the address space, or the pages of the batch",
+                ));
+            }
+            self.runs.push(PageRun { start: PageNo(end + gap), len });
+            (end, left) = (end + gap + len, left - len);
         }
         let bitmap = fields.bytes(pages.div_ceil(8))?;
-        if pages % 8 != 0 && bitmap[pages / 8] >> (pages % 8) != 0 {
+        if !pages.is_multiple_of(8) && bitmap[pages / 8] >> (pages % 8) != 0 {
             return Err(DecodeError::Invalid("marks for pages beyond the last"));
         }
         for index in 0..pages {
@@ -238,21 +286,21 @@ impl PageBatch {
             self.zero.push(zero);
             self.stored += usize::from(!zero);
         }
-        for zero in &self.zero {
-            self.digests.push(match zero {
-                true => digest::ZERO_PAGE,
-                false => PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")),
-            });
-        }
+        let mut digest = || Ok::<_, DecodeError>(fields.bytes(16)?.try_into().expect("sixteen bytes"));
         if coding.has_bases() {
             for _ in 0..self.stored {
-                self.bases.push(PageDigest(fields.bytes(16)?.try_into().expect("sixteen bytes")));
+                let content = PageDigest(digest()?);
+                self.content.push(&content);
+                self.each.push(content);
             }
+            self.bases = Chain::from_bytes(digest()?);
+        } else if self.stored > 0 {
+            self.content = Chain::from_bytes(digest()?);
         }
-        if coding == Coding::Copy {
-            for _ in 0..self.stored {
-                self.sources.push(PageRef { space: SpaceId(fields.u32()?), page: PageNo(fields.u64()?) });
-            }
+        if coding.has_sources() {
+            let numbers = self.runs.iter().flat_map(PageRun::pages).map(PageNo).zip(&self.zero);
+            let stored = numbers.filter(|(_, zero)| !**zero).map(|(page, _)| page);
+            sources::get(&mut fields, stored, self.stored, &mut self.sources)?;
         }
         fields.end()
     }
@@ -268,11 +316,11 @@ impl PageBatch {
             return invalid("runs that do not add up to the number of pages");
         }
         let counted = |yes: bool| if yes { self.stored } else { 0 };
-        if self.bases.len() != counted(self.coding.has_bases()) {
+        if self.each.len() != counted(self.coding.has_bases()) {
             return invalid("bases that are not one for each page on top of one");
         }
-        if self.sources.len() != counted(self.coding == Coding::Copy) {
-            return invalid("sources that are not one for each copy");
+        if self.sources.len() != counted(self.coding.has_sources()) {
+            return invalid("sources that are not one for each page that is made of another");
         }
         self.sources.iter().try_for_each(PageRef::validate)?;
         if matches!(self.coding, Coding::Copy | Coding::ZstdOnBase) && self.stored != self.zero.len() {

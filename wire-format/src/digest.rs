@@ -40,6 +40,40 @@ pub(crate) fn check(before: u64, header: &[u8], head: &[u8]) -> u64 {
     hasher.digest()
 }
 
+/// The digest of pages one after the other: begins as zeros, and with each page becomes `xxh3_128(it, then the page's digest)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Chain(u128);
+
+impl Chain {
+    /// Counts the next page in.
+    #[inline]
+    pub fn push(&mut self, digest: &PageDigest) {
+        let mut bytes = [0; 32];
+        bytes[..16].copy_from_slice(&self.0.to_le_bytes());
+        bytes[16..].copy_from_slice(&digest.0);
+        self.0 = xxh3_128(&bytes);
+    }
+
+    /// As 16 little-endian bytes.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
+    /// From [`Chain::to_bytes`].
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_le_bytes(bytes))
+    }
+}
+
+impl<'a> FromIterator<&'a PageDigest> for Chain {
+    fn from_iter<T: IntoIterator<Item = &'a PageDigest>>(digests: T) -> Self {
+        digests.into_iter().fold(Self::default(), |mut chain, digest| {
+            chain.push(digest);
+            chain
+        })
+    }
+}
+
 /// The digest of all pages of a space, whatever the order in which they were counted: the sum, modulo 2^128, of
 /// `xxh3_128(page number as 8 little-endian bytes, then the page's digest)`. Pages can be taken out again, so
 /// that it is kept up to date while pages change and costs nothing when it is needed.

@@ -18,6 +18,8 @@ mod image;
 pub mod limits;
 mod lists;
 mod page;
+mod sources;
+mod varint;
 pub mod version;
 
 pub use batch::{Coding, PageBatch};
@@ -27,7 +29,7 @@ pub use control::{
     AbortCode, ControlMessage, HandoverState, Hello, Part, RegionInfo, RestoreChoices, SpaceInfo, Welcome,
 };
 pub use decode::{Announced, Decoder, Head};
-pub use digest::SpaceDigest;
+pub use digest::{Chain, SpaceDigest};
 pub use error::{DecodeError, EncodeError, FrameError};
 pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, Sequencer};
 pub use image::ImageChunk;

@@ -1,5 +1,7 @@
 //! Every limit of the protocol, each with its reason. Checked before anything is allocated, on both sides.
 
+use crate::{sources, varint};
+
 /// Bytes of a page. Larger translation granules are sent as several of these.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -25,9 +27,13 @@ pub const MAX_ZSTD_WINDOW_LOG: u32 = 21;
 /// Bytes of any frame's head. Each kind has a limit of its own below this one.
 pub const MAX_HEAD_BYTES: usize = 4 << 20;
 
-/// Bytes of the head of a page batch: what 256 pages have that are coded on top of others, none of them neighbours and
-/// none of them zero. (A copy names its source in less than a digest.)
-pub const MAX_BATCH_HEAD: usize = 20 + MAX_BATCH_PAGES * (12 + 2 * 16) + MAX_BATCH_PAGES.div_ceil(8);
+/// Bytes of the head of a page batch: what 256 pages have that are coded on top of others, none of them neighbours, none of
+/// them zero, and each on top of a page at another distance in another space.
+pub const MAX_BATCH_HEAD: usize = 16
+    + MAX_BATCH_PAGES * (varint::MAX_PAGE_BYTES + 1)
+    + MAX_BATCH_PAGES.div_ceil(8)
+    + (MAX_BATCH_PAGES + 1) * 16
+    + MAX_BATCH_PAGES * sources::MAX_RUN_BYTES;
 
 /// Bytes of the head of a piece of an image: its place, its digest, and the longest name.
 pub const MAX_IMAGE_HEAD: usize = 26 + MAX_IMAGE_NAME;

@@ -1,16 +1,16 @@
 //! What the connections of a session share: the store, and the books on how far each connection is.
 //!
 //! Pages come over any of them, everything else over the first. A round is complete when every connection has said that
-//! its part of it is; between two such points no page comes twice, and copies of pages that are still under way on
-//! another connection are put off until then.
+//! its part of it is; between two such points no page comes twice, and what is made of pages that are still under way on
+//! another connection waits for these.
 
 use super::failure::ReceiveError;
 use super::store::{CopyOrder, PageStore, StoreError};
 use crate::Cancel;
 use crate::fault::Fault;
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
-use pageferry_wire_format::{Coding, ControlMessage, PageNo, PageRun, SpaceId};
-use std::collections::{BTreeMap, BTreeSet};
+use pageferry_wire_format::{Coding, ControlMessage, PageBatch, PageNo, PageRun, SpaceId};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSliceMut;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,6 +24,10 @@ const FIRST: u16 = 0;
 
 /// Pages that may be put off beyond those that were announced: a program may grow while it is copied.
 const SLACK_PAGES: u64 = 1 << 20;
+
+/// Bytes of payloads that may wait for what they are on top of: some batches, which are mostly much smaller. A source whose
+/// connections are further apart is asked for the rest again.
+const MOST_LATER_BYTES: usize = 32 << 20;
 
 /// The meeting point of a session's connections.
 #[derive(Debug)]
@@ -43,8 +47,10 @@ struct Books {
     /// Announced and not sealed.
     open: BTreeSet<SpaceId>,
     streams: BTreeMap<u16, Stream>,
-    /// Copies of pages that are not here yet.
-    later: Vec<CopyOrder>,
+    /// Pages that are made of others which are not here yet, and the bytes and pages of all these.
+    later: VecDeque<Later>,
+    later_bytes: usize,
+    later_pages: u64,
     /// Pages whose base or original was not here.
     again: BTreeMap<SpaceId, BTreeSet<PageNo>>,
     /// Most pages that may be put off or asked for again.
@@ -54,6 +60,15 @@ struct Books {
     moves: u64,
     failure: Option<ReceiveError>,
     closed: bool,
+}
+
+/// Pages that wait for what they are made of.
+#[derive(Debug)]
+enum Later {
+    /// They are the same.
+    Copies(CopyOrder),
+    /// They are these bytes on top of it.
+    Made(Box<PageBatch>, Vec<u8>),
 }
 
 #[derive(Debug)]
@@ -71,7 +86,9 @@ impl Hub {
             store: Some(store),
             open: BTreeSet::new(),
             streams: BTreeMap::from([(FIRST, first)]),
-            later: Vec::new(),
+            later: VecDeque::new(),
+            later_bytes: 0,
+            later_pages: 0,
             again: BTreeMap::new(),
             patience: SLACK_PAGES,
             stored_pages: 0,
@@ -147,10 +164,12 @@ impl Hub {
             let lost =
                 is_made_of_others(batch.coding()) && crate::fault::point("dest-base") == Some(Fault::Lose);
             if lost {
-                Err(StoreError::Base { space, page: PageNo(0) })
+                let pages: Vec<PageNo> = batch.pages().map(|(page, _)| page).collect();
+                link.receive_all(&mut [IoSliceMut::new(&mut vec![0; payload])])?;
+                return books.ask_again(space, pages);
             } else if batch.coding() == Coding::Copy {
-                let orders = CopyOrder::of(batch);
-                return books.copy(orders).inspect(|()| self.changed.notify_all());
+                let later = Later::Copies(CopyOrder::of(batch));
+                return books.make_or_put_off(later).inspect(|()| self.changed.notify_all());
             } else {
                 let store = books.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
                 store.begin_batch(batch, payload)
@@ -159,11 +178,11 @@ impl Hub {
         let mut landing = match begun {
             Ok(landing) => landing,
             Err(StoreError::Base { .. }) => {
-                // What they were made from is not here: they are asked for again, and never guessed.
-                let mut sink = vec![0; payload];
-                link.receive_all(&mut [IoSliceMut::new(&mut sink)])?;
-                let pages = batch.pages().map(|(page, ..)| page);
-                return self.lock().ask_again(space, pages);
+                // What they were made from is not here: it may be under way, and is never guessed.
+                let mut bytes = vec![0; payload];
+                link.receive_all(&mut [IoSliceMut::new(&mut bytes)])?;
+                let later = Later::Made(Box::new(batch.clone()), bytes);
+                return self.lock().make_or_put_off(later);
             }
             Err(error) => return Err(error.into()),
         };
@@ -173,7 +192,7 @@ impl Hub {
         let store = books.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
         books.stored_pages += store.finish_batch(landing)?.stored;
         books.moves += 1;
-        Ok(())
+        books.make_what_waits()
     }
 
     /// A connection says that it has brought all of a round.
@@ -195,11 +214,7 @@ impl Hub {
             .wait(self.lock(), |books| books.streams.values().all(|stream| stream.reached == Some(round)))?;
         // The same round can come once more, when pages of it were asked for again in the freeze.
         books.streams.values_mut().for_each(|stream| stream.reached = None);
-        let later = std::mem::take(&mut books.later);
-        books.copy(later)?;
-        for order in std::mem::take(&mut books.later) {
-            books.ask_again(order.space, std::iter::once(order.page))?;
-        }
+        books.give_up_waiting()?;
         if let Some(store) = &mut books.store {
             store.settle();
         }
@@ -317,18 +332,88 @@ impl Hub {
 }
 
 impl Books {
-    /// Makes the copies whose originals are here, and puts off the others.
-    fn copy(&mut self, orders: Vec<CopyOrder>) -> Result<(), ReceiveError> {
+    /// Makes pages of others, if these are here and are those that are meant.
+    fn make(&mut self, later: &Later) -> Result<bool, ReceiveError> {
         let store = self.store.as_mut().ok_or(ReceiveError::Order("pages after the last ones"))?;
-        let asked = orders.len() as u64;
-        let left = store.copy_pages(orders)?;
-        self.stored_pages += asked - left.len() as u64;
+        let (damaged, made) = match later {
+            Later::Copies(order) => match store.copy_pages(order)? {
+                Some(damaged) => (damaged, order.pages().count()),
+                None => return Ok(false),
+            },
+            Later::Made(batch, payload) => match store.begin_batch(batch, payload.len()) {
+                Err(StoreError::Base { .. }) => return Ok(false),
+                Err(error) => return Err(error.into()),
+                Ok(mut landing) => {
+                    let mut rest = &payload[..];
+                    for mut slice in landing.slices() {
+                        let (here, behind) = rest.split_at(slice.len());
+                        slice.copy_from_slice(here);
+                        rest = behind;
+                    }
+                    store.finish_batch(landing)?;
+                    (Vec::new(), batch.len())
+                }
+            },
+        };
+        self.stored_pages += (made - damaged.len()) as u64;
         self.moves += 1;
-        self.later.extend(left);
+        if !damaged.is_empty() {
+            self.ask_again(later.space(), damaged)?;
+        }
+        Ok(true)
+    }
+
+    /// Makes pages of others, or waits for these to come: at most until the round ends, with what a source may send that does
+    /// not know better.
+    fn make_or_put_off(&mut self, later: Later) -> Result<(), ReceiveError> {
+        if self.make(&later)? {
+            return Ok(());
+        }
+        self.moves += 1;
+        if self.later_bytes + later.bytes() > MOST_LATER_BYTES {
+            return self.ask_again(later.space(), later.pages());
+        }
+        self.later_bytes += later.bytes();
+        self.later_pages += later.pages().len() as u64;
+        self.later.push_back(later);
         self.check_patience()
     }
 
-    fn ask_again(&mut self, space: SpaceId, pages: impl Iterator<Item = PageNo>) -> Result<(), ReceiveError> {
+    /// Makes what was put off, in its order, as far as its originals are here by now.
+    fn make_what_waits(&mut self) -> Result<(), ReceiveError> {
+        while let Some(first) = self.later.pop_front() {
+            if !self.make(&first)? {
+                self.later.push_front(first);
+                break;
+            }
+            self.later_bytes -= first.bytes();
+            self.later_pages -= first.pages().len() as u64;
+        }
+        Ok(())
+    }
+
+    /// A round is over: what cannot be made now is asked for again.
+    fn give_up_waiting(&mut self) -> Result<(), ReceiveError> {
+        (self.later_bytes, self.later_pages) = (0, 0);
+        let mut left = std::mem::take(&mut self.later);
+        // What is made may be what another one waits for.
+        loop {
+            let before = left.len();
+            let mut still = VecDeque::new();
+            for later in left {
+                if !self.make(&later)? {
+                    still.push_back(later);
+                }
+            }
+            left = still;
+            if left.is_empty() || left.len() == before {
+                break;
+            }
+        }
+        left.iter().try_for_each(|later| self.ask_again(later.space(), later.pages()))
+    }
+
+    fn ask_again(&mut self, space: SpaceId, pages: Vec<PageNo>) -> Result<(), ReceiveError> {
         self.again.entry(space).or_default().extend(pages);
         self.moves += 1;
         self.check_patience()
@@ -336,12 +421,35 @@ impl Books {
 
     fn check_patience(&self) -> Result<(), ReceiveError> {
         let again: u64 = self.again.values().map(|pages| pages.len() as u64).sum();
-        if self.later.len() as u64 + again > self.patience {
+        if self.later_pages + again > self.patience {
             return Err(ReceiveError::Order(
                 "more copies and deltas of pages that are not here than it has pages",
             ));
         }
         Ok(())
+    }
+}
+
+impl Later {
+    fn space(&self) -> SpaceId {
+        match self {
+            Self::Copies(order) => order.space,
+            Self::Made(batch, _) => batch.space(),
+        }
+    }
+
+    fn pages(&self) -> Vec<PageNo> {
+        match self {
+            Self::Copies(order) => order.pages().collect(),
+            Self::Made(batch, _) => batch.pages().map(|(page, _)| page).collect(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Copies(_) => 0,
+            Self::Made(_, payload) => payload.len(),
+        }
     }
 }
 

@@ -7,17 +7,44 @@ use super::error::Damage;
 use crate::source::sent::SentPages;
 use pageferry_tracker::PageSet;
 use pageferry_wire_format::{
-    Coding, ControlMessage, Head, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRef, PageRun, SpaceDigest,
-    SpaceId, ZstdDecoder, digest, limits,
+    Chain, Coding, ControlMessage, Head, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRef, PageRun,
+    SpaceDigest, SpaceId, ZstdDecoder, digest, limits,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A page that is to be copied from one that has not come yet.
-struct Pending {
+/// Pages that are made of others.
+struct Made {
     space: SpaceId,
-    page: u64,
-    content: PageDigest,
-    from: PageRef,
+    pages: Vec<u64>,
+    /// Pages of zeros among them, which are made of nothing.
+    zeros: Vec<u64>,
+    /// What each of the pages is made of, and the digest of all that.
+    sources: Vec<PageRef>,
+    originals: Chain,
+    /// What they become, if they are not copies.
+    each: Vec<PageDigest>,
+}
+
+impl Made {
+    fn of(batch: &PageBatch) -> Self {
+        let copies = batch.coding() == Coding::Copy;
+        Self {
+            space: batch.space(),
+            pages: batch.stored().map(|page| page.0).collect(),
+            zeros: batch.pages().filter(|(_, zero)| *zero).map(|(page, _)| page.0).collect(),
+            sources: batch.sources().to_vec(),
+            originals: if copies { batch.content() } else { batch.bases() },
+            each: batch.each().to_vec(),
+        }
+    }
+
+    fn is_copies(&self) -> bool {
+        self.each.is_empty()
+    }
+
+    fn all(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.iter().chain(&self.zeros).copied()
+    }
 }
 
 #[derive(Default)]
@@ -31,7 +58,8 @@ struct Space {
 #[derive(Default)]
 pub(super) struct Ledger {
     spaces: BTreeMap<SpaceId, Space>,
-    later: Vec<Pending>,
+    /// What is made of pages that have not come yet.
+    later: Vec<Made>,
     /// Pages that cannot be made of what was sent, since the last round ended.
     again: BTreeMap<SpaceId, BTreeSet<u64>>,
     asked_again: bool,
@@ -57,8 +85,8 @@ impl Ledger {
         if !self.spaces.contains_key(&id) {
             return Err(Damage::Space(id));
         }
-        match batch.coding() {
-            Coding::Raw => check(batch, payload)?,
+        let contents = match batch.coding() {
+            Coding::Raw => digests(batch, payload)?,
             Coding::Zstd => {
                 let unpack = |source| Damage::Unpack { space: id, source };
                 let mut room = std::mem::take(&mut self.room);
@@ -68,54 +96,49 @@ impl Ledger {
                     none => none.insert(ZstdDecoder::new().map_err(unpack)?),
                 };
                 unpacker.decode(payload, &mut room).map_err(unpack)?;
-                let checked = check(batch, &room);
+                let contents = digests(batch, &room);
                 self.room = room;
-                checked?;
+                contents?
             }
-            Coding::Copy => {
-                for ((page, _, content), from) in batch.pages().zip(batch.sources()) {
-                    let order = Pending { space: id, page: page.0, content: *content, from: *from };
-                    if !self.copy(&order) {
-                        self.later.push(order);
-                    }
+            Coding::Copy | Coding::Delta | Coding::ZstdOnBase => {
+                let made = Made::of(batch);
+                if !self.make(&made) {
+                    self.later.push(made);
                 }
                 return Ok(());
             }
-            Coding::Delta | Coding::ZstdOnBase => {
-                let whole = batch.coding() == Coding::ZstdOnBase;
-                let space = self.spaces.entry(id).or_default();
-                let nonzero = batch.pages().filter(|(_, zero, _)| !zero);
-                let missing = nonzero
-                    .zip(batch.bases())
-                    .any(|((page, ..), base)| space.pages.get(page.0) != Some(base));
-                // A receiver may take some deltas of a batch and leave others; to ask for all of them is never wrong.
-                if missing {
-                    let pages = batch.pages().filter(|(_, zero, _)| whole || !zero);
-                    self.again.entry(id).or_default().extend(pages.map(|(page, ..)| page.0));
-                    return Ok(());
-                }
-            }
-        }
+        };
         let space = self.spaces.entry(id).or_default();
-        for (page, _, content) in batch.pages() {
-            space.pages.insert(page.0, *content);
+        let mut contents = contents.into_iter();
+        for (page, zero) in batch.pages() {
+            let content = if zero { Some(digest::ZERO_PAGE) } else { contents.next() };
+            space.pages.insert(page.0, content.ok_or(Damage::Page { space: id, page: page.0 })?);
         }
         Ok(())
     }
 
-    /// Whether the original is there.
-    fn copy(&mut self, order: &Pending) -> bool {
-        let from = self.spaces.get(&order.from.space).and_then(|space| space.pages.get(order.from.page.0));
-        if from != Some(&order.content) {
+    /// Takes pages in whose originals are there; says whether they are.
+    fn make(&mut self, made: &Made) -> bool {
+        let mut contents: Vec<PageDigest> = Vec::with_capacity(made.pages.len());
+        for (at, from) in made.sources.iter().enumerate() {
+            // A copy may be of one that is made here before it.
+            let here = match made.is_copies() && from.space == made.space {
+                true => made.pages[..at].binary_search(&from.page.0).ok(),
+                false => None,
+            };
+            let there = || self.spaces.get(&from.space)?.pages.get(from.page.0).copied();
+            let Some(content) = here.map(|here| contents[here]).or_else(there) else { return false };
+            contents.push(content);
+        }
+        let Some(space) = self.spaces.get_mut(&made.space) else { return false };
+        if contents.iter().collect::<Chain>() != made.originals {
             return false;
         }
-        match self.spaces.get_mut(&order.space) {
-            Some(space) => {
-                space.pages.insert(order.page, order.content);
-                true
-            }
-            None => false,
-        }
+        let contents = if made.is_copies() { &contents } else { &made.each };
+        let stored = made.pages.iter().zip(contents);
+        stored.for_each(|(page, content)| space.pages.insert(*page, *content));
+        made.zeros.iter().for_each(|page| space.pages.insert(*page, digest::ZERO_PAGE));
+        true
     }
 
     /// A piece of an image.
@@ -192,9 +215,9 @@ impl Ledger {
 
     /// A round has ended: says what is to be asked for again.
     pub(super) fn end_round(&mut self) -> Vec<(SpaceId, Vec<PageRun>)> {
-        for order in std::mem::take(&mut self.later) {
-            if !self.copy(&order) {
-                self.again.entry(order.space).or_default().insert(order.page);
+        for made in std::mem::take(&mut self.later) {
+            if !self.make(&made) {
+                self.again.entry(made.space).or_default().extend(made.all());
             }
         }
         let again = std::mem::take(&mut self.again);
@@ -219,15 +242,13 @@ impl Ledger {
     }
 }
 
-/// Compares the bytes of a batch's pages with their digests.
-fn check(batch: &PageBatch, bytes: &[u8]) -> Result<(), Damage> {
-    let nonzero = batch.pages().filter(|(_, zero, _)| !zero);
-    for ((page, _, content), bytes) in nonzero.zip(bytes.chunks_exact(PAGE_SIZE)) {
-        if digest::page(bytes) != *content {
-            return Err(Damage::Page { space: batch.space(), page: page.0 });
-        }
+/// The digests of a batch's pages that are not zeros, compared with what the batch says.
+fn digests(batch: &PageBatch, bytes: &[u8]) -> Result<Vec<PageDigest>, Damage> {
+    let contents: Vec<PageDigest> = bytes.chunks_exact(PAGE_SIZE).map(digest::page).collect();
+    if contents.iter().collect::<Chain>() != batch.content() {
+        return Err(Damage::Page { space: batch.space(), page: batch.runs()[0].start.0 });
     }
-    Ok(())
+    Ok(contents)
 }
 
 fn runs(pages: &BTreeSet<u64>) -> Vec<PageRun> {

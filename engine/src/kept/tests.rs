@@ -91,6 +91,10 @@ impl Speaker {
     }
 }
 
+fn at(page: u64) -> PageRef {
+    PageRef { space: SPACE, page: PageNo(page) }
+}
+
 fn bytes(n: u8) -> [u8; 4096] {
     std::array::from_fn(|at| n.wrapping_mul(31).wrapping_add((at % 251) as u8))
 }
@@ -104,7 +108,7 @@ fn stream(path: &Path) -> u64 {
     let mut batch = PageBatch::default();
     batch.clear(SPACE, 0, Coding::Copy);
     // The original comes later in the same round.
-    batch.push_copy(PageNo(6), digest::page(&two), PageRef { space: SPACE, page: PageNo(7) });
+    batch.push_copy(PageNo(6), digest::page(&two), at(7));
     source.channel.pages(&batch, &[]).unwrap();
     source.whole(7, &two).unwrap();
     assert!(matches!(source.round().unwrap(), Some(ControlMessage::RoundAck { .. })));
@@ -113,7 +117,7 @@ fn stream(path: &Path) -> u64 {
     let mut packed = Vec::new();
     delta::encode(&one, &changed, &mut packed);
     batch.clear(SPACE, 1, Coding::Delta);
-    batch.push_on_base(PageNo(5), digest::page(&changed), digest::page(&one));
+    batch.push_on_base(PageNo(5), digest::page(&changed), at(5), digest::page(&one));
     source.channel.pages(&batch, &[IoSlice::new(&packed)]).unwrap();
     source.round().unwrap();
     let resumed = source.end(&[(5, &changed), (6, &two), (7, &two)]).unwrap();
@@ -203,12 +207,12 @@ fn a_page_whose_base_or_original_is_missing_is_asked_for_again() {
     two[9] ^= 1;
     let mut batch = PageBatch::default();
     batch.clear(SPACE, 0, Coding::Delta);
-    batch.push_on_base(PageNo(5), digest::page(&one), digest::page(&two));
+    batch.push_on_base(PageNo(5), digest::page(&one), at(5), digest::page(&two));
     let mut packed = Vec::new();
     delta::encode(&two, &one, &mut packed);
     source.channel.pages(&batch, &[IoSlice::new(&packed)]).unwrap();
     batch.clear(SPACE, 0, Coding::Copy);
-    batch.push_copy(PageNo(6), digest::page(&two), PageRef { space: SPACE, page: PageNo(7) });
+    batch.push_copy(PageNo(6), digest::page(&two), at(7));
     source.channel.pages(&batch, &[]).unwrap();
     let Some(ControlMessage::Again { spaces }) = source.round().unwrap() else { panic!("not asked for") };
     assert_eq!(spaces, [(SPACE, vec![PageRun { start: PageNo(5), len: 2 }])]);

@@ -5,6 +5,7 @@ pub mod tcp;
 
 pub(crate) mod channel;
 mod limit;
+mod sys;
 
 pub(crate) use channel::{Channel, ChannelError, Incoming};
 pub(crate) use limit::SharedShaper;

@@ -117,6 +117,11 @@ impl TcpLink {
         self.sent
     }
 
+    /// Bytes of these that the link has not taken yet; `None` where the system does not say.
+    pub fn unsent(&self) -> Option<u64> {
+        super::sys::unsent(self.stream.as_fd())
+    }
+
     /// Bytes that came in.
     pub fn received(&self) -> u64 {
         self.received
@@ -290,6 +295,22 @@ mod tests {
         assert!(got == data);
         assert_eq!(sender.join().unwrap(), b.received());
         assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn what_the_link_has_not_taken_is_known() {
+        let (mut a, mut b) = pair();
+        assert_eq!(a.unsent(), Some(0));
+        // More than goes into the buffers of a receiver that takes nothing.
+        a.set_stall(Duration::from_millis(50));
+        let sent = a.send_all(&mut [IoSlice::new(&vec![1; 64 << 20])]);
+        assert!(matches!(sent, Err(LinkError::Stalled(_))));
+        let unsent = a.unsent().unwrap();
+        assert!(unsent > 0 && unsent < a.sent(), "{unsent} of {}", a.sent());
+        let mut rest = vec![0; a.sent() as usize];
+        b.receive_all(&mut [IoSliceMut::new(&mut rest)]).unwrap();
+        assert_eq!(a.unsent(), Some(0));
+        assert_eq!(TcpLink::pair().unwrap().0.unsent(), None, "there is no link");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //! behind a lock that is held for the looks, not for the reading, hashing and compressing.
 
 use super::deltas::DeltaCache;
+use super::relatives::Relatives;
 use super::sent::SentPages;
 use super::twins::Twins;
 use pageferry_wire_format::delta::{self, Page};
-use pageferry_wire_format::{PageDigest, PageNo, PageRef, PageRun, SpaceId};
+use pageferry_wire_format::{PageDigest, PageNo, PageRef, PageRun, SpaceId, digest};
 use std::collections::BTreeMap;
 
 /// A delta that is longer than this is not worth one: half a page, after which zstd or the link itself is as good.
@@ -20,12 +21,23 @@ pub(crate) enum Fate {
     Zero,
     /// The destination copies another page that it holds.
     Copy(PageRef),
-    /// As what differs from the content with this digest. It was appended to the deltas.
-    Delta(PageDigest),
-    /// Whole, or compressed on top of the content with this digest, whose bytes were appended to the bases.
-    OnBase(PageDigest),
+    /// As what differs from a base: these bytes of the deltas.
+    Delta(Base, usize, usize),
+    /// Whole, or compressed on top of a base, whose bytes were appended to the bases, from here on.
+    OnBase(Base, usize),
+    /// Perhaps as what differs from a base in another process, whose bytes have to be read there first; else whole.
+    Beside(Base),
     /// Whole.
     Whole,
+}
+
+/// What a page can be coded on top of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Base {
+    /// Where the destination has it.
+    pub(crate) at: PageRef,
+    /// What it has there.
+    pub(crate) content: PageDigest,
 }
 
 /// What one look at a page needs to know.
@@ -47,12 +59,40 @@ pub(crate) struct Output {
     pub(crate) bases: Vec<u8>,
 }
 
+impl Output {
+    /// Codes a page on top of a base.
+    pub(crate) fn code(&mut self, base: Base, base_bytes: &Page, bytes: &Page) -> Fate {
+        let start = self.deltas.len();
+        if delta::encode(base_bytes, bytes, &mut self.deltas) <= LONGEST_DELTA {
+            return Fate::Delta(base, start, self.deltas.len());
+        }
+        self.deltas.truncate(start);
+        let start = self.bases.len();
+        self.bases.extend_from_slice(base_bytes);
+        Fate::OnBase(base, start)
+    }
+
+    /// Codes a page on top of one of another process, from which it may differ in everything: then it goes whole.
+    pub(crate) fn code_beside(&mut self, base: Base, base_bytes: &Page, bytes: &Page) -> Fate {
+        let (deltas, bases) = (self.deltas.len(), self.bases.len());
+        match self.code(base, base_bytes, bytes) {
+            Fate::OnBase(..) => {
+                self.deltas.truncate(deltas);
+                self.bases.truncate(bases);
+                Fate::Whole
+            }
+            fate => fate,
+        }
+    }
+}
+
 /// The books.
 #[derive(Default)]
 pub(crate) struct Books {
     spaces: BTreeMap<SpaceId, SentPages>,
     cache: DeltaCache,
     twins: Twins,
+    relatives: Relatives,
     /// Only whole pages travel: without deltas and copies.
     plain: bool,
 }
@@ -77,6 +117,7 @@ impl Books {
     pub(crate) fn forget(&mut self, space: SpaceId) {
         self.spaces.remove(&space);
         self.cache.forget(space);
+        self.relatives.forget(space);
     }
 
     /// The tree has `pages` pages in `processes` processes, and the delta cache may take so many bytes.
@@ -100,12 +141,13 @@ impl Books {
     }
 
     /// Enters a page that is about to be sent, and says how. `in_hand` gives the bytes of a page that was looked at in
-    /// the same batch before, if it was.
+    /// the same batch before, if it was; `stays` says whether a page that the destination has is not sent anew in this round.
     pub(crate) fn enter<'a>(
         &mut self,
         look: &Look<'_>,
         out: &mut Output,
         in_hand: impl Fn(SpaceId, u64) -> Option<&'a Page>,
+        stays: impl Fn(SpaceId, u64) -> bool,
     ) -> Fate {
         let Look { space, page, bytes, content, zero, round, last } = *look;
         let sent = self.spaces.entry(space).or_default();
@@ -139,24 +181,44 @@ impl Books {
                 None => self.twins.enter(&content, space, page),
             }
         }
-        let Some(before) = before else { return fate };
-        // The page is sent a second time at least: from now on its bytes are worth keeping.
         if fate == Fate::Whole
-            && let Some(base) = self.cache.base(space, page, &before)
+            && let Some(before) = before
+            && let Some(bytes_before) = self.cache.base(space, page, &before)
         {
-            let start = out.deltas.len();
-            if delta::encode(base, bytes, &mut out.deltas) <= LONGEST_DELTA {
-                fate = Fate::Delta(before);
-            } else {
-                out.deltas.truncate(start);
-                out.bases.extend_from_slice(base);
-                fate = Fate::OnBase(before);
-            }
+            let base = Base { at: PageRef { space, page: PageNo(page) }, content: before };
+            fate = out.code(base, bytes_before, bytes);
         }
-        if !last {
+        if fate == Fate::Whole
+            && let Some((of, content)) = self.beside(space, page, stays)
+        {
+            fate = Fate::Beside(Base { at: PageRef { space: of, page: PageNo(page) }, content });
+        }
+        // The page is sent a second time at least: from now on its bytes are worth keeping.
+        if before.is_some() && !last {
             self.cache.keep(space, page, bytes, content, round);
         }
         fate
+    }
+
+    /// The page at the same address of another process, which this one may differ little from, and what the destination has of it.
+    fn beside(
+        &mut self,
+        space: SpaceId,
+        page: u64,
+        stays: impl Fn(SpaceId, u64) -> bool,
+    ) -> Option<(SpaceId, PageDigest)> {
+        let Self { spaces, relatives, .. } = self;
+        let has = |of: SpaceId| {
+            let content = *spaces.get(&of)?.get(page)?;
+            (content != digest::ZERO_PAGE && stays(of, page)).then_some((of, content))
+        };
+        let others = spaces.keys().copied().filter(|of| *of != space && *of != SpaceId::KEPT);
+        relatives.choose(space, others, has)
+    }
+
+    /// Of so many pages that were compared with those of other processes, so many differed little.
+    pub(crate) fn compared(&mut self, space: SpaceId, of: SpaceId, pages: u64, worth: u64) {
+        self.relatives.note(space, of, pages, worth);
     }
 
     /// The destination could not make these pages of what it was sent: they count as never sent. Gives their number, or
@@ -187,7 +249,6 @@ impl Books {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_wire_format::digest;
 
     const A: SpaceId = SpaceId(0);
     const SEVEN: PageRun = PageRun { start: PageNo(7), len: 1 };
@@ -209,7 +270,7 @@ mod tests {
             let zero = digest::is_zero(bytes);
             let content = if zero { digest::ZERO_PAGE } else { digest::page(bytes) };
             let look = Look { space, page, bytes, content, zero, round, last: false };
-            self.books.enter(&look, &mut self.out, |_, _| None)
+            self.books.enter(&look, &mut self.out, |_, _| None, |_, _| true)
         }
     }
 
@@ -233,10 +294,12 @@ mod tests {
         let second = digest::page(&page);
         assert_eq!(bench.send(A, 7, &page, 2), Fate::Whole, "what was sent once was not kept");
         page[100] ^= 3;
-        assert_eq!(bench.send(A, 7, &page, 3), Fate::Delta(second));
+        let own = |content| Base { at: PageRef { space: A, page: PageNo(7) }, content };
+        let len = bench.out.deltas.len();
+        assert_eq!(bench.send(A, 7, &page, 3), Fate::Delta(own(second), len, bench.out.deltas.len()));
         assert!(bench.out.deltas.len() < 40 && bench.out.bases.is_empty());
         let third = digest::page(&page);
-        assert_eq!(bench.send(A, 7, &noise(2), 4), Fate::OnBase(third));
+        assert_eq!(bench.send(A, 7, &noise(2), 4), Fate::OnBase(own(third), 0));
         assert_eq!(bench.out.bases, page);
         assert_eq!(bench.send(A, 7, &[0; 4096], 5), Fate::Zero);
     }
@@ -257,14 +320,63 @@ mod tests {
     }
 
     #[test]
+    fn a_page_of_a_child_is_compared_with_its_parents_as_long_as_that_pays() {
+        let mut bench = Bench::new();
+        let page = noise(1);
+        bench.send(A, 7, &page, 0);
+        let mut changed = page;
+        changed[100] ^= 1;
+        let base = Base { at: PageRef { space: A, page: PageNo(7) }, content: digest::page(&page) };
+        assert_eq!(bench.send(B, 7, &changed, 0), Fate::Beside(base));
+        assert!(matches!(bench.out.code_beside(base, &page, &changed), Fate::Delta(..)));
+        assert_eq!(bench.out.code_beside(base, &page, &noise(2)), Fate::Whole, "nothing of it is the same");
+        assert!(bench.out.bases.is_empty());
+        assert_eq!(
+            bench.send(B, 8, &changed, 0),
+            Fate::Copy(PageRef { space: B, page: PageNo(7) }),
+            "the same is better than alike"
+        );
+        let look = Look {
+            space: B,
+            page: 7,
+            bytes: &noise(3),
+            content: digest::page(&noise(3)),
+            zero: false,
+            round: 1,
+            last: false,
+        };
+        let fate = bench.books.enter(&look, &mut bench.out, |_, _| None, |of, _| of != A);
+        assert_eq!(
+            fate,
+            Fate::Whole,
+            "the parent's page is sent anew in this round: it may come before or after"
+        );
+        bench.send(A, 9, &[0; 4096], 1);
+        assert_eq!(bench.send(B, 9, &noise(4), 1), Fate::Whole, "zeros are no base");
+        // Nothing was found to be alike for a long time.
+        bench.books.compared(B, A, 100_000, 3);
+        let mut asked = 0;
+        for n in 0..320 {
+            bench.send(A, 1000 + n, &noise(1000 + n), 2);
+            asked += u64::from(matches!(bench.send(B, 1000 + n, &noise(5000 + n), 2), Fate::Beside(_)));
+        }
+        assert!((10..40).contains(&asked), "{asked}");
+    }
+
+    #[test]
     fn equal_digests_are_not_believed_against_the_bytes() {
         let mut bench = Bench::new();
         let (page, other) = (noise(1), noise(2));
         let content = digest::page(&page);
         let look = |page, bytes| Look { space: A, page, bytes, content, zero: false, round: 0, last: false };
-        assert_eq!(bench.books.enter(&look(1, &page), &mut bench.out, |_, _| None), Fate::Whole);
+        assert_eq!(bench.books.enter(&look(1, &page), &mut bench.out, |_, _| None, |_, _| true), Fate::Whole);
         // The bytes of another page under the same digest: what a collision would be.
-        let fate = bench.books.enter(&look(2, &other), &mut bench.out, |_, at| (at == 1).then_some(&page));
+        let fate = bench.books.enter(
+            &look(2, &other),
+            &mut bench.out,
+            |_, at| (at == 1).then_some(&page),
+            |_, _| true,
+        );
         assert_eq!(fate, Fate::Whole);
     }
 

@@ -9,6 +9,7 @@ mod machine;
 mod pages;
 mod precopy;
 mod queue;
+mod relatives;
 mod rollback;
 pub(crate) mod sent;
 mod streams;

@@ -1,17 +1,18 @@
 //! One worker of the pipeline: it takes a batch off the queue, reads, hashes, codes and sends it, so that a page's bytes
 //! stay in the core's cache from the first step to the last. Each worker has its own connection and its own buffers.
 
-use super::books::{Books, Fate, Look, Output};
+use super::books::{Base, Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
 use super::tally::Tally;
 use crate::link::{Channel, ChannelError};
 use crate::report::Share;
-use pageferry_tracker::{ReadError, Run};
+use pageferry_tracker::{PageReader, ReadError, Run};
 use pageferry_wire_format::delta::Page;
 use pageferry_wire_format::{
     Coding, CodingChooser, EncodeError, PageBatch, PageDigest, PageNo, SpaceId, Way, ZstdEncoder, digest,
     limits,
 };
+use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -45,6 +46,8 @@ pub(crate) enum SendPagesError {
 pub(crate) struct Round<'a> {
     pub(crate) queue: Queue<'a>,
     pub(crate) books: &'a Mutex<Books>,
+    /// The memory of every process of the tree.
+    pub(crate) readers: BTreeMap<SpaceId, &'a PageReader>,
     pub(crate) number: u32,
     /// The tree stands still, so a page that cannot be read is a bug and not a change.
     pub(crate) frozen: bool,
@@ -55,10 +58,17 @@ pub(crate) struct Round<'a> {
 }
 
 impl<'a> Round<'a> {
-    pub(crate) fn new(queue: Queue<'a>, books: &'a Mutex<Books>, number: u32, frozen: bool) -> Self {
+    pub(crate) fn new(
+        queue: Queue<'a>,
+        books: &'a Mutex<Books>,
+        readers: BTreeMap<SpaceId, &'a PageReader>,
+        number: u32,
+        frozen: bool,
+    ) -> Self {
         Self {
             queue,
             books,
+            readers,
             number,
             frozen,
             stop: AtomicBool::new(false),
@@ -98,17 +108,26 @@ pub(crate) struct Worker {
     bytes: Vec<u8>,
     /// Of every page whether it is zeros, and its digest.
     contents: Vec<(bool, PageDigest)>,
+    /// Of every page its number, and how it travels.
+    fates: Vec<(u64, Fate)>,
     runs: Vec<Run>,
     whole: Group,
     on_base: Group,
     deltas: PageBatch,
     copies: PageBatch,
     out: Output,
+    /// Deltas and bases in the order of their pages.
+    delta_bytes: Vec<u8>,
+    base_bytes: Vec<u8>,
+    /// Pages of another process.
+    beside: Vec<u8>,
     /// Pages in one piece, for the compressor.
     gathered: Vec<u8>,
     packed: Vec<u8>,
     chooser: CodingChooser,
     zstd: ZstdEncoder,
+    /// From when the chooser's time is counted.
+    epoch: Instant,
 }
 
 impl Worker {
@@ -116,16 +135,21 @@ impl Worker {
         Ok(Self {
             bytes: Vec::new(),
             contents: Vec::new(),
+            fates: Vec::new(),
             runs: Vec::new(),
             whole: Group::default(),
             on_base: Group::default(),
             deltas: PageBatch::default(),
             copies: PageBatch::default(),
             out: Output::default(),
+            delta_bytes: Vec::new(),
+            base_bytes: Vec::new(),
+            beside: Vec::new(),
             gathered: Vec::new(),
             packed: Vec::new(),
             chooser,
             zstd: ZstdEncoder::new()?,
+            epoch: Instant::now(),
         })
     }
 
@@ -197,45 +221,52 @@ impl Worker {
         {
             return Err(SendPagesError::Vanished { pid, page: *page });
         }
-        self.sort(round, task.place.id, len, &vanished, tally);
+        self.look(round, task.place.id, len, &vanished, tally);
+        self.compare(round, task.place.id, len);
+        self.sort(round, task.place.id, tally);
         self.chooser.observe_work(len, start.elapsed());
+        observe_backlog(&mut self.chooser, channel, self.epoch);
         self.send_whole(channel, tally)?;
         self.send_on_base(channel, tally)?;
         if !self.deltas.is_empty() {
             let share = &mut tally.codings.delta;
-            send(channel, &mut self.chooser, &self.deltas, &[IoSlice::new(&self.out.deltas)], share)?;
+            send(
+                channel,
+                (&mut self.chooser, self.epoch),
+                &self.deltas,
+                &[IoSlice::new(&self.delta_bytes)],
+                share,
+            )?;
         }
         if !self.copies.is_empty() {
-            send(channel, &mut self.chooser, &self.copies, &[], &mut tally.codings.copy)?;
+            send(channel, (&mut self.chooser, self.epoch), &self.copies, &[], &mut tally.codings.copy)?;
         }
         Ok(())
     }
 
-    /// Hashes the pages of the batch, and decides how each of them travels.
-    fn sort(&mut self, round: &Round<'_>, space: SpaceId, len: usize, vanished: &[u64], tally: &mut Tally) {
-        let Self { bytes, contents, runs, whole, on_base, deltas, copies, out, .. } = self;
+    /// Hashes the pages of the batch, and looks up how each of them travels.
+    fn look(&mut self, round: &Round<'_>, space: SpaceId, len: usize, vanished: &[u64], tally: &mut Tally) {
+        let Self { bytes, contents, fates, runs, out, .. } = self;
         let pages = bytes[..len].as_chunks::<PAGE>().0;
         contents.clear();
         contents.extend(pages.iter().map(|page| match digest::is_zero(page) {
             true => (true, digest::ZERO_PAGE),
             false => (false, digest::page(page)),
         }));
-        whole.clear(space, round.number, Coding::Raw);
-        on_base.clear(space, round.number, Coding::ZstdOnBase);
-        deltas.clear(space, round.number, Coding::Delta);
-        copies.clear(space, round.number, Coding::Copy);
+        fates.clear();
         out.deltas.clear();
         out.bases.clear();
         // Every change of the books is one call that leaves them whole.
         let mut books = round.books.lock().unwrap_or_else(PoisonError::into_inner);
         let numbers = runs.iter().flat_map(|run| run.start..run.start + run.len);
         for (index, number) in numbers.enumerate() {
+            let (zero, content) = contents[index];
             if !vanished.is_empty() && vanished.contains(&number) {
                 // It was unmapped after the scan: the next scan does not find it, and it is forgotten then.
                 tally.gone += 1;
+                fates.push((number, Fate::Unchanged));
                 continue;
             }
-            let (page, (zero, content)) = (PageNo(number), contents[index]);
             let look = Look {
                 space,
                 page: number,
@@ -249,19 +280,86 @@ impl Worker {
                 let place = (of == space).then(|| place_of(runs, at)).flatten()?;
                 (place < index).then(|| &pages[place])
             };
-            match books.enter(&look, out, in_hand) {
-                Fate::Unchanged => tally.codings.unchanged.pages += 1,
+            // In the first round a page that is on the books was sent in this round, and is not sent again in it.
+            let stays = |of: SpaceId, at: u64| round.number == 0 || !round.queue.contains(of, at);
+            let fate = books.enter(&look, out, in_hand, stays);
+            tally.codings.unchanged.pages += u64::from(fate == Fate::Unchanged);
+            fates.push((number, fate));
+        }
+    }
+
+    /// Reads the pages of other processes that pages of this batch may differ little from, and compares.
+    fn compare(&mut self, round: &Round<'_>, space: SpaceId, len: usize) {
+        let Self { bytes, fates, out, beside, .. } = self;
+        let pages = bytes[..len].as_chunks::<PAGE>().0;
+        loop {
+            let base_of = |fate: &Fate| if let Fate::Beside(base) = fate { Some(*base) } else { None };
+            // One process after the other; mostly there is one.
+            let Some(of) = fates.iter().find_map(|(_, fate)| base_of(fate)).map(|base| base.at.space) else {
+                return;
+            };
+            let places: Vec<(usize, Base)> = fates
+                .iter()
+                .enumerate()
+                .filter_map(|(index, (_, fate))| Some((index, base_of(fate)?)))
+                .filter(|(_, base)| base.at.space == of)
+                .collect();
+            let mut runs: Vec<Run> = Vec::new();
+            for (_, base) in &places {
+                match runs.last_mut() {
+                    Some(run) if run.start + run.len == base.at.page.0 => run.len += 1,
+                    _ => runs.push(Run { start: base.at.page.0, len: 1 }),
+                }
+            }
+            let room = places.len() * PAGE;
+            if beside.len() < room {
+                beside.resize(room, 0);
+            }
+            // A process that is gone by now has no pages to compare with: those of this one are sent whole.
+            let read =
+                round.readers.get(&of).is_some_and(|reader| reader.read(&runs, &mut beside[..room]).is_ok());
+            let mut worth = 0;
+            for ((index, base), base_bytes) in places.iter().zip(beside.as_chunks::<PAGE>().0) {
+                // It may have been written since it was sent.
+                let same = read && digest::page(base_bytes) == base.content;
+                let fate =
+                    if same { out.code_beside(*base, base_bytes, &pages[*index]) } else { Fate::Whole };
+                worth += u64::from(fate != Fate::Whole);
+                fates[*index].1 = fate;
+            }
+            let mut books = round.books.lock().unwrap_or_else(PoisonError::into_inner);
+            books.compared(space, of, places.len() as u64, worth);
+        }
+    }
+
+    /// Puts the pages of the batch into the frames in which they travel.
+    fn sort(&mut self, round: &Round<'_>, space: SpaceId, tally: &mut Tally) {
+        let Self { contents, fates, whole, on_base, deltas, copies, out, delta_bytes, base_bytes, .. } = self;
+        whole.clear(space, round.number, Coding::Raw);
+        on_base.clear(space, round.number, Coding::ZstdOnBase);
+        deltas.clear(space, round.number, Coding::Delta);
+        copies.clear(space, round.number, Coding::Copy);
+        delta_bytes.clear();
+        base_bytes.clear();
+        for (index, ((number, fate), (_, content))) in fates.iter().zip(contents.iter()).enumerate() {
+            let (page, content) = (PageNo(*number), *content);
+            match *fate {
+                Fate::Unchanged => {}
                 Fate::Zero => {
                     whole.batch.push(page, true, content);
                     tally.codings.zero.pages += 1;
                 }
                 Fate::Copy(from) => copies.push_copy(page, content, from),
-                Fate::Delta(base) => deltas.push_on_base(page, content, base),
-                Fate::OnBase(base) => {
-                    on_base.batch.push_on_base(page, content, base);
-                    on_base.piece(index * PAGE);
+                Fate::Delta(base, from, to) => {
+                    deltas.push_on_base(page, content, base.at, base.content);
+                    delta_bytes.extend_from_slice(&out.deltas[from..to]);
                 }
-                Fate::Whole => {
+                Fate::OnBase(base, from) => {
+                    on_base.batch.push_on_base(page, content, base.at, base.content);
+                    on_base.piece(index * PAGE);
+                    base_bytes.extend_from_slice(&out.bases[from..from + PAGE]);
+                }
+                Fate::Beside(_) | Fate::Whole => {
                     whole.batch.push(page, false, content);
                     whole.piece(index * PAGE);
                 }
@@ -286,12 +384,18 @@ impl Worker {
             if self.packed.len() < raw {
                 group.batch.set_coding(Coding::Zstd);
                 let payload = [IoSlice::new(&self.packed)];
-                return send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.zstd);
+                return send(
+                    channel,
+                    (&mut self.chooser, self.epoch),
+                    &group.batch,
+                    &payload,
+                    &mut tally.codings.zstd,
+                );
             }
         }
         let payload: Vec<_> =
             group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
-        send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.raw)
+        send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, &mut tally.codings.raw)
     }
 
     /// Pages of which the destination has other bytes, of which little is left.
@@ -307,7 +411,7 @@ impl Worker {
             let start = Instant::now();
             match way {
                 Way::ZstdOnBase(_) => {
-                    self.zstd.encode_on(level, &self.out.bases, plain, &mut self.packed)?;
+                    self.zstd.encode_on(level, &self.base_bytes, plain, &mut self.packed)?;
                 }
                 _ => self.zstd.encode(level, plain, &mut self.packed)?,
             }
@@ -319,24 +423,32 @@ impl Worker {
                     _ => (Coding::Zstd, &mut tally.codings.zstd),
                 };
                 group.batch.set_coding(coding);
-                return send(channel, &mut self.chooser, &group.batch, &payload, share);
+                return send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, share);
             }
         }
         group.batch.set_coding(Coding::Raw);
         let payload: Vec<_> =
             group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
-        send(channel, &mut self.chooser, &group.batch, &payload, &mut tally.codings.raw)
+        send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, &mut tally.codings.raw)
+    }
+}
+
+/// Looks how far the link is with what was sent before.
+fn observe_backlog(chooser: &mut CodingChooser, channel: &Channel, epoch: Instant) {
+    if let Some(unsent) = channel.link().unsent() {
+        chooser.observe_backlog(epoch.elapsed(), channel.link().sent(), unsent);
     }
 }
 
 /// Sends one frame, and counts it.
 fn send(
     channel: &mut Channel,
-    chooser: &mut CodingChooser,
+    (chooser, epoch): (&mut CodingChooser, Instant),
     batch: &PageBatch,
     payload: &[IoSlice<'_>],
     share: &mut Share,
 ) -> Result<(), SendPagesError> {
+    observe_backlog(chooser, channel, epoch);
     let start = Instant::now();
     let wire = channel.pages(batch, payload)?;
     chooser.observe_link(wire, start.elapsed());

@@ -2,6 +2,7 @@
 
 use crate::layout::Place;
 use pageferry_tracker::{PageReader, PageSet, Run};
+use pageferry_wire_format::SpaceId;
 use std::sync::{Mutex, PoisonError};
 
 /// What is to be sent of one space.
@@ -33,6 +34,11 @@ impl<'a> Queue<'a> {
     /// All pages.
     pub(crate) fn pages(&self) -> u64 {
         self.tasks.iter().map(|task| task.pages.len()).sum()
+    }
+
+    /// Whether a page is among what is to be sent.
+    pub(crate) fn contains(&self, space: SpaceId, page: u64) -> bool {
+        self.tasks.iter().any(|task| task.place.id == space && task.pages.contains(page))
     }
 
     /// Puts the next pages into `runs`, at most `most` of one space; `None` when everything was handed out.

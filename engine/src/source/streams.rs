@@ -94,7 +94,8 @@ impl Migration<'_> {
             let Space { place, reader, .. } = &spaces[key];
             Task { place, reader, pages }
         });
-        let round = Round::new(Queue::new(tasks.collect()), books, round, frozen);
+        let readers = spaces.values().map(|space| (space.place.id, &space.reader)).collect();
+        let round = Round::new(Queue::new(tasks.collect()), books, readers, round, frozen);
         let total_pages = round.queue.pages();
         let helpers = (total_pages / PAGES_A_WORKER).min(further.len() as u64) as usize;
         let (first, others) = workers.split_first_mut().expect("a worker for the first connection");

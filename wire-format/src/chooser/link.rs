@@ -4,6 +4,9 @@
 //! link has made room: between two ends of such sends the link has carried as much as was sent between them, however long
 //! the core did something else in the meantime. So while sends wait, the time from end to end over the bytes is what the
 //! link takes; and while none does, it is the most that the link can take.
+//!
+//! Some systems say how much of what was sent still waits in the buffer. Where some of it did just before the next send, the
+//! link was busy since the last one, and has carried what is not there any more: then its pace is known from milliseconds.
 
 use crate::limits::PAGE_SIZE;
 
@@ -24,6 +27,38 @@ const RISE: f64 = 0.3;
 const SURELY: u32 = 3;
 /// What the system buffers, about: 4 MiB is Linux's default limit for TCP.
 pub(super) const BUFFER: f64 = 4.0 * 1_048_576.0;
+
+/// A backlog is looked at for so many seconds until the pace of the link is believed: first, and later at most. TCP begins slowly,
+/// and queues on the way let some of the first bytes through at once.
+const FIRST_WINDOW: f64 = 1.5e-3;
+const LONGEST_WINDOW: f64 = 24e-3;
+
+/// What the buffer held when it was looked at last, and what became of it since it was never empty.
+#[derive(Clone, Debug)]
+struct Backlog {
+    /// When, and bytes that had left the buffer until then.
+    last: Option<(f64, f64)>,
+    /// Seconds and bytes of the link while it was busy all the time.
+    time: f64,
+    bytes: f64,
+    window: f64,
+    /// Whether something waited when it was looked at last, and whether the pace was measured since something waits.
+    waits: bool,
+    measured: bool,
+}
+
+impl Default for Backlog {
+    fn default() -> Self {
+        Self { last: None, time: 0.0, bytes: 0.0, window: FIRST_WINDOW, waits: false, measured: false }
+    }
+}
+
+impl Backlog {
+    /// The link was not busy, or may not have been.
+    fn begin(&mut self) {
+        *self = Self { last: self.last, window: self.window, ..Self::default() };
+    }
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
@@ -47,6 +82,7 @@ pub(super) struct Meter {
     full: u32,
     /// All sends lately.
     lately: Sum,
+    backlog: Backlog,
     /// The measurement under way.
     bytes: f64,
     sending: f64,
@@ -66,19 +102,50 @@ impl Meter {
 
     /// Whether the link is being waited for.
     pub(super) fn is_full(&self) -> bool {
-        self.full >= SURELY && self.lately.is_full()
+        self.backlog.measured || self.full >= SURELY && self.lately.is_full()
+    }
+
+    /// Whether something that was sent still waited for the link when it was looked at last.
+    pub(super) fn is_backlogged(&self) -> bool {
+        self.backlog.waits
+    }
+
+    /// Just before a send, at `now`: `left` bytes have left the system's buffer so far, and `waiting` have not.
+    pub(super) fn look(&mut self, now: f64, left: f64, waiting: f64) {
+        let last = self.backlog.last.replace((now, left));
+        let Some((then, left_then)) = last.filter(|_| waiting > 0.0) else {
+            self.backlog.begin();
+            return;
+        };
+        let backlog = &mut self.backlog;
+        backlog.waits = true;
+        backlog.time += (now - then).max(0.0);
+        backlog.bytes += (left - left_then).max(0.0);
+        if backlog.time < backlog.window {
+            return;
+        }
+        let measured = backlog.time / backlog.bytes.max(PAGE_SIZE as f64);
+        backlog.window = (2.0 * backlog.window).min(LONGEST_WINDOW);
+        (backlog.time, backlog.bytes, backlog.measured) = (0.0, 0.0, true);
+        // A core that was lent to somebody else just before it sent looks like a slow link: what is too slow is found out by this,
+        // and what is too fast by sends that wait.
+        self.link = Some(self.link.map_or(measured, |link| link.min(measured)));
     }
 
     /// Time passed in which nothing was sent: the buffer is not what it was.
     pub(super) fn pause(&mut self) {
         (self.since, self.full) = (Sum::default(), 0);
         self.lately = Sum::default();
+        self.backlog.begin();
+        self.backlog.last = None;
         (self.bytes, self.sending, self.working) = (0.0, 0.0, 0.0);
     }
 
     /// From now on it is looked whether the link takes whatever comes.
     pub(super) fn restart(&mut self) {
         (self.since, self.full) = (Sum::default(), 0);
+        self.backlog.begin();
+        self.backlog.window = FIRST_WINDOW;
     }
 
     /// The core did something else than sending.

@@ -37,6 +37,7 @@ pub enum Way {
 /// less for its time, and what lies above is slower than any link that could use it.
 const WAYS: [Way; 5] = [Way::Raw, Way::Zstd(1), Way::Zstd(6), Way::ZstdOnBase(1), Way::ZstdOnBase(6)];
 const RAW: usize = 0;
+const QUICK: usize = 1;
 
 /// Weight of a new measurement in the average of a way's cost.
 const WEIGHT: f64 = 0.15;
@@ -150,6 +151,14 @@ impl CodingChooser {
         self.pass(time);
     }
 
+    /// Just before a send, `now` since any fixed point in time: of `sent` bytes that were sent so far, `waiting` are still in
+    /// the system's buffer because the link has not taken them yet. For systems that say so; the pace of the link is known
+    /// much sooner then.
+    pub fn observe_backlog(&mut self, now: Duration, sent: u64, waiting: u64) {
+        let left = sent.saturating_sub(waiting);
+        self.meter.look(now.as_secs_f64(), left as f64, waiting as f64);
+    }
+
     /// Time passes until the next batch in which nothing is sent: between rounds.
     pub fn pause(&mut self) {
         self.meter.pause();
@@ -221,8 +230,12 @@ impl CodingChooser {
     }
 
     fn balance(&mut self, may: &[bool; WAYS.len()], has_base: bool) -> usize {
-        // Until it was waited for, the link is as fast as any.
-        let Some(link) = self.meter.link() else { return self.stay_raw() };
+        let Some(link) = self.meter.link() else {
+            // Until it was waited for, the link is as fast as any. While something waits for it for the first time, what is sent
+            // is compressed: if the link is slow this was right, and if not it is soon known.
+            let quick = self.quick_look(may);
+            return quick.unwrap_or_else(|| self.stay_raw());
+        };
         if self.glimpse > 0 {
             self.glimpse -= 1;
             if !self.meter.is_full() {
@@ -318,6 +331,16 @@ impl CodingChooser {
         self.budget -= self.expect(index).0 * bytes;
         self.seen[index].age = 0;
         Some(index)
+    }
+
+    /// The quickest way of compression, if the link seems to be the slower one and this can be tried for what was saved up.
+    fn quick_look(&mut self, may: &[bool; WAYS.len()]) -> Option<usize> {
+        let cost = self.expect(QUICK).0 * (self.batch_pages() * PAGE_SIZE) as f64;
+        if !may[QUICK] || !self.meter.is_backlogged() || cost > self.budget {
+            return None;
+        }
+        self.budget -= cost;
+        Some(QUICK)
     }
 
     /// What a way is expected to cost for a byte, and what it could be at best.

@@ -32,6 +32,10 @@ struct World {
     /// Bytes a second that are read and hashed.
     read: f64,
     has_base: bool,
+    /// Whether the system says what waits in its buffer.
+    tells: bool,
+    /// Bytes that were sent.
+    sent: f64,
     /// Seed of the unrest of a machine that does other things too; 0: it does not.
     unrest: u64,
     now: f64,
@@ -60,6 +64,8 @@ impl World {
             wakes: 0.0,
             read: 4e9,
             has_base: false,
+            tells: false,
+            sent: 0.0,
             unrest: 0,
             now: 0.0,
             queued: 0.0,
@@ -91,6 +97,7 @@ impl World {
     /// Sends into the buffer and says how long that took.
     fn send(&mut self, bytes: f64) -> f64 {
         let begin = self.now;
+        self.sent += bytes;
         let copy = self.restless(5e-6 + bytes / 6e9);
         self.pass(copy);
         let mut surplus = self.queued + bytes - self.buffer;
@@ -103,6 +110,12 @@ impl World {
         self.now - begin
     }
 
+    fn tell(&self, chooser: &mut CodingChooser) {
+        if self.tells {
+            chooser.observe_backlog(Duration::from_secs_f64(self.now), self.sent as u64, self.queued as u64);
+        }
+    }
+
     /// Sends so many bytes of content as `chooser` says, or all in one way.
     fn run(&mut self, content: f64, chooser: &mut CodingChooser, fixed: Option<Way>) -> Outcome {
         let (begin, wire, coding) = (self.now, self.wire, self.coding);
@@ -113,6 +126,7 @@ impl World {
             let read = self.restless(bytes / self.read);
             self.pass(read);
             chooser.observe_work(bytes as usize, seconds(read));
+            self.tell(chooser);
             let way = fixed.unwrap_or_else(|| chooser.choose(self.has_base));
             let (speed, ratio) = self.data.of(way);
             let mut out = bytes;
@@ -124,6 +138,7 @@ impl World {
                 self.coding += time;
                 chooser.observe(way, bytes as usize, out as usize, seconds(time));
             }
+            self.tell(chooser);
             let time = self.send(out);
             chooser.observe_link(out as usize, seconds(time));
             self.wire += out;
@@ -172,13 +187,13 @@ fn the_choice_is_never_slower_than_no_compression() {
     for link in LINKS {
         for speed in SPEEDS {
             for ratio in RATIOS {
-                for wakes in [0.0, 0.3] {
-                    let world = || World { wakes, ..World::new(link, speed, ratio) };
+                for (wakes, tells) in [(0.0, false), (0.3, false), (0.0, true), (0.3, true)] {
+                    let world = || World { wakes, tells, ..World::new(link, speed, ratio) };
                     let raw = run_in(world(), Some(Way::Raw)).speed;
                     let chosen = run_in(world(), None);
                     assert!(
                         chosen.speed > 0.97 * raw,
-                        "link {link:e}, zstd {speed:e}, ratio {ratio}, wakes {wakes}: {raw:e} raw, {chosen:?}"
+                        "link {link:e}, zstd {speed:e}, ratio {ratio}, wakes {wakes}, tells {tells}: {raw:e} raw, {chosen:?}"
                     );
                 }
             }
@@ -191,19 +206,22 @@ fn a_restless_machine_does_not_lead_astray() {
     for link in LINKS {
         for speed in SPEEDS {
             for ratio in RATIOS {
-                let world = || World { wakes: 0.3, unrest: 0x9e37_79b9, ..World::new(link, speed, ratio) };
-                let alone = |way| run_in(world(), Some(way)).speed;
-                let raw = alone(Way::Raw);
-                let chosen = run_in(world(), None);
-                assert!(
-                    chosen.speed > 0.97 * raw,
-                    "link {link:e}, zstd {speed:e}, ratio {ratio}: {raw:e} raw, {chosen:?}"
-                );
-                let best = [Way::Zstd(1), Way::Zstd(6)].map(alone).into_iter().fold(raw, f64::max);
-                assert!(
-                    chosen.speed > 0.9 * best,
-                    "link {link:e}, zstd {speed:e}, ratio {ratio}: {best:e} is possible, {chosen:?}"
-                );
+                for tells in [false, true] {
+                    let world =
+                        || World { wakes: 0.3, tells, unrest: 0x9e37_79b9, ..World::new(link, speed, ratio) };
+                    let alone = |way| run_in(world(), Some(way)).speed;
+                    let raw = alone(Way::Raw);
+                    let chosen = run_in(world(), None);
+                    assert!(
+                        chosen.speed > 0.96 * raw,
+                        "link {link:e}, zstd {speed:e}, ratio {ratio}, tells {tells}: {raw:e} raw, {chosen:?}"
+                    );
+                    let best = [Way::Zstd(1), Way::Zstd(6)].map(alone).into_iter().fold(raw, f64::max);
+                    assert!(
+                        chosen.speed > 0.9 * best,
+                        "link {link:e}, zstd {speed:e}, ratio {ratio}, tells {tells}: {best:e} is possible, {chosen:?}"
+                    );
+                }
             }
         }
     }
@@ -239,6 +257,25 @@ fn a_slow_link_takes_the_smallest_that_keeps_up() {
 }
 
 #[test]
+fn a_slow_link_is_known_from_the_first_megabyte() {
+    for link in [1e6, 12.5e6, 60e6, 125e6] {
+        let mut world = World { tells: true, ..World::new(link, 500e6, 0.2) };
+        world.run(32.0 * BATCH, &mut CodingChooser::default(), None);
+        let raw = (world.count[RAW] * MAX_BATCH_PAGES / 4 * PAGE_SIZE) as f64;
+        assert!(raw <= BATCH, "{link:e} bytes a second: {raw:e} bytes went raw");
+    }
+    // One that takes everything is not slowed down by looking.
+    for link in [3e9, 6e9, 20e9] {
+        let speed = |fixed| {
+            let mut world = World { tells: true, ..World::new(link, 500e6, 0.2) };
+            world.run(256.0 * BATCH, &mut CodingChooser::default(), fixed).speed
+        };
+        let (chosen, raw) = (speed(None), speed(Some(Way::Raw)));
+        assert!(chosen > 0.95 * raw, "{link:e} bytes a second: {chosen:e} instead of {raw:e}");
+    }
+}
+
+#[test]
 fn two_ways_in_turn_are_quicker_than_either() {
     let (link, speed, ratio) = (700e6, 600e6, 0.25);
     let alone = [Way::Raw, Way::Zstd(1)].map(|way| run(link, speed, ratio, Some(way)).speed);
@@ -259,9 +296,15 @@ fn a_slow_first_look_at_the_compressor_is_not_believed_for_ever() {
 
 #[test]
 fn a_link_that_becomes_fast_is_noticed() {
-    for (link, speed) in [(125e6, 600e6), (125e6, 400e6), (12.5e6, 400e6)] {
+    for (link, speed, tells) in [
+        (125e6, 600e6, false),
+        (125e6, 400e6, false),
+        (12.5e6, 400e6, false),
+        (125e6, 600e6, true),
+        (12.5e6, 400e6, true),
+    ] {
         let mut chooser = CodingChooser::default();
-        let mut world = World::new(link, speed, 0.25);
+        let mut world = World { tells, ..World::new(link, speed, 0.25) };
         let packed = world.run(1000.0 * BATCH, &mut chooser, None).packed;
         assert!(packed > 800, "{packed}");
         world.link = 5e9;

@@ -68,7 +68,8 @@ pub fn batch(space: u32, coding: Coding, pages: &[(u64, u8)]) -> PageBatch {
         let after = digest::page(&[*content; PAGE_SIZE]);
         match (coding, content) {
             (Coding::Delta | Coding::ZstdOnBase, 1..) => {
-                batch.push_on_base(PageNo(*page), after, digest::page(&[content ^ 0x80; PAGE_SIZE]));
+                let from = PageRef { space: SpaceId(space), page: PageNo(*page) };
+                batch.push_on_base(PageNo(*page), after, from, digest::page(&[content ^ 0x80; PAGE_SIZE]));
             }
             (Coding::Copy, 1..) => {
                 let from = PageRef { space: SpaceId(space.wrapping_add(1)), page: PageNo(*page / 2) };
@@ -91,11 +92,17 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
     let zeros = batch(1, Coding::Raw, &[(0x10, 0), (0x12, 0)]);
     let mut deltas = PageBatch::default();
     deltas.clear(SpaceId(2), 4, Coding::Delta);
-    deltas.push_on_base(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), digest::page(&[1; PAGE_SIZE]));
-    deltas.push_on_base(PageNo(0x23), digest::page(&[4; PAGE_SIZE]), digest::ZERO_PAGE);
+    let from = |space, page| PageRef { space, page: PageNo(page) };
+    let before = digest::page(&[1; PAGE_SIZE]);
+    deltas.push_on_base(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), from(SpaceId(2), 0x20), before);
+    deltas.push_on_base(
+        PageNo(0x23),
+        digest::page(&[4; PAGE_SIZE]),
+        from(SpaceId(0), 0x23),
+        digest::ZERO_PAGE,
+    );
     let mut copies = PageBatch::default();
     copies.clear(SpaceId(2), 4, Coding::Copy);
-    let from = |space, page| PageRef { space, page: PageNo(page) };
     copies.push_copy(PageNo(0x20), digest::page(&[2; PAGE_SIZE]), from(SpaceId(1), 0x7f05));
     copies.push_copy(PageNo(0x21), digest::page(&[3; PAGE_SIZE]), from(SpaceId::KEPT, 0));
     let on_base = batch(2, Coding::ZstdOnBase, &[(0x20, 1), (0x21, 2)]);

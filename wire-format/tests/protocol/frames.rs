@@ -132,6 +132,31 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
     }
 }
 
+/// A tree of processes names most of its pages as copies: neither scattered pages nor many of them may take many bytes.
+#[test]
+fn names_of_pages_take_few_bytes() {
+    let head = |coding, pages: &[(u64, u8)], from: &dyn Fn(u64) -> PageRef| {
+        let mut batch = PageBatch::default();
+        batch.clear(SpaceId(1), 7, coding);
+        for (page, content) in pages {
+            batch.push_copy(PageNo(*page), digest::page(&[*content; PAGE_SIZE]), from(*page));
+        }
+        Frame::Pages(batch, 0).encode().unwrap().len() - HEADER_BYTES
+    };
+    let scattered: Vec<_> = (0..256).map(|n| (0x7f12_3456_7000 + 10 * n, 1)).collect();
+    let same_place = |page| PageRef { space: SpaceId(0), page: PageNo(page) };
+    assert!(head(Coding::Copy, &scattered, &same_place) < 3 * 256);
+    let row: Vec<_> = (0..256).map(|n| (0x7f12_3456_7000 + n, 1)).collect();
+    assert!(head(Coding::Copy, &row, &same_place) < 100);
+    assert!(
+        head(Coding::Copy, &row, &|page| PageRef { space: SpaceId::KEPT, page: PageNo(page % 4096) }) < 100
+    );
+    // The worst: no two pages are neighbours, and no two sources are at the same distance.
+    let elsewhere =
+        |page: u64| PageRef { space: SpaceId((page % 7) as u32), page: PageNo((1 << 51) - 3 * page) };
+    assert!(head(Coding::Copy, &scattered, &elsewhere) <= limits::MAX_BATCH_HEAD);
+}
+
 #[test]
 fn an_abort_is_cut_to_its_limit_at_a_character() {
     let ControlMessage::Abort { detail, .. } = ControlMessage::abort(AbortCode::Internal, &"é".repeat(5000))
@@ -253,10 +278,13 @@ proptest! {
             Coding::Copy => 0,
             Coding::Delta => batch.nonzero() * 12,
         };
-        let listed: Vec<(u64, bool)> = batch.pages().map(|(page, zero, _)| (page.0, zero)).collect();
+        let listed: Vec<(u64, bool)> = batch.pages().map(|(page, zero)| (page.0, zero)).collect();
         let wanted: Vec<(u64, bool)> = pages.iter().map(|(page, content)| (*page, *content == 0)).collect();
         prop_assert_eq!(listed, wanted);
-        prop_assert_eq!(batch.sources().len(), if coding == Coding::Copy { pages.len() } else { 0 });
+        prop_assert!(batch.stored().eq(pages.iter().filter(|(_, content)| *content != 0).map(|(page, _)| PageNo(*page))));
+        let plain = matches!(coding, Coding::Raw | Coding::Zstd);
+        prop_assert_eq!(batch.sources().len(), if plain { 0 } else { batch.nonzero() });
+        prop_assert_eq!(batch.each().len(), if plain || coding == Coding::Copy { 0 } else { batch.nonzero() });
         let nothing_to_pack = coding != Coding::Raw && batch.nonzero() == 0;
         let frame = Frame::Pages(batch, payload);
         match frame.encode() {

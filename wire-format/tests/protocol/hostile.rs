@@ -162,14 +162,15 @@ fn payloads_that_do_not_fit_their_pages_are_refused() {
     assert!(encode(&delta, 17).is_err() && encode(&delta, 2 * PAGE_SIZE + 1).is_err());
     assert!(encode(&delta, 18).is_ok() && encode(&delta, 2 * PAGE_SIZE).is_ok());
     let mut one_base = PageBatch::default();
+    let own = PageRef { space: SpaceId(1), page: PageNo(1) };
     one_base.clear(SpaceId(1), 1, Coding::Delta);
-    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, own, digest::ZERO_PAGE);
     one_base.push(PageNo(2), false, digest::ZERO_PAGE);
     assert!(encode(&one_base, 30).is_err(), "a delta without a base");
     one_base.set_coding(Coding::Raw);
     assert!(encode(&one_base, 2 * PAGE_SIZE).is_ok(), "its bases are forgotten");
     one_base.clear(SpaceId(1), 1, Coding::Raw);
-    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    one_base.push_on_base(PageNo(1), digest::ZERO_PAGE, own, digest::ZERO_PAGE);
     assert!(encode(&one_base, PAGE_SIZE).is_err(), "a base without a delta");
     let zeros = batch(1, Coding::Zstd, &[(1, 0)]);
     assert!(encode(&zeros, 0).is_err() && encode(&zeros, 9).is_err());
@@ -330,17 +331,63 @@ fn copies_and_compression_on_a_base_are_whole() {
     assert!(encode(&batch(1, Coding::ZstdOnBase, &[(1, 1), (2, 0)]), 1).is_err(), "a zero page");
     let fits =
         |batch: &PageBatch| (0..=2 * PAGE_SIZE).step_by(PAGE_SIZE).any(|len| encode(batch, len).is_ok());
-    for coding in [Coding::Raw, Coding::Zstd, Coding::Delta, Coding::ZstdOnBase] {
+    for coding in [Coding::Delta, Coding::ZstdOnBase] {
         let mut copied = copies.clone();
         copied.set_coding(coding);
-        assert!(!fits(&copied), "sources under {coding:?}");
+        assert!(!fits(&copied), "sources without bases under {coding:?}");
     }
-    let mut named = on_base.clone();
-    named.set_coding(Coding::Copy);
-    assert!(!fits(&named), "copies without sources");
+    for coding in [Coding::Raw, Coding::Zstd] {
+        let mut plain = on_base.clone();
+        plain.set_coding(coding);
+        assert!(fits(&plain) && plain.sources().is_empty() && plain.each().is_empty(), "{coding:?}");
+        assert_eq!(plain.content(), on_base.content());
+    }
     let mut both = copies.clone();
-    both.push_on_base(PageNo(9), digest::ZERO_PAGE, digest::ZERO_PAGE);
+    both.push_on_base(PageNo(9), digest::ZERO_PAGE, from, digest::ZERO_PAGE);
     assert!(!fits(&both), "a base among copies");
+}
+
+/// Heads that say what they could say in fewer bytes, or nothing that makes sense, in the parts that have a length of their own.
+#[test]
+fn runs_and_sources_are_written_in_one_way() {
+    let head = |coding: u16, pages: u32, rest: &[&[u8]]| {
+        let mut head = [&[1, 0, 0, 0, 7, 0, 0, 0][..], &coding.to_le_bytes(), &[0; 2]].concat();
+        head.extend_from_slice(&pages.to_le_bytes());
+        rest.iter().for_each(|part| head.extend_from_slice(part));
+        head
+    };
+    let read = |head: &[u8], payload| PageBatch::default().decode_into(head, payload);
+    let digest = [5; 16];
+    let copy = |runs: &[u8], sources: &[u8]| read(&head(3, 2, &[runs, &[0], &digest, sources]), 0);
+    // Pages 4 and 5, both from space 1 at the same distance: pages 2 and 3.
+    assert_eq!(copy(&[4, 2], &[2, 2, 3]), Ok(()));
+    assert_eq!(copy(&[4, 2], &[1, 2, 3, 1, 2, 5]), Ok(()), "two distances");
+    assert_eq!(copy(&[4, 2], &[1, 2, 3, 1, 0, 3]), Ok(()), "the second of the kept store");
+    assert_eq!(copy(&[0, 1, 1, 1], &[2, 2, 0]), Ok(()), "pages 0 and 2");
+    for (runs, sources, why) in [
+        (&[4, 2][..], &[1, 2, 3, 1, 2, 3][..], "one run of sources in two"),
+        (&[4, 1, 0, 1], &[2, 2, 3], "one run of pages in two"),
+        (&[4, 2], &[2, 2, 9], "a source before page 0"),
+        (&[4, 2], &[3, 2, 3], "a source too many"),
+        (&[4, 2], &[1, 2, 3], "a source too few"),
+        (&[4, 2], &[0, 2, 3, 2, 2, 3], "an empty run of sources"),
+        (&[4, 0, 1, 2], &[2, 2, 3], "an empty run of pages"),
+        (&[4, 3], &[2, 2, 3], "a page too many"),
+        (&[0x84, 0, 2], &[2, 2, 3], "two bytes for what fits into one"),
+        (&[4, 2], &[2, 0x82, 0x80, 0x80, 0x80, 0x10, 3], "a space beyond the last"),
+        (&[0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 8, 2], &[2, 2, 3], "a page beyond the last"),
+        (
+            &[4, 2],
+            &[2, 2, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1],
+            "a distance beyond everything",
+        ),
+        (&[4, 2], &[2, 2, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 3], "more than 64 bits"),
+    ] {
+        assert!(copy(runs, sources).is_err(), "{why}");
+    }
+    for cut in 0..head(3, 2, &[&[4, 2], &[0], &digest, &[2, 2, 3]]).len() {
+        assert!(read(&head(3, 2, &[&[4, 2], &[0], &digest, &[2, 2, 3]])[..cut], 0).is_err(), "cut at {cut}");
+    }
 }
 
 #[test]
@@ -458,14 +505,14 @@ fn errors_name_the_frame_and_the_place() {
     let (mut bytes, begins) = (pieces.concat(), begins(&pieces));
     bytes[begins[1] + HEADER_BYTES] ^= 1;
     let error = read(&bytes).1.unwrap();
-    assert_eq!(error.to_string(), "frame 1 (control), at byte 4177 of what was received, is not valid");
+    assert_eq!(error.to_string(), "frame 1 (control), at byte 4163 of what was received, is not valid");
     assert_eq!(
         error.source.to_string(),
         "the checksum of frame 1 does not match: it was damaged on the way, or is of another stream"
     );
     bytes[begins[1]] = b'X';
     let error = read(&bytes).1.unwrap();
-    assert_eq!(error.to_string(), "frame 1, at byte 4177 of what was received, is not valid");
+    assert_eq!(error.to_string(), "frame 1, at byte 4163 of what was received, is not valid");
     assert_eq!(error.source, DecodeError::Magic(u32::from_le_bytes(*b"XGFY")));
 }
 

@@ -95,11 +95,63 @@ fn deltas_of_other_bytes_change_nothing() {
     let mut new = bytes(2);
     new[100] ^= 1;
     pageferry_wire_format::delta::encode(&bytes(2), &new, &mut deltas);
-    batch.push_on_base(PageNo(4), digest::page(&new), digest::page(&bytes(2)));
+    let own = PageRef { space: SPACE, page: PageNo(4) };
+    batch.push_on_base(PageNo(4), digest::page(&new), own, digest::page(&bytes(2)));
     bring(&hub, (batch, deltas)).unwrap();
     assert_eq!(content(&hub, 4).as_deref(), Some(&bytes(1)[..]));
     let run = PageRun { start: PageNo(4), len: 1 };
     assert_eq!(hub.complete(1).unwrap(), [(SPACE, vec![run])]);
+}
+
+/// A page that differs from page `from` in one byte, in a coding that says so.
+fn made(coding: Coding, page: u64, seed: u8, from: u64) -> (PageBatch, Vec<u8>) {
+    let (mut batch, mut payload) = (PageBatch::default(), Vec::new());
+    batch.clear(SPACE, 0, coding);
+    let mut new = bytes(seed);
+    new[100] ^= 1;
+    match coding {
+        Coding::Delta => drop(pageferry_wire_format::delta::encode(&bytes(seed), &new, &mut payload)),
+        _ => {
+            let mut zstd = pageferry_wire_format::ZstdEncoder::new().unwrap();
+            zstd.encode_on(1, &bytes(seed), &new, &mut payload).unwrap();
+        }
+    }
+    let at = PageRef { space: SPACE, page: PageNo(from) };
+    batch.push_on_base(PageNo(page), digest::page(&new), at, digest::page(&bytes(seed)));
+    (batch, payload)
+}
+
+#[test]
+fn what_is_on_top_of_another_page_waits_for_it_and_is_asked_for_if_it_does_not_come() {
+    let mut wanted = bytes(1).to_vec();
+    wanted[100] ^= 1;
+    for coding in [Coding::Delta, Coding::ZstdOnBase] {
+        let hub = hub();
+        bring(&hub, made(coding, 20, 1, 4)).unwrap();
+        bring(&hub, made(coding, 21, 2, 4)).unwrap();
+        assert_eq!(content(&hub, 20), None);
+        bring(&hub, whole(4, 1)).unwrap();
+        assert_eq!(
+            content(&hub, 20),
+            Some(wanted.clone()),
+            "as soon as it is there, not at the end of the round"
+        );
+        let run = PageRun { start: PageNo(21), len: 1 };
+        assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run])], "its base is another page");
+        assert_eq!((content(&hub, 21), content(&hub, 4)), (None, Some(bytes(1).to_vec())));
+        bring(&hub, made(coding, 22, 1, 4)).unwrap();
+        assert_eq!(content(&hub, 22), Some(wanted.clone()), "what is there is used at once");
+    }
+}
+
+#[test]
+fn what_waits_has_a_limit() {
+    let hub = hub();
+    hub.lock().later_bytes = MOST_LATER_BYTES;
+    bring(&hub, made(Coding::Delta, 20, 1, 4)).unwrap();
+    bring(&hub, whole(4, 1)).unwrap();
+    let run = PageRun { start: PageNo(20), len: 1 };
+    assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run])]);
 }
 
 #[test]

@@ -26,12 +26,12 @@ pub enum StoreError {
         #[source]
         cause: io::Error,
     },
-    /// The bytes that arrived for a page are not those that were announced.
-    #[error("checking received page {page:#x} of space {}: its digest differs from the announced one", space.0, page = page.0)]
+    /// The bytes that arrived for a batch are not those that were announced.
+    #[error("checking the pages of space {} that were received with page {page:#x}: their digest differs from the announced one", space.0, page = page.0)]
     DigestMismatch {
         /// The address space.
         space: SpaceId,
-        /// The first page that differs.
+        /// The first page of the batch, or where each has a digest, the first that differs.
         page: PageNo,
     },
     /// A compressed payload is not what it should be.
@@ -53,12 +53,12 @@ pub enum StoreError {
         /// How the batch is coded.
         coding: Coding,
     },
-    /// What a delta was made from is not what is here.
-    #[error("page {page:#x} of space {} came as a delta on top of other bytes than it has here", space.0, page = page.0)]
+    /// What pages were made from is not what is here.
+    #[error("page {page:#x} of space {}, and those that came with it, are on top of other bytes than are here", space.0, page = page.0)]
     Base {
         /// The address space.
         space: SpaceId,
-        /// The page.
+        /// The first page.
         page: PageNo,
     },
     /// A delta is none.

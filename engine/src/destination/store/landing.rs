@@ -2,7 +2,7 @@
 
 use super::error::StoreError;
 use crate::destination::sys::arena::{Extent, SLOT_BYTES};
-use pageferry_wire_format::{Coding, PageDigest, PageNo, SpaceId, ZstdDecoder, delta, digest};
+use pageferry_wire_format::{Chain, Coding, PageDigest, PageNo, SpaceId, ZstdDecoder, delta, digest};
 use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -30,7 +30,12 @@ pub(super) struct Buffers {
 pub struct Landing {
     pub(super) space: SpaceId,
     pub(super) round: u32,
-    pub(super) pages: Vec<(PageNo, PageDigest)>,
+    /// Pages with bytes, and when they were checked their digests.
+    pub(super) pages: Vec<PageNo>,
+    pub(super) digests: Vec<PageDigest>,
+    /// What these have to be: all together, and where the head has them, each.
+    pub(super) content: Chain,
+    pub(super) each: Vec<PageDigest>,
     pub(super) zeros: Vec<PageNo>,
     pub(super) extents: Vec<Extent>,
     pub(super) coding: Coding,
@@ -65,7 +70,7 @@ impl Landing {
         }
     }
 
-    /// Unpacks what was received, and compares each page with its announced digest. Finishing a batch does this
+    /// Unpacks what was received, and compares it with what was announced. Finishing a batch does this
     /// if it was not done before; it needs no store, so that it can be done outside a lock.
     ///
     /// # Errors
@@ -76,10 +81,12 @@ impl Landing {
         }
         self.unpack()?;
         let bytes = self.extents.iter().flat_map(|extent| extent.bytes().as_chunks::<SLOT_BYTES>().0);
-        for (bytes, &(page, announced)) in bytes.zip(&self.pages) {
-            if digest::page(bytes) != announced {
-                return Err(StoreError::DigestMismatch { space: self.space, page });
-            }
+        self.digests.clear();
+        self.digests.extend(bytes.map(|bytes| digest::page(bytes)));
+        if self.digests.iter().collect::<Chain>() != self.content {
+            let differs = self.each.iter().zip(&self.digests).position(|(announced, is)| announced != is);
+            let page = self.pages.get(differs.unwrap_or(0)).copied().unwrap_or_default();
+            return Err(StoreError::DigestMismatch { space: self.space, page });
         }
         self.checked = true;
         Ok(())
@@ -91,7 +98,7 @@ impl Landing {
         let mut deltas = &self.buffers.packed[..];
         let slots =
             self.extents.iter_mut().flat_map(|extent| extent.bytes_mut().as_chunks_mut::<SLOT_BYTES>().0);
-        for (bytes, &(page, _)) in slots.zip(&self.pages) {
+        for (bytes, &page) in slots.zip(&self.pages) {
             let used =
                 delta::apply(deltas, bytes).map_err(|cause| StoreError::Delta { space, page, cause })?;
             deltas = &deltas[used..];

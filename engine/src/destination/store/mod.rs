@@ -2,7 +2,7 @@
 //! memory that is made ready ahead of use.
 //!
 //! A batch is received straight into fresh slots ([`PageStore::begin_batch`] says where), checked against its
-//! digests, and only then replaces what was there ([`PageStore::finish_batch`]): a broken batch changes nothing.
+//! digest, and only then replaces what was there ([`PageStore::finish_batch`]): a broken batch changes nothing.
 //! The digest over each space is kept up with every page, so that sealing, which happens while the program is
 //! frozen, does not read the memory again.
 
@@ -27,7 +27,7 @@ use crate::kept::KeptPages;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
 use pageferry_wire_format::digest::{self, SpaceDigest};
-use pageferry_wire_format::{Coding, PageBatch, PageNo, PageRun, SpaceId};
+use pageferry_wire_format::{Chain, Coding, PageBatch, PageNo, PageRef as PageAt, PageRun, SpaceId};
 use slots::Slots;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -133,7 +133,7 @@ impl PageStore {
     /// The round of the batch says how recent its pages are: those of later rounds are put in place first.
     ///
     /// # Errors
-    /// [`StoreError::OutOfMemory`]; [`StoreError::Base`] when a delta was made from something else than is here;
+    /// [`StoreError::OutOfMemory`]; [`StoreError::Base`] when it was made from something else than is here;
     /// [`StoreError::Coding`] for a coding that it does not take.
     pub fn begin_batch(&mut self, batch: &PageBatch, payload_len: usize) -> Result<Landing, StoreError> {
         let mut buffers = {
@@ -147,15 +147,12 @@ impl PageStore {
         if coding == Coding::Copy {
             return Err(StoreError::Coding { space, coding });
         }
+        self.expect_bases(batch)?;
         let tables = self.spaces.get(&space).map(|index| &index.tables);
         let (mut pages, mut zeros) = (Vec::with_capacity(batch.nonzero()), Vec::new());
         let (mut grown, mut last) = (0, None);
-        for (page, zero, &digest) in batch.pages() {
-            if zero {
-                zeros.push(page);
-            } else {
-                pages.push((page, digest));
-            }
+        for (page, zero) in batch.pages() {
+            if zero { &mut zeros } else { &mut pages }.push(page);
             let number = split(page).0;
             if last.replace(number) != Some(number) && tables.is_none_or(|t| !t.contains(number)) {
                 grown += TABLE_BYTES;
@@ -167,54 +164,80 @@ impl PageStore {
         }
         let returned = Arc::clone(&self.returned);
         // From here on the slots find their way back whatever happens.
-        let mut landing =
-            Landing { space, round, pages, zeros, extents, coding, buffers, checked: false, returned };
+        let digests = Vec::with_capacity(pages.len());
+        let (content, each) = (batch.content(), batch.each().to_vec());
+        let mut landing = Landing {
+            space,
+            round,
+            pages,
+            digests,
+            content,
+            each,
+            zeros,
+            extents,
+            coding,
+            buffers,
+            checked: false,
+            returned,
+        };
         match coding {
             Coding::Raw | Coding::Zstd | Coding::Copy => {}
-            Coding::Delta => self.lay_bases(&mut landing, batch.bases())?,
-            Coding::ZstdOnBase => self.gather_bases(&mut landing, batch.bases())?,
+            Coding::Delta => self.lay_bases(&mut landing, batch.sources())?,
+            Coding::ZstdOnBase => self.gather_bases(&mut landing, batch.sources())?,
         }
         Ok(landing)
     }
 
+    /// Whether the pages that a batch is made from are here, and are those.
+    fn expect_bases(&self, batch: &PageBatch) -> Result<(), StoreError> {
+        let wrong = || StoreError::Base { space: batch.space(), page: batch.runs()[0].start };
+        let mut bases = Chain::default();
+        for source in batch.sources() {
+            bases.push(&self.content_at(source).ok_or_else(wrong)?);
+        }
+        if bases == batch.bases() { Ok(()) } else { Err(wrong()) }
+    }
+
+    /// The digest of what is at a place.
+    fn content_at(&self, place: &PageAt) -> Option<digest::PageDigest> {
+        match place.space {
+            SpaceId::KEPT => self.kept.digests().get(usize::try_from(place.page.0).ok()?).copied(),
+            space => self.spaces.get(&space)?.digest_of(place.page),
+        }
+    }
+
     /// Puts into the slots of a batch of deltas what they were made from.
-    fn lay_bases(&self, landing: &mut Landing, bases: &[digest::PageDigest]) -> Result<(), StoreError> {
+    fn lay_bases(&self, landing: &mut Landing, sources: &[PageAt]) -> Result<(), StoreError> {
         let space = landing.space;
         let slots =
             landing.extents.iter_mut().flat_map(|extent| extent.bytes_mut().as_chunks_mut::<SLOT_BYTES>().0);
-        for ((bytes, &(page, _)), base) in slots.zip(&landing.pages).zip(bases) {
-            self.read(space, page, base, bytes).ok_or(StoreError::Base { space, page })?;
+        for ((bytes, &page), source) in slots.zip(&landing.pages).zip(sources) {
+            self.read(source, bytes).ok_or(StoreError::Base { space, page })?;
         }
         Ok(())
     }
 
     /// Puts together what a batch was compressed on top of.
-    fn gather_bases(&self, landing: &mut Landing, bases: &[digest::PageDigest]) -> Result<(), StoreError> {
+    fn gather_bases(&self, landing: &mut Landing, sources: &[PageAt]) -> Result<(), StoreError> {
         let space = landing.space;
         let room = &mut landing.buffers.bases;
         room.resize(landing.pages.len() * SLOT_BYTES, 0);
-        for ((bytes, &(page, _)), base) in
-            room.as_chunks_mut::<SLOT_BYTES>().0.iter_mut().zip(&landing.pages).zip(bases)
-        {
-            self.read(space, page, base, bytes).ok_or(StoreError::Base { space, page })?;
+        let slots = room.as_chunks_mut::<SLOT_BYTES>().0.iter_mut();
+        for ((bytes, &page), source) in slots.zip(&landing.pages).zip(sources) {
+            self.read(source, bytes).ok_or(StoreError::Base { space, page })?;
         }
         Ok(())
     }
 
-    /// Copies a page's bytes out, if they are here and are those that `content` says.
-    fn read(
-        &self,
-        space: SpaceId,
-        page: PageNo,
-        content: &digest::PageDigest,
-        into: &mut [u8; SLOT_BYTES],
-    ) -> Option<()> {
-        if self.spaces.get(&space)?.digest_of(page) != Some(*content) {
-            return None;
+    /// Copies the bytes at a place out, if they are here; those of a kept page are compared with its digest.
+    fn read(&self, place: &PageAt, into: &mut [u8; SLOT_BYTES]) -> Option<()> {
+        let content = self.content_at(place)?;
+        if place.space == SpaceId::KEPT {
+            return self.kept.read(place.page.0, &content, into).then_some(());
         }
-        match self.stretch(space, page, 1) {
+        match self.stretch(place.space, place.page, 1) {
             Some(bytes) => into.copy_from_slice(bytes),
-            None if *content == digest::ZERO_PAGE => into.fill(0),
+            None if content == digest::ZERO_PAGE => into.fill(0),
             // It was handed on to the restored program.
             None => return None,
         }
@@ -241,7 +264,8 @@ impl PageStore {
         }
         let index = self.spaces.entry(space).or_default();
         let slots = &mut self.slots;
-        let stored = landing.pages.iter().zip(places).map(|(&(page, digest), place)| (page, place, digest));
+        let contents = landing.pages.iter().zip(&landing.digests);
+        let stored = contents.zip(places).map(|((&page, &digest), place)| (page, place, digest));
         index.insert(landing.round, stored, |slot| slots.free(slot));
         let zeros = landing.zeros.iter().map(|&page| (page, Place::Zero, digest::ZERO_PAGE));
         index.insert(landing.round, zeros, |slot| slots.free(slot));

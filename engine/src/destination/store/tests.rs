@@ -85,7 +85,7 @@ fn a_corrupted_batch_leaves_every_old_page() {
     broken[SLOT_BYTES + 17] ^= 4;
     receive(&mut landing, &broken);
     let error = store.finish_batch(landing).unwrap_err();
-    assert!(matches!(error, StoreError::DigestMismatch { space: SPACE, page: PageNo(2) }), "{error}");
+    assert!(matches!(error, StoreError::DigestMismatch { space: SPACE, page: PageNo(1) }), "{error}");
     assert_eq!(content(&store, 1).unwrap(), bytes(1));
     assert_eq!(content(&store, 2).unwrap(), bytes(2));
     assert_eq!(content(&store, 3), None);
@@ -154,7 +154,8 @@ fn deltas(round: u32, pages: &[(u64, Option<u64>, u64)]) -> (PageBatch, Vec<u8>)
         // Most of the page stays.
         new[64..].copy_from_slice(&base[64..]);
         delta::encode(&base, &new, &mut payload);
-        batch.push_on_base(PageNo(page), digest::page(&new), digest::page(&base));
+        let own = PageAt { space: SPACE, page: PageNo(page) };
+        batch.push_on_base(PageNo(page), digest::page(&new), own, digest::page(&base));
     }
     (batch, payload)
 }

@@ -3,7 +3,7 @@
 
 use crate::kept::error::Damage;
 use pageferry_wire_format::{
-    Coding, OwnedBatch, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRef, PageRun, RegionInfo, SpaceDigest,
+    Chain, Coding, OwnedBatch, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRun, RegionInfo, SpaceDigest,
     SpaceId, ZstdDecoder, delta, digest, limits,
 };
 use std::collections::BTreeMap;
@@ -20,6 +20,10 @@ struct Page {
 }
 
 impl Page {
+    fn content(&self) -> Bytes {
+        self.bytes.as_ref().map_or([0; PAGE_SIZE], |bytes| **bytes)
+    }
+
     fn digest(&self) -> PageDigest {
         self.bytes.as_ref().map_or(digest::ZERO_PAGE, |bytes| digest::page(&bytes[..]))
     }
@@ -45,21 +49,18 @@ struct Costs {
     more: u64,
 }
 
-struct Order {
-    space: SpaceId,
-    page: u64,
-    content: PageDigest,
-    from: PageRef,
-    cost: u64,
+/// A batch of pages that are made of others, with its payload and the bytes of its frame.
+struct Made {
+    batch: PageBatch,
+    payload: Vec<u8>,
+    frame_bytes: u64,
 }
 
 /// All spaces.
 #[derive(Default)]
 pub(super) struct Rebuilt {
     pub(super) spaces: BTreeMap<SpaceId, Space>,
-    later: Vec<Order>,
-    /// Pages that could not be made in this round.
-    missed: u64,
+    later: Vec<Made>,
     /// A receiver has asked for pages again: the seal that follows does not count.
     asked: bool,
     unpacker: Option<ZstdDecoder>,
@@ -90,79 +91,79 @@ impl Rebuilt {
         Ok(())
     }
 
-    /// Makes the pages of a batch, whose frame has `frame_bytes` bytes in all, and compares each with its digest.
+    /// Makes the pages of a batch, whose frame has `frame_bytes` bytes in all, and compares them with what it says.
     pub(super) fn pages(
         &mut self,
         batch: &PageBatch,
         payload: &[u8],
         frame_bytes: u64,
     ) -> Result<(), Damage> {
-        let id = batch.space();
-        let bad = |page: PageNo| Damage::Page { space: id, page: page.0 };
-        let unpack = |source| Damage::Unpack { space: id, source };
-        let costs = Costs::of(frame_bytes, batch.len());
-        if !self.spaces.contains_key(&id) {
-            return Err(Damage::Space(id));
+        let space = batch.space();
+        if !self.spaces.contains_key(&space) {
+            return Err(Damage::Space(space));
         }
-        if batch.coding() == Coding::Copy {
-            for (index, ((page, _, content), from)) in batch.pages().zip(batch.sources()).enumerate() {
-                let (content, from, cost) = (*content, *from, costs.at(index));
-                let order = Order { space: id, page: page.0, content, from, cost };
-                if !self.copy(&order)? {
-                    self.later.push(order);
-                }
-            }
-            return Ok(());
-        }
-        let mut room = Vec::new();
-        let mut deltas = payload;
-        match batch.coding() {
-            Coding::Zstd => {
+        if matches!(batch.coding(), Coding::Raw | Coding::Zstd) {
+            let mut room = Vec::new();
+            if batch.coding() == Coding::Zstd {
                 room.resize(batch.nonzero() * PAGE_SIZE, 0);
+                let unpack = |source| Damage::Unpack { space, source };
                 self.unpacker()?.decode(payload, &mut room).map_err(unpack)?;
             }
-            Coding::ZstdOnBase => {
-                let Some(bases) = self.bases(batch) else { return self.miss(batch, &costs) };
-                room.resize(bases.len(), 0);
-                self.unpacker()?.decode_on(&bases, payload, &mut room).map_err(unpack)?;
-            }
-            _ => {}
+            let plain = if batch.coding() == Coding::Zstd { &room } else { payload };
+            return self.put(batch, plain.as_chunks().0, frame_bytes);
         }
-        let packed = if batch.coding() == Coding::Raw { payload } else { &room[..] };
-        let mut whole = packed.as_chunks::<PAGE_SIZE>().0.iter();
-        let mut bases = batch.bases().iter();
-        let space = self.spaces.entry(id).or_default();
-        for (index, (page, zero, content)) in batch.pages().enumerate() {
-            let cost = costs.at(index);
-            let bytes = match (zero, batch.coding()) {
-                (true, _) => None,
-                (false, Coding::Delta) => {
-                    let base = bases.next().ok_or(bad(page))?;
-                    let mut bytes = Box::new([0; PAGE_SIZE]);
-                    let before = space.pages.get(&page.0);
-                    let usable = before.is_some_and(|before| before.digest() == *base);
-                    if let Some(before) = before.and_then(|before| before.bytes.as_ref()) {
-                        bytes.copy_from_slice(&before[..]);
-                    }
-                    let taken = delta::apply(deltas, &mut bytes);
-                    let taken = taken.map_err(|_| bad(page))?;
-                    deltas = deltas.get(taken..).ok_or(bad(page))?;
-                    if !usable {
-                        self.missed += 1;
-                        space.pages.entry(page.0).or_default().cost += cost;
-                        continue;
-                    }
-                    Some(bytes)
+        let made = Made { batch: batch.clone(), payload: payload.to_vec(), frame_bytes };
+        if !self.make(&made)? {
+            self.later.push(made);
+        }
+        Ok(())
+    }
+
+    /// Makes pages of others; says whether these were here.
+    fn make(&mut self, made: &Made) -> Result<bool, Damage> {
+        let Made { batch, payload, frame_bytes } = made;
+        let space = batch.space();
+        let Some(mut pages) = self.originals(batch) else { return Ok(false) };
+        match batch.coding() {
+            Coding::Delta => {
+                let mut rest = &payload[..];
+                for (bytes, page) in pages.iter_mut().zip(batch.stored()) {
+                    let bad = Damage::Page { space, page: page.0 };
+                    let Ok(taken) = delta::apply(rest, bytes) else { return Err(bad) };
+                    rest = &rest[taken..];
                 }
-                (false, _) => Some(Box::new(*whole.next().ok_or(bad(page))?)),
-            };
-            if bytes.as_ref().is_some_and(|bytes| digest::page(&bytes[..]) != *content) {
-                return Err(bad(page));
+                if !rest.is_empty() {
+                    return Err(Damage::Order("bytes after the last delta"));
+                }
             }
-            space.put(page.0, bytes, cost);
+            Coding::ZstdOnBase => {
+                let mut plain = vec![0; pages.len() * PAGE_SIZE];
+                let unpack = |source| Damage::Unpack { space, source };
+                self.unpacker()?.decode_on(pages.as_flattened(), payload, &mut plain).map_err(unpack)?;
+                pages = plain.as_chunks().0.to_vec();
+            }
+            Coding::Raw | Coding::Zstd | Coding::Copy => {}
         }
-        if batch.coding() == Coding::Delta && !deltas.is_empty() {
-            return Err(Damage::Order("bytes after the last delta"));
+        self.put(batch, &pages, *frame_bytes)?;
+        Ok(true)
+    }
+
+    /// Puts the pages of a batch in their places, if they are those that it says.
+    fn put(&mut self, batch: &PageBatch, stored: &[Bytes], frame_bytes: u64) -> Result<(), Damage> {
+        let id = batch.space();
+        let contents: Vec<PageDigest> = stored.iter().map(|bytes| digest::page(bytes)).collect();
+        if contents.iter().collect::<Chain>() != batch.content() {
+            let differs = batch.each().iter().zip(&contents).position(|(says, is)| says != is);
+            let page = batch.stored().nth(differs.unwrap_or(0)).unwrap_or_default();
+            return Err(Damage::Page { space: id, page: page.0 });
+        }
+        let costs = Costs::of(frame_bytes, batch.len());
+        let space = self.spaces.get_mut(&id).ok_or(Damage::Space(id))?;
+        let mut stored = stored.iter();
+        for (index, (page, zero)) in batch.pages().enumerate() {
+            let bytes = if zero { None } else { stored.next() };
+            let bytes = bytes.filter(|bytes| !digest::is_zero(&bytes[..])).map(|bytes| Box::new(*bytes));
+            space.put(page.0, bytes, costs.at(index));
         }
         Ok(())
     }
@@ -175,49 +176,38 @@ impl Rebuilt {
         self.unpacker.as_mut().ok_or(Damage::Order("there is no memory"))
     }
 
-    /// What a batch was compressed on top of; `None` if it is not here.
-    fn bases(&self, batch: &PageBatch) -> Option<Vec<u8>> {
-        let space = self.spaces.get(&batch.space())?;
-        let mut bases = Vec::with_capacity(batch.len() * PAGE_SIZE);
-        for ((page, ..), base) in batch.pages().zip(batch.bases()) {
-            let before = space.pages.get(&page.0).filter(|before| before.digest() == *base)?;
-            match &before.bytes {
-                Some(bytes) => bases.extend_from_slice(&bytes[..]),
-                None => bases.resize(bases.len() + PAGE_SIZE, 0),
-            }
+    /// What a batch is made of; `None` if it is not here. A copy may be of one that is made before it in the same batch.
+    fn originals(&self, batch: &PageBatch) -> Option<Vec<Bytes>> {
+        let copies = batch.coding() == Coding::Copy;
+        let numbers: Vec<PageNo> = batch.stored().collect();
+        let mut pages: Vec<Bytes> = Vec::with_capacity(numbers.len());
+        for (at, source) in batch.sources().iter().enumerate() {
+            let here = match copies && source.space == batch.space() {
+                true => numbers[..at].binary_search(&source.page).ok(),
+                false => None,
+            };
+            pages.push(match here {
+                Some(here) => pages[here],
+                None => self.spaces.get(&source.space)?.pages.get(&source.page.0)?.content(),
+            });
         }
-        Some(bases)
-    }
-
-    /// A receiver would have to ask for these again.
-    fn miss(&mut self, batch: &PageBatch, costs: &Costs) -> Result<(), Damage> {
-        let space = self.spaces.get_mut(&batch.space()).ok_or(Damage::Space(batch.space()))?;
-        space.gone += (0..batch.len()).map(|index| costs.at(index)).sum::<u64>();
-        self.missed += batch.len() as u64;
-        Ok(())
-    }
-
-    /// Makes a copy; says whether its original was here.
-    fn copy(&mut self, order: &Order) -> Result<bool, Damage> {
-        let original =
-            self.spaces.get(&order.from.space).and_then(|space| space.pages.get(&order.from.page.0));
-        let Some(original) = original.filter(|page| page.digest() == order.content) else { return Ok(false) };
-        let bytes = original.bytes.clone();
-        let space = self.spaces.get_mut(&order.space).ok_or(Damage::Space(order.space))?;
-        space.put(order.page, bytes, order.cost);
-        Ok(true)
+        let contents: Vec<PageDigest> = pages.iter().map(|bytes| digest::page(bytes)).collect();
+        let wanted = if copies { batch.content() } else { batch.bases() };
+        (contents.iter().collect::<Chain>() == wanted).then_some(pages)
     }
 
     pub(super) fn end_round(&mut self) -> Result<(), Damage> {
-        for order in std::mem::take(&mut self.later) {
-            if !self.copy(&order)? {
-                self.missed += 1;
-                if let Some(space) = self.spaces.get_mut(&order.space) {
-                    space.gone += order.cost;
+        let mut missed = 0;
+        for made in std::mem::take(&mut self.later) {
+            if !self.make(&made)? {
+                // A receiver would have to ask for these again.
+                missed += made.batch.len();
+                if let Some(space) = self.spaces.get_mut(&made.batch.space()) {
+                    space.gone += made.frame_bytes;
                 }
             }
         }
-        self.asked = std::mem::take(&mut self.missed) > 0;
+        self.asked = missed > 0;
         Ok(())
     }
 
