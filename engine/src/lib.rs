@@ -18,6 +18,7 @@ pub mod source;
 mod fault;
 mod layout;
 pub mod link;
+mod page_bits;
 pub mod policy;
 mod verify;
 
@@ -26,6 +27,6 @@ pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use kept::{RestorePlan, inspect, restore};
 pub use observe::{Event, Observer, Silent};
-pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo};
+pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo, Strategy};
 pub use report::MigrationReport;
 pub use source::send;

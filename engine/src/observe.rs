@@ -80,6 +80,17 @@ pub enum Event {
         /// Its pid there, as the destination's engine sees it.
         pid: i32,
     },
+    /// Source: the program runs at the destination, and pages that it is owed are on their way (about ten times a second).
+    Owed {
+        /// Pages that were not sent yet.
+        left_pages: u64,
+        /// Pages that were owed in the beginning.
+        total_pages: u64,
+        /// Pages that the program asked for, of those that were sent.
+        demanded_pages: u64,
+        /// Bytes sent for these pages.
+        sent_bytes: u64,
+    },
     /// Both: every page was put in place at the destination.
     Filled {
         /// Pages.

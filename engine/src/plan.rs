@@ -24,6 +24,31 @@ pub enum NoConvergence {
     Freeze,
     /// Give up: the program runs on at the source.
     GiveUp,
+    /// Freeze, and send what is left after the program runs at the destination.
+    PostCopy,
+}
+
+/// When memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// All of it before the program does.
+    #[default]
+    PreCopy,
+    /// All of it after the program runs at the destination: what that touches is fetched.
+    PostCopy,
+    /// In rounds while the program runs, and what is left after it runs at the destination.
+    Hybrid,
+}
+
+impl Strategy {
+    /// The word in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::PreCopy => "pre-copy",
+            Strategy::PostCopy => "post-copy",
+            Strategy::Hybrid => "hybrid",
+        }
+    }
 }
 
 /// How pages may be coded.
@@ -76,6 +101,12 @@ pub struct SendPlan {
     pub keep_store: Option<PathBuf>,
     /// Into a file only: the program runs on when the file has all of it, instead of being ended (a checkpoint).
     pub keep_running: bool,
+    /// When memory moves.
+    pub strategy: Strategy,
+    /// Hybrid only: so many rounds at most before the rest comes late (at least 1); `None` is as many as the policy finds useful.
+    pub post_copy_after: Option<u32>,
+    /// How long to try to reach the receiver again when the link is lost while pages are owed.
+    pub post_copy_timeout: Duration,
     /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
     pub downtime: Duration,
     /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
@@ -122,6 +153,9 @@ impl SendPlan {
             to: to.into(),
             keep_store: None,
             keep_running: false,
+            strategy: Strategy::PreCopy,
+            post_copy_after: None,
+            post_copy_timeout: Duration::from_secs(300),
             downtime: Duration::from_millis(100),
             max_rounds: 30,
             policy: PolicyChoice::Adaptive,
@@ -142,6 +176,11 @@ impl SendPlan {
         }
     }
 
+    /// Whether pages may be left for after the program runs at the destination.
+    pub(crate) fn may_owe(&self) -> bool {
+        self.strategy != Strategy::PreCopy || self.on_no_convergence == NoConvergence::PostCopy
+    }
+
     /// Checks what can be checked without touching anything.
     ///
     /// # Errors
@@ -152,6 +191,15 @@ impl SendPlan {
         }
         if self.max_rounds == 0 {
             return Err(PlanError::NoRounds);
+        }
+        if self.post_copy_after == Some(0) {
+            return Err(PlanError::NoRounds);
+        }
+        if self.post_copy_after.is_some() && self.strategy != Strategy::Hybrid {
+            return Err(PlanError::NotHybrid);
+        }
+        if self.may_owe() && !matches!(self.to, SendTo::Receiver(_)) {
+            return Err(PlanError::OwedToFile);
         }
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
@@ -191,6 +239,8 @@ pub struct ReceivePlan {
     pub stall_timeout: Duration,
     /// How long an ended session can still be asked about by a sender that lost its link.
     pub remember: Duration,
+    /// A program that runs here while pages of it are still at the source waits for these so long at most when the source is not heard of.
+    pub post_copy_timeout: Duration,
 }
 
 impl ReceivePlan {
@@ -205,6 +255,7 @@ impl ReceivePlan {
             criu: None,
             stall_timeout: Duration::from_secs(30),
             remember: Duration::from_secs(600),
+            post_copy_timeout: Duration::from_secs(300),
         }
     }
 
@@ -230,6 +281,12 @@ pub enum PlanError {
     /// At least one round is needed to copy the memory.
     #[error("the maximal number of rounds must be at least 1")]
     NoRounds,
+    /// Only a hybrid migration has rounds and owed pages.
+    #[error("a number of rounds before post-copy is for the hybrid strategy")]
+    NotHybrid,
+    /// A file cannot ask for pages.
+    #[error("into a file all memory goes before the program is ended: post-copy needs a receiver")]
+    OwedToFile,
     /// Pages need a connection.
     #[error("the number of connections must be at least 1")]
     NoStreams,

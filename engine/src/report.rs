@@ -24,7 +24,7 @@ pub struct MigrationReport {
     pub processes: u32,
     /// Address of the receiver, or `file:PATH`, or `dir:PATH`.
     pub to: String,
-    /// `pre-copy`, or `checkpoint` into a file.
+    /// `pre-copy`, `post-copy`, `hybrid`, or `checkpoint` into a file.
     pub strategy: String,
     /// `userfaultfd`, `soft-dirty-scan`, `soft-dirty` or `compare`.
     pub tracker: String,
@@ -60,7 +60,7 @@ pub struct MigrationReport {
     pub downtime_us: Downtime,
     /// What the policy expected the downtime to be when it ended pre-copy.
     pub predicted_downtime_us: u64,
-    /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`.
+    /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `post-copy`.
     pub stop_reason: String,
     /// Whether the whole restored memory was compared with the frozen source before the commit.
     pub verified: bool,
@@ -74,6 +74,9 @@ pub struct MigrationReport {
     pub destination_pid: Option<i32>,
     /// How the rest of the pages got in place after the program ran again.
     pub fill: Option<FillReport>,
+    /// Pages that came to the destination only after the program ran there; absent if there were none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
     /// Largest resident size of the sending engine.
     pub engine_peak_rss_bytes: u64,
 }
@@ -237,6 +240,40 @@ pub struct DestinationPart {
     pub name: String,
     /// How long it took.
     pub us: u64,
+}
+
+/// Pages that were owed when the program ran at the destination.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Pages that were owed.
+    pub owed_pages: u64,
+    /// Pages that were sent because a thread waited for them.
+    pub demanded_pages: u64,
+    /// Pages that were sent before anybody asked for them.
+    pub pushed_pages: u64,
+    /// Of these two, pages of zeros. What is neither was given back by the program before it came.
+    pub zero_pages: u64,
+    /// Bytes on the wire for them, frames included.
+    pub sent_bytes: u64,
+    /// From the resume until the destination had all of them.
+    pub duration_us: u64,
+    /// How often the connections were lost and made anew.
+    pub reconnections: u32,
+    /// How long threads waited for owed pages.
+    pub faults: FaultReport,
+}
+
+/// Times of page faults on owed pages at the destination, each from reading the fault to waking the thread.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// How many there were.
+    pub count: u64,
+    /// The median.
+    pub p50_us: u64,
+    /// 99 of 100 were not longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
 }
 
 /// What happened after the program ran again.

@@ -356,6 +356,79 @@ pub enum ControlMessage {
     /// Destination, instead of [`ControlMessage::Sealed`]: pages that it asked for again are missing. The source
     /// sends these, and seals anew.
     Unsealed,
+    /// Source, first on a further connection: pages that are owed come over it.
+    Late {
+        /// Of which session.
+        session: u128,
+        /// Number of the connection. Over number 0 goes what is asked for, and all that is said of owed pages; over the
+        /// others, below [`Welcome::streams`] + 1, come pages that nobody has asked for.
+        stream: u16,
+    },
+    /// Destination, on late connection 0: a thread of the program waits for these owed pages.
+    Want {
+        /// Of which space.
+        space: SpaceId,
+        /// Which.
+        runs: Vec<PageRun>,
+    },
+    /// Destination, on late connection 0: the program has given this memory back, and these owed pages need not come. Those that
+    /// are under way are taken all the same.
+    Unwanted {
+        /// Of which space.
+        space: SpaceId,
+        /// Which.
+        runs: Vec<PageRun>,
+    },
+    /// Source, on a late connection 0 that was opened after another one was lost: what is still owed?
+    TakeUp,
+    /// Destination, behind the owed pages of a space and what was said to be unwanted of it: what has come of it so far.
+    Taken {
+        /// Which.
+        space: SpaceId,
+        /// Pid in the innermost pid namespace.
+        vpid: i32,
+        /// Pages that came late.
+        pages: u64,
+        /// Digest over them.
+        digest: SpaceDigest,
+    },
+    /// Destination: that was every space with owed pages.
+    TakenUp {
+        /// How many.
+        spaces: u32,
+    },
+    /// Source, on late connection 0: all pages of a space that had to come late were sent.
+    LateSeal {
+        /// Which.
+        space: SpaceId,
+        /// Pages that were sent late, each counted once.
+        pages: u64,
+        /// Digest over them.
+        digest: SpaceDigest,
+    },
+    /// Source: that was every space with owed pages.
+    LateSealEnd {
+        /// How many.
+        spaces: u32,
+    },
+    /// Destination, on late connection 0: nothing is owed any more, and what came is what was sent. The source's copy is of no use
+    /// now.
+    LateSealed {
+        /// Pages that came late.
+        pages: u64,
+    },
+    /// Destination, on late connection 0 before [`ControlMessage::Filled`]: how long threads waited for owed pages that they
+    /// touched, from when the fault was read to when the page was in place.
+    FaultTimes {
+        /// Faults on pages that had to be waited for.
+        count: u64,
+        /// The median, in microseconds.
+        p50_us: u64,
+        /// 99 of 100 were not longer than this, in microseconds.
+        p99_us: u64,
+        /// The longest, in microseconds.
+        max_us: u64,
+    },
 }
 
 impl ControlMessage {
@@ -422,6 +495,18 @@ impl ControlMessage {
                 0 => Err(DecodeError::Invalid("a further connection under the number of the first")),
                 stream => limit("a connection's number", stream.into(), usize::from(MAX_STREAMS) - 1),
             },
+            Self::Late { stream, .. } => {
+                limit("a late connection's number", (*stream).into(), MAX_STREAMS.into())
+            }
+            Self::Want { space, runs } | Self::Unwanted { space, runs } => {
+                space.check_of_source()?;
+                limit("a message's runs", runs.len(), MAX_RUNS_PER_FRAME)?;
+                match check_runs(runs)? {
+                    0 => Err(DecodeError::Invalid("a message about no page")),
+                    _ => Ok(()),
+                }
+            }
+            Self::Taken { space, .. } | Self::LateSeal { space, .. } => space.check_of_source(),
             Self::Again { spaces } => check_again(spaces),
             Self::Spaces { spaces, .. } => {
                 limit("a list of spaces", spaces.len(), MAX_SPACES)?;
@@ -461,6 +546,11 @@ impl ControlMessage {
             | Self::State(_)
             | Self::Joined
             | Self::Unsealed
+            | Self::TakeUp
+            | Self::TakenUp { .. }
+            | Self::LateSealEnd { .. }
+            | Self::LateSealed { .. }
+            | Self::FaultTimes { .. }
             | Self::Ping { .. } => Ok(()),
         }
     }

@@ -6,7 +6,7 @@ use crate::control::ControlMessage;
 use crate::error::{DecodeError, FrameError};
 use crate::frame::{FrameKind, HEADER_BYTES, Header, Sequencer};
 use crate::image::ImageChunk;
-use crate::lists::{DigestBatch, OwnedBatch};
+use crate::lists::{DigestBatch, OwedBatch, OwnedBatch};
 
 /// Knows where in the stream it is, so that an error can say which frame it means.
 ///
@@ -61,6 +61,8 @@ pub enum Head {
     Digests(DigestBatch),
     /// Pages that the engine owns in the end.
     Owned(OwnedBatch),
+    /// Those of them that come after the program runs.
+    Owed(OwedBatch),
     /// A control message.
     Control(ControlMessage),
 }
@@ -120,6 +122,7 @@ fn read(header: &Header, head: &[u8], batch: &mut PageBatch) -> Result<Head, Dec
         FrameKind::Image => Head::Image { chunk: ImageChunk::decode(head, payload_len)?, payload_len },
         FrameKind::Digests => Head::Digests(DigestBatch::decode(head)?),
         FrameKind::Owned => Head::Owned(OwnedBatch::decode(head)?),
+        FrameKind::Owed => Head::Owed(OwedBatch::decode(head)?),
         FrameKind::Control => Head::Control(ControlMessage::decode(head)?),
     })
 }

@@ -45,11 +45,13 @@ pub enum FrameKind {
     Digests = 4,
     /// Pages that the engine owns in the end.
     Owned = 5,
+    /// Those of them that come after the program runs.
+    Owed = 6,
 }
 
 impl FrameKind {
     fn from_number(number: u16) -> Option<Self> {
-        [Self::PageBatch, Self::Image, Self::Control, Self::Digests, Self::Owned]
+        [Self::PageBatch, Self::Image, Self::Control, Self::Digests, Self::Owned, Self::Owed]
             .into_iter()
             .find(|kind| *kind as u16 == number)
     }
@@ -61,7 +63,7 @@ impl FrameKind {
             Self::Image => MAX_IMAGE_HEAD,
             Self::Control => MAX_CONTROL_BYTES,
             Self::Digests => MAX_DIGESTS_HEAD,
-            Self::Owned => MAX_OWNED_HEAD,
+            Self::Owned | Self::Owed => MAX_OWNED_HEAD,
         }
     }
 
@@ -70,7 +72,7 @@ impl FrameKind {
         match self {
             Self::PageBatch => MAX_PAYLOAD_BYTES,
             Self::Image => MAX_IMAGE_CHUNK,
-            Self::Control | Self::Digests | Self::Owned => 0,
+            Self::Control | Self::Digests | Self::Owned | Self::Owed => 0,
         }
     }
 }
@@ -83,6 +85,7 @@ impl std::fmt::Display for FrameKind {
             Self::Control => "control",
             Self::Digests => "digests",
             Self::Owned => "owned pages",
+            Self::Owed => "owed pages",
         })
     }
 }

@@ -34,5 +34,5 @@ pub use error::{DecodeError, EncodeError, FrameError};
 pub use frame::{FrameKind, HEADER_BYTES, Header, MAGIC, Sequencer};
 pub use image::ImageChunk;
 pub use limits::PAGE_SIZE;
-pub use lists::{DigestBatch, OwnedBatch};
+pub use lists::{DigestBatch, OwedBatch, OwnedBatch};
 pub use page::{PageDigest, PageNo, PageRef, PageRun, SpaceId};

@@ -1,4 +1,4 @@
-//! Frames that are long lists: the pages that the engine owns in the end, and digests of many pages.
+//! Frames that are long lists: the pages that the engine owns in the end, those that it owes, and digests of many pages.
 
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, Fields, FrameKind, Sequencer, limit};
@@ -41,6 +41,43 @@ impl OwnedBatch {
         space.check_of_source()?;
         let (runs, _) = get_runs(&mut fields)?;
         fields.end()?;
+        Ok(Self { space, runs, more })
+    }
+}
+
+/// Pages of a space that the engine carries and that come after the program runs. From the source in the seal; from the
+/// destination when a post-copy is taken up again: those that have not come yet.
+///
+/// `space u32 | more u32 (0 or 1) | runs u32 | runs x { first page u64, pages u64 }`
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwedBatch {
+    /// The space.
+    pub space: SpaceId,
+    /// The runs, ascending; they go on where the frame before has ended.
+    pub runs: Vec<PageRun>,
+    /// Whether another frame of this space follows.
+    pub more: bool,
+}
+
+impl OwedBatch {
+    /// Appends the next frame of a direction to `out`.
+    ///
+    /// # Errors
+    /// Too many runs, or runs that are out of order: a bug of the caller.
+    pub fn encode(&self, at: &mut Sequencer, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        self.space.check_of_source()?;
+        frame::encode(FrameKind::Owed, 0, at, out, |out| {
+            put_start(out, self.space, self.more);
+            put_runs(out, &self.runs)
+        })
+    }
+
+    /// Reads a head.
+    ///
+    /// # Errors
+    /// Any head that [`OwedBatch::encode`] would not have written.
+    pub fn decode(head: &[u8]) -> Result<Self, DecodeError> {
+        let OwnedBatch { space, runs, more } = OwnedBatch::decode(head)?;
         Ok(Self { space, runs, more })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry::{CodingChoice, NoConvergence, PolicyChoice};
+use pageferry::{CodingChoice, NoConvergence, PolicyChoice, Strategy};
 use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,8 +19,8 @@ Exit codes:
   1    something failed on the way; the program runs on at the source
   2    the command line makes no sense
   3    refused before anything was touched
-  4    in doubt: the link was lost around the commit; the source is stopped and whole,
-       and the message says how to go on
+  4    in doubt: the link was lost around the commit, or for good while pages were owed; the source
+       is stopped and whole, and the message says how to go on
   5    the program runs at the destination, but something failed afterwards
   130  interrupted (143 by SIGTERM); the program runs on at the source"
         )
@@ -182,6 +182,10 @@ pub(super) struct ReceiveVerb {
     /// Give a migration up when nothing moves for so long.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(super) stall_timeout: Time,
+    /// When the source of a program that runs here is not heard of, and pages of the program are still there: wait so long, then
+    /// end it.
+    #[arg(long, value_name = "TIME", default_value = "5min")]
+    pub(super) post_copy_timeout: Time,
     /// One JSON object a line for every event.
     #[arg(long)]
     pub(super) json: bool,
@@ -236,6 +240,8 @@ pub(super) enum NoConvergenceName {
     Freeze,
     /// Leave it running here, and say so.
     GiveUp,
+    /// Freeze it, and send what is left when it runs there.
+    PostCopy,
 }
 
 impl NoConvergenceName {
@@ -244,9 +250,44 @@ impl NoConvergenceName {
         match self {
             NoConvergenceName::Freeze => NoConvergence::Freeze,
             NoConvergenceName::GiveUp => NoConvergence::GiveUp,
+            NoConvergenceName::PostCopy => NoConvergence::PostCopy,
         }
     }
 }
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum StrategyName {
+    /// Memory first: a failure at any time costs nothing.
+    PreCopy,
+    /// The program first: it stands still shortest, and waits for what it touches; if either machine is lost before all has come, it is.
+    PostCopy,
+    /// Memory in rounds, then the program, then what it had written last.
+    Hybrid,
+}
+
+impl StrategyName {
+    /// The choice in the words of the library.
+    pub(super) fn choice(self) -> Strategy {
+        match self {
+            StrategyName::PreCopy => Strategy::PreCopy,
+            StrategyName::PostCopy => Strategy::PostCopy,
+            StrategyName::Hybrid => Strategy::Hybrid,
+        }
+    }
+}
+
+/// Reads `no-progress` and a number of rounds.
+fn post_copy_after(text: &str) -> Result<PostCopyAfter, String> {
+    match (text, text.parse()) {
+        ("no-progress", _) => Ok(PostCopyAfter(None)),
+        (_, Ok(rounds)) if rounds > 0 => Ok(PostCopyAfter(Some(rounds))),
+        _ => Err("a number of rounds, and no-progress, are known".to_owned()),
+    }
+}
+
+/// When the rounds of a hybrid migration end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PostCopyAfter(pub(super) Option<u32>);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum CodingName {
@@ -354,6 +395,15 @@ pub(super) struct MigrateVerb {
     /// Into a file: let the program run on here when the file has all of it, instead of ending it.
     #[arg(long)]
     pub(super) keep_running: bool,
+    /// Whether memory moves before the program, after it, or both.
+    #[arg(long, value_enum, default_value = "pre-copy")]
+    pub(super) strategy: StrategyName,
+    /// Hybrid: how many rounds go before the program: a number at most, or no-progress, as long as they help.
+    #[arg(long, value_name = "N|no-progress", default_value = "no-progress", value_parser = post_copy_after)]
+    pub(super) post_copy_after: PostCopyAfter,
+    /// When the link is lost while the program runs there and pages of it are here: try so long to reach the receiver again.
+    #[arg(long, value_name = "TIME", default_value = "5min")]
+    pub(super) post_copy_timeout: Time,
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     pub(super) downtime: Time,
@@ -367,7 +417,7 @@ pub(super) struct MigrateVerb {
     /// What to do when the program writes faster than the link carries.
     #[arg(long, value_enum, default_value = "freeze")]
     pub(super) on_no_convergence: NoConvergenceName,
-    /// What pre-copy may take of the link, such as 1Gbit or 100MB (a second) [default: all].
+    /// What pre-copy, and owed pages that nobody waits for, may take of the link, such as 1Gbit or 100MB (a second) [default: all].
     #[arg(long, value_name = "RATE")]
     pub(super) bandwidth: Option<Rate>,
     /// Memory for what was last sent of pages that are written again and again: they travel as what differs; 0 turns
@@ -389,7 +439,8 @@ pub(super) struct MigrateVerb {
     /// How CRIU is kept from dumping memory that is there already.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) hide: HideName,
-    /// Compare the whole restored memory with the frozen source before the commit (inside the downtime).
+    /// Compare the whole restored memory with the frozen source before the commit (inside the downtime). What comes after
+    /// it is compared page by page as it comes, with or without this.
     #[arg(long)]
     pub(super) verify: bool,
     /// Write the report to a file, as JSON; also when the migration fails.

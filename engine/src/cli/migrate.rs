@@ -74,6 +74,9 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     let mut plan = SendPlan::new(verb.pid, to);
     plan.keep_running = verb.keep_running;
     plan.keep_store.clone_from(&verb.keep_store);
+    plan.strategy = verb.strategy.choice();
+    plan.post_copy_after = verb.post_copy_after.0;
+    plan.post_copy_timeout = verb.post_copy_timeout.0;
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);

@@ -106,6 +106,21 @@ impl Observer for Bars {
                     bar.set_message(format!("{}  {rate}", Bytes(*sent_bytes)));
                 }
             }),
+            Event::Owed { left_pages, total_pages, sent_bytes, .. } => self.with(|slot| {
+                let bar = slot.get_or_insert_with(|| {
+                    let target = ProgressDrawTarget::stderr();
+                    let bar = ProgressBar::with_draw_target(Some(*total_pages), target);
+                    if let Ok(style) =
+                        ProgressStyle::with_template("{prefix} [{bar:40}] {percent:>3} %  {msg}")
+                    {
+                        bar.set_style(style.progress_chars("=> "));
+                    }
+                    bar.set_prefix("owed pages");
+                    bar
+                });
+                bar.set_position(total_pages.saturating_sub(*left_pages));
+                bar.set_message(Bytes(*sent_bytes).to_string());
+            }),
             other => {
                 if let Some(line) = sentence(other) {
                     self.with(|slot| {

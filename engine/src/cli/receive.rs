@@ -26,6 +26,7 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.keep_store = verb.keep_store;
     plan.criu = verb.criu;
     plan.stall_timeout = verb.stall_timeout.0;
+    plan.post_copy_timeout = verb.post_copy_timeout.0;
     let cancel = signals::token()?;
     let observer: &dyn Observer = if verb.json { &JsonLines } else { &Plain };
     let result = Receiver::bind(plan).and_then(|receiver| receiver.serve(verb.once, observer, &cancel));

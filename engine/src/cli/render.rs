@@ -114,6 +114,32 @@ pub(super) fn report(report: &MigrationReport) -> String {
             micros(fill.max_fault_us)
         );
     }
+    if let Some(late) = &report.post_copy {
+        let _ = writeln!(
+            text,
+            "{} pages were owed when it ran there: {} fetched, {} sent unasked, in {} and {}",
+            late.owed_pages,
+            late.demanded_pages,
+            late.pushed_pages,
+            micros(late.duration_us),
+            Bytes(late.sent_bytes)
+        );
+        let faults = &late.faults;
+        text.push('\n');
+        text += &table(
+            &["waits for owed pages", "median", "99 %", "longest"],
+            &[0, 1, 2, 3],
+            [vec![
+                faults.count.to_string(),
+                micros(faults.p50_us).to_string(),
+                micros(faults.p99_us).to_string(),
+                micros(faults.max_us).to_string(),
+            ]],
+        );
+        if late.reconnections > 0 {
+            let _ = writeln!(text, "the link was lost {} times and taken up again", late.reconnections);
+        }
+    }
     if report.verified {
         let _ =
             writeln!(text, "verified: {} pages compared before the commit, all equal", report.verified_pages);
@@ -130,7 +156,7 @@ pub(super) fn report(report: &MigrationReport) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry::report::{Downtime, FillReport, RoundReport, Share};
+    use pageferry::report::{Downtime, FaultReport, FillReport, PostCopyReport, RoundReport, Share};
 
     fn example() -> MigrationReport {
         let mut downtime = Downtime {
@@ -201,6 +227,22 @@ mod tests {
     #[test]
     fn a_report_lines_up() {
         insta::assert_snapshot!(report(&example()));
+    }
+
+    #[test]
+    fn what_came_late_is_told() {
+        let faults = FaultReport { count: 412, p50_us: 88, p99_us: 610, max_us: 2210 };
+        let post_copy = Some(PostCopyReport {
+            owed_pages: 16_000,
+            demanded_pages: 400,
+            pushed_pages: 15_590,
+            zero_pages: 12,
+            sent_bytes: 65_900_000,
+            duration_us: 210_000,
+            reconnections: 1,
+            faults,
+        });
+        insta::assert_snapshot!(report(&MigrationReport { post_copy, ..example() }));
     }
 
     #[test]

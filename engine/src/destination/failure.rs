@@ -1,5 +1,6 @@
 //! Everything that can go wrong at the destination, and the code by which the source hears of it.
 
+use super::late::LateError;
 use super::serve::ServeError;
 use super::sessions::{BeginError, GivenUp};
 use super::store::StoreError;
@@ -83,6 +84,13 @@ pub(crate) enum ReceiveError {
     SourceAborted { code: AbortCode, detail: String },
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
+    #[error(transparent)]
+    Late(#[from] LateError),
+    #[error(
+        "the source was not heard for {silence:?} while {left} pages of the program were still there: the program has been ended here, and \
+         stands stopped and whole at the source, as it was when it moved"
+    )]
+    SourceLost { left: u64, silence: std::time::Duration },
 }
 
 impl From<LinkError> for ReceiveError {
@@ -107,6 +115,7 @@ impl ReceiveError {
                 AbortCode::DigestMismatch
             }
             ReceiveError::Seal { .. } | ReceiveError::SealCount { .. } => AbortCode::SealMismatch,
+            ReceiveError::Late(LateError::Differs(_)) => AbortCode::DigestMismatch,
             ReceiveError::Restore(error) if error.is_cancelled() => AbortCode::Cancelled,
             ReceiveError::Restore(_) | ReceiveError::Serve(_) | ReceiveError::NotRestored { .. } => {
                 AbortCode::RestoreFailed
@@ -115,6 +124,7 @@ impl ReceiveError {
             | ReceiveError::NotCompared { .. }
             | ReceiveError::RegionsDiffer { .. } => AbortCode::VerifyFailed,
             ReceiveError::Channel(ChannelError::Frame(_))
+            | ReceiveError::Late(_)
             | ReceiveError::UnknownSession
             | ReceiveError::Order(_)
             | ReceiveError::Unexpected(_)
@@ -128,6 +138,20 @@ impl ReceiveError {
     /// Whether the link itself is gone, so that the sender may not know what became of the session.
     pub(crate) fn is_link(&self) -> bool {
         matches!(self, ReceiveError::Channel(ChannelError::Link(_)))
+    }
+
+    /// Whether the program ran here, and was ended because pages of it did not come as they should.
+    pub(crate) fn leaves_source_stopped(&self) -> bool {
+        matches!(self, ReceiveError::SourceLost { .. } | ReceiveError::Late(_))
+    }
+
+    /// Whether a source whose owed pages are on their way may come back after it, and go on.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            ReceiveError::Channel(ChannelError::Link(_) | ChannelError::Frame(_))
+                | ReceiveError::Store(StoreError::DigestMismatch { .. } | StoreError::Unpack { .. })
+        )
     }
 
     /// The text with its causes.

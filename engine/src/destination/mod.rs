@@ -4,6 +4,7 @@ mod failure;
 mod guard;
 mod hub;
 mod keep;
+pub(crate) mod late;
 mod receive;
 mod restore;
 pub(crate) mod serve;
@@ -20,6 +21,7 @@ use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
 use hub::Hub;
 use keep::Keeper;
+use late::Late;
 use pageferry_criu_glue::{Criu, ImageDir, Restore, RestoreOptions, TcpPolicy};
 use pageferry_wire_format::{self as wire, AbortCode, ControlMessage, HandoverState, Hello, Welcome};
 use receive::Reception;
@@ -53,12 +55,14 @@ pub(crate) struct Host {
     sessions: Sessions,
     /// Where further connections of the session under way find it.
     hub: Mutex<Option<Arc<Hub>>>,
+    /// Where connections for owed pages find it.
+    late: Mutex<Option<Arc<Late>>>,
     /// The store of the next session, with its memory made ready, if the plan says so.
     standby: Mutex<Option<PageStore>>,
 }
 
 /// Connections that are talked to at a time: one migrates, the others ask.
-const CONNECTIONS: usize = 32;
+const CONNECTIONS: usize = 48;
 
 /// How a session ended.
 struct End {
@@ -188,6 +192,7 @@ impl Host {
             criu,
             sessions: Sessions::default(),
             hub: Mutex::default(),
+            late: Mutex::default(),
             standby: Mutex::default(),
         })
     }
@@ -241,6 +246,13 @@ impl Host {
                 let hub = self.hub.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 match hub.filter(|hub| hub.session() == session) {
                     Some(hub) => hub.serve(channel, stream),
+                    None => refuse(&mut channel, &ReceiveError::UnknownSession),
+                }
+            }
+            Ok(Incoming::Control(ControlMessage::Late { session, stream })) => {
+                let late = self.late.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                match late.filter(|late| late.session() == session) {
+                    Some(late) => late.serve(channel, stream),
                     None => refuse(&mut channel, &ReceiveError::UnknownSession),
                 }
             }
@@ -300,7 +312,8 @@ impl Host {
         let kept = keeper.pages();
         store.set_kept(Arc::clone(&kept));
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
-        let _door = Door::open(self, Arc::clone(&hub));
+        let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout));
+        let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));
         channel.link_mut().set_alarm(Some(hub.alarm().clone()));
         crate::fault::point("dest-welcome");
         channel.control(&ControlMessage::Welcome(Welcome {
@@ -325,7 +338,13 @@ impl Host {
         keeper.note(&cargo);
         let store = hub.close().ok_or(ReceiveError::Order("an end twice"))?;
         channel.link_mut().set_alarm(None);
-        let server = Server::new(store)?;
+        late.with_books(|books| {
+            for (space, incomer) in &cargo.spaces {
+                let owed = receive::page_set(&incomer.owed);
+                books.owe(*space, incomer.vpid, owed.runs().iter().copied());
+            }
+        });
+        let server = Server::with_late(store, Arc::clone(&late))?;
         let alive = Rebirth {
             plan: &self.plan,
             observer,
@@ -339,21 +358,28 @@ impl Host {
         }
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);
-        let (told, pid) = (alive.told, alive.pid);
-        match alive.settle(channel) {
-            Ok(stats) => observer.event(&Event::Filled {
-                pages: stats.pages,
-                faults: stats.faults,
-                max_fault_us: stats.max_fault.as_micros() as u64,
-            }),
-            Err(error) => observer.event(&Event::Warning { text: error.chain() }),
-        }
-        let closed = channel.link_mut().close_gently(Duration::from_secs(2));
+        let pid = alive.pid;
+        let owing = late.owing();
+        let told = match alive.settle(channel, &late, &self.plan) {
+            Ok((stats, told)) => {
+                observer.event(&Event::Filled {
+                    pages: stats.pages,
+                    faults: stats.faults,
+                    max_fault_us: stats.max_fault.as_micros() as u64,
+                });
+                told
+            }
+            Err(error) if owing => return Err(error),
+            Err(error) => {
+                observer.event(&Event::Warning { text: error.chain() });
+                false
+            }
+        };
         if let Err(error) = keeper.fill(pid) {
             let text = format!("the pages could not be kept: {error}");
             observer.event(&Event::Warning { text });
         }
-        Ok(told && closed)
+        Ok(told)
     }
 }
 
@@ -361,18 +387,22 @@ impl Host {
 struct Door<'a> {
     host: &'a Host,
     hub: Arc<Hub>,
+    late: Arc<Late>,
 }
 
 impl<'a> Door<'a> {
-    fn open(host: &'a Host, hub: Arc<Hub>) -> Self {
+    fn open(host: &'a Host, hub: Arc<Hub>, late: Arc<Late>) -> Self {
         *host.hub.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&hub));
-        Self { host, hub }
+        *host.late.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&late));
+        Self { host, hub, late }
     }
 }
 
 impl Drop for Door<'_> {
     fn drop(&mut self) {
         *self.host.hub.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.host.late.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.late.close();
         // Whatever was received and not taken goes with it.
         drop(self.hub.close());
     }
@@ -423,6 +453,18 @@ impl End {
     fn into_result(self) -> Result<(), MigrationError> {
         match self.failure {
             None => Ok(()),
+            Some(error) if error.leaves_source_stopped() => Err(MigrationError {
+                kind: FailureKind::InDoubt,
+                phase: "post-copy".to_owned(),
+                source_state: CopyState::Stopped,
+                destination_state: CopyState::None,
+                help: Some(
+                    "look at the source: its message, or `kill -CONT` of the stopped processes, lets the program run on there from where it was when it moved"
+                        .to_owned(),
+                ),
+                cause: Box::new(error),
+                report: None,
+            }),
             Some(error) => Err(MigrationError {
                 kind: if error.code() == AbortCode::Cancelled {
                     FailureKind::Interrupted

@@ -6,8 +6,9 @@ use super::store::StoreError;
 use crate::link::{Channel, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
+use pageferry_tracker::{PageSet, Run};
 use pageferry_wire_format::{
-    ControlMessage, OwnedBatch, PageRun, RegionInfo, SpaceDigest, SpaceId, digest, limits,
+    ControlMessage, OwedBatch, OwnedBatch, PageRun, RegionInfo, SpaceDigest, SpaceId, digest, limits,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,8 +21,30 @@ pub(super) struct Incomer {
     /// Filled at the seal.
     pub(super) owned: Vec<PageRun>,
     pub(super) owned_complete: bool,
+    /// Of these, the ones that come when the program runs.
+    pub(super) owed: Vec<PageRun>,
+    owed_complete: bool,
     pub(super) regions: Vec<RegionInfo>,
     pub(super) sealed: bool,
+}
+
+impl Incomer {
+    /// The owned pages that are not owed: those that have to be here.
+    pub(super) fn held(&self) -> Result<Vec<PageRun>, ReceiveError> {
+        if self.owed.is_empty() {
+            return Ok(self.owned.clone());
+        }
+        let (owned, owed) = (page_set(&self.owned), page_set(&self.owed));
+        if owed.runs().iter().any(|run| !owned.contains_run(*run)) {
+            return Err(ReceiveError::Order("owed pages that are not owned"));
+        }
+        Ok(crate::source::sent::wire_runs(&owned.subtract(&owed)))
+    }
+}
+
+/// Runs of the wire as a set.
+pub(super) fn page_set(runs: &[PageRun]) -> PageSet {
+    runs.iter().map(|run| Run { start: run.start.0, len: run.len }).collect()
 }
 
 /// What was received when the images are complete.
@@ -83,6 +106,7 @@ impl<'a> Reception<'a> {
             match self.channel.receive()? {
                 Incoming::Pages(payload) => self.hub.pages(self.channel, payload, 0)?,
                 Incoming::Owned(batch) => self.owned(batch)?,
+                Incoming::Owed(batch) => self.owed(batch)?,
                 Incoming::Image(chunk, payload) => {
                     if !self.all_sealed {
                         return Err(ReceiveError::Order("an image before the seal"));
@@ -114,6 +138,19 @@ impl<'a> Reception<'a> {
         }
         incomer.owned.extend(batch.runs);
         incomer.owned_complete = !batch.more;
+        Ok(())
+    }
+
+    fn owed(&mut self, batch: OwedBatch) -> Result<(), ReceiveError> {
+        let incomer = self.spaces.get_mut(&batch.space).ok_or(ReceiveError::UnknownSpace(batch.space))?;
+        if incomer.sealed || incomer.owed_complete || !incomer.owned_complete {
+            return Err(ReceiveError::Order("owed pages that do not follow the owned ones"));
+        }
+        if incomer.owed.len() + batch.runs.len() > limits::MAX_OWNED_RUNS {
+            return Err(ReceiveError::Order("more owed runs than a space may have"));
+        }
+        incomer.owed.extend(batch.runs);
+        incomer.owed_complete = !batch.more;
         Ok(())
     }
 
@@ -219,13 +256,18 @@ impl<'a> Reception<'a> {
         regions: Vec<RegionInfo>,
     ) -> Result<(), ReceiveError> {
         let incomer = self.spaces.get_mut(&space).ok_or(ReceiveError::UnknownSpace(space))?;
-        if incomer.sealed || !(incomer.owned_complete || incomer.owned.is_empty()) {
+        let complete = |complete: bool, runs: &[PageRun]| complete || runs.is_empty();
+        if incomer.sealed
+            || !complete(incomer.owned_complete, &incomer.owned)
+            || !complete(incomer.owed_complete, &incomer.owed)
+        {
             return Err(ReceiveError::Order("a seal in the middle of a space"));
         }
         // Where pages are still to come again, nothing can be compared yet: the answer to the end of the seal is no.
         if !self.asked_again {
-            let owned = &incomer.owned;
-            let sealed = self.hub.with_store(|store| store.seal(space, owned));
+            let held = incomer.held()?;
+            // What it has of owed pages is of no use: it is dropped as what is not owned is.
+            let sealed = self.hub.with_store(|store| store.seal(space, &held));
             let outcome = sealed.map_err(|error| match error {
                 ReceiveError::Store(source @ StoreError::Missing { .. }) => {
                     ReceiveError::Seal { space, source: Some(source) }

@@ -2,8 +2,9 @@
 
 use super::failure::ReceiveError;
 use super::guard::Guard;
+use super::late::Late;
 use super::receive::Cargo;
-use super::serve::{Budget, FillStats, ServeError, Server};
+use super::serve::{Budget, FillStats, ServeError, Server, say_filled};
 use super::sessions::Sessions;
 use super::verify;
 use crate::Cancel;
@@ -207,32 +208,61 @@ fn take_tasks(
 }
 
 impl Alive {
-    /// Waits until every page is in place, and lets CRIU go.
-    pub(super) fn settle(self, channel: &mut Channel) -> Result<FillStats, ReceiveError> {
-        let finished = self.restore.finish();
+    /// Waits until every page is in place, and lets CRIU go. Says also whether the source has heard of it.
+    pub(super) fn settle(
+        self,
+        channel: &mut Channel,
+        late: &Late,
+        plan: &ReceivePlan,
+    ) -> Result<(FillStats, bool), ReceiveError> {
+        let Self { server, restore, pid, told, guard } = self;
+        let owing = late.owing();
+        let finished = restore.finish();
         // A sign of life now and then: large memories take longer than a silent link is believed in.
         let stats = loop {
-            match self.server.wait_filled_for(SIGN_OF_LIFE) {
+            match server.wait_filled_for(SIGN_OF_LIFE) {
                 Ok(Some(stats)) => break Ok(stats),
                 Ok(None) => {}
                 Err(error @ (ServeError::Died | ServeError::Aborted)) => break Err(error),
                 // A page could not be put in place for some time, and is tried again: the program waits for it.
                 Err(error) => tracing::warn!(%error, "a page is late"),
             }
-            let _ = channel.control(&ControlMessage::Ping { n: 0 });
+            if owing {
+                let silence = late.silence();
+                let lost = (silence > plan.post_copy_timeout && late.left() > 0)
+                    .then(|| ReceiveError::SourceLost { left: late.left(), silence });
+                if let Some(error) = late.failure().or(lost) {
+                    // Without its pages it cannot go on, and must not go on with others.
+                    end_tree(pid);
+                    drop(guard);
+                    server.abort();
+                    return Err(error);
+                }
+            } else {
+                let _ = channel.control(&ControlMessage::Ping { n: 0 });
+            }
         };
         if stats.is_ok() {
-            self.guard.dismiss();
+            guard.dismiss();
         }
         let stats = stats?;
-        let _ = channel.control(&ControlMessage::Filled {
-            pages: stats.pages,
-            prefilled_pages: stats.prefilled_pages,
-            faults: stats.faults,
-            max_fault_us: stats.max_fault.as_micros() as u64,
-            duration_us: stats.duration.as_micros() as u64,
-        });
+        if owing {
+            late.end_taker();
+            let told = say_filled(late, server.take_demand(), &stats, plan.stall_timeout);
+            finished?;
+            return Ok((stats, told));
+        }
+        let _ = channel.control(&stats.message());
+        let closed = channel.link_mut().close_gently(Duration::from_secs(2));
         finished?;
-        Ok(stats)
+        Ok((stats, told && closed))
+    }
+}
+
+/// Ends a program that cannot go on: all of its processes.
+fn end_tree(root: i32) {
+    let tree = Target::open(root).ok().and_then(|root| tracker::tree::discover(&root).ok());
+    for target in tree.unwrap_or_default() {
+        let _ = rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::KILL);
     }
 }

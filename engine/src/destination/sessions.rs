@@ -112,7 +112,11 @@ impl Sessions {
 
     /// Nothing of the session is alive here any more. Called after that has become true.
     pub(crate) fn discarded(&self, id: u128, now: Instant) {
-        self.lock().states.insert(id, (State::Discarded, now));
+        let mut inner = self.lock();
+        // One that ran here, and was ended because its pages did not come, was here: that is no leave to let another run.
+        if !matches!(inner.states.get(&id), Some((State::Resumed(_), _))) {
+            inner.states.insert(id, (State::Discarded, now));
+        }
     }
 
     /// Answers a sender that lost its link.

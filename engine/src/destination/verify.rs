@@ -76,8 +76,10 @@ pub(super) fn compare(
 fn complete(tree: &BTreeMap<SpaceId, Restored>, cargo: &Cargo) -> Result<u64, ReceiveError> {
     let mut pages = 0;
     for (space, restored) in tree {
-        let owned = cargo.spaces.get(space).map_or(&[][..], |incomer| &incomer.owned);
-        let owned: PageSet = owned.iter().map(|run| Run { start: run.start.0, len: run.len }).collect();
+        // What is owed comes with a digest of its own.
+        let held =
+            cargo.spaces.get(space).map(super::receive::Incomer::held).transpose()?.unwrap_or_default();
+        let owned = super::receive::page_set(&held);
         if let Some(run) = owned.subtract(&restored.compared).runs().first() {
             return Err(ReceiveError::NotCompared { vpid: restored.vpid, page: run.start });
         }

@@ -170,6 +170,8 @@ impl Ledger {
                 let space = self.spaces.get_mut(&batch.space).ok_or(Damage::Space(batch.space))?;
                 batch.runs.iter().for_each(|run| space.owned.insert(run.start.0, run.len));
             }
+            // Nobody would bring them later.
+            Head::Owed(_) => return Err(Damage::Order("owed pages in a file")),
             Head::Control(ControlMessage::Spaces { spaces, .. }) => {
                 for info in spaces {
                     if self.spaces.insert(info.space, Space::default()).is_some() {

@@ -3,8 +3,8 @@
 use super::{LinkError, SharedShaper, TcpLink};
 use crate::fault::{self, Fault};
 use pageferry_wire_format::{
-    AbortCode, ControlMessage, Decoder, DigestBatch, EncodeError, FrameError, HEADER_BYTES, Head, ImageChunk,
-    OwnedBatch, PageBatch, Sequencer,
+    AbortCode, ControlMessage, Decoder, DigestBatch, EncodeError, FrameError, HEADER_BYTES, Head, Header,
+    ImageChunk, OwedBatch, OwnedBatch, PageBatch, Sequencer,
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::time::{Duration, Instant};
@@ -50,6 +50,8 @@ pub(crate) enum Incoming {
     Digests(DigestBatch),
     /// Pages that the engine owns in the end.
     Owned(OwnedBatch),
+    /// Pages that come after the program runs.
+    Owed(OwedBatch),
     /// Everything else.
     Control(ControlMessage),
 }
@@ -141,6 +143,13 @@ impl Channel {
         self.send(&[])
     }
 
+    /// Sends pages that come after the program runs.
+    pub(crate) fn owed(&mut self, batch: &OwedBatch) -> Result<usize, ChannelError> {
+        self.head_out.clear();
+        batch.encode(&mut self.sequencer, &mut self.head_out)?;
+        self.send(&[])
+    }
+
     fn send(&mut self, payload: &[IoSlice<'_>]) -> Result<usize, ChannelError> {
         match fault::point("frame") {
             Some(Fault::Cut) => self.link.shutdown(),
@@ -202,8 +211,22 @@ impl Channel {
             Head::Image { chunk, payload_len } => Incoming::Image(chunk, payload_len),
             Head::Digests(batch) => Incoming::Digests(batch),
             Head::Owned(batch) => Incoming::Owned(batch),
+            Head::Owed(batch) => Incoming::Owed(batch),
             Head::Control(message) => Incoming::Control(message),
         })
+    }
+
+    /// Whether the next frame is here to its last byte, so that receiving it does not wait. Only for frames that are smaller than what
+    /// the system buffers.
+    pub(crate) fn whole_frame_waits(&self) -> Result<bool, ChannelError> {
+        let mut raw = [0; HEADER_BYTES];
+        if self.link.peek(&mut raw)? < raw.len() {
+            return Ok(false);
+        }
+        // A header that makes no sense is found out by receiving it.
+        let len =
+            Header::parse(&raw).map_or(0, |header| header.head_len as usize + header.payload_len as usize);
+        Ok(self.link.waiting()? >= HEADER_BYTES + len)
     }
 
     /// Waits for a control message; an abort is an error, and signs of life are passed over.

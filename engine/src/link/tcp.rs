@@ -97,9 +97,54 @@ impl TcpLink {
         Ok(rustix::net::sockopt::set_tcp_congestion(&self.stream, name)?)
     }
 
+    /// For single pages that somebody waits for: they pass what else leaves this machine.
+    pub(crate) fn set_urgent(&self) {
+        /// Of RFC 1349; the system's simplest queue still goes by it.
+        const LOW_DELAY: u8 = 0x10;
+        // Where it has no meaning, as between two ends in one process, nothing is lost.
+        let _ = rustix::net::sockopt::set_ip_tos(&self.stream, LOW_DELAY);
+    }
+
+    /// For bulk that must not fill the way of what is urgent: little of it is handed to the system ahead of time.
+    pub(crate) fn set_shallow(&self) {
+        const AHEAD: u32 = 128 << 10;
+        let _ = super::sys::keep_shallow(&self.stream, AHEAD);
+    }
+
     /// How long not a byte may move.
     pub fn set_stall(&mut self, stall: Duration) {
         self.stall = stall;
+    }
+
+    /// How long not a byte may move.
+    pub fn stall(&self) -> Duration {
+        self.stall
+    }
+
+    /// Lays what comes next into `into`, without taking it; says how much of it is there now.
+    ///
+    /// # Errors
+    /// [`LinkError::Closed`], [`LinkError::Lost`].
+    pub fn peek(&self, into: &mut [u8]) -> Result<usize, LinkError> {
+        loop {
+            match self.stream.peek(into) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => return Ok(n),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(LinkError::Lost(e)),
+            }
+        }
+    }
+
+    /// Bytes that have come and were not taken.
+    ///
+    /// # Errors
+    /// [`LinkError::Lost`].
+    pub fn waiting(&self) -> Result<usize, LinkError> {
+        let bytes =
+            rustix::io::ioctl_fionread(&self.stream).map_err(|errno| LinkError::Lost(errno.into()))?;
+        Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
     }
 
     /// Who may interrupt a wait; `None` makes waits uninterruptible (after the commit).

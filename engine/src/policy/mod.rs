@@ -1,11 +1,13 @@
 //! When to send another round, and when to freeze. Pure: time comes in as durations, nothing is waited for.
 
 pub mod adaptive;
+pub(crate) mod bubbling;
 pub mod estimate;
 pub mod fixed;
 pub mod hot;
 
 pub use adaptive::Adaptive;
+pub(crate) use bubbling::Bubbling;
 pub use fixed::Fixed;
 pub use hot::HotPages;
 
@@ -49,6 +51,8 @@ pub enum StopReason {
     NoProgress,
     /// The limit of rounds was reached.
     MaxRounds,
+    /// What is left is to come after the program runs at the destination.
+    PostCopy,
 }
 
 impl StopReason {
@@ -58,6 +62,7 @@ impl StopReason {
             StopReason::TargetMet => "target-met",
             StopReason::NoProgress => "no-progress",
             StopReason::MaxRounds => "max-rounds",
+            StopReason::PostCopy => "post-copy",
         }
     }
 }

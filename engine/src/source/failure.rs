@@ -89,6 +89,17 @@ pub(crate) enum SendError {
     Protocol(String),
     #[error("cancelled")]
     Cancelled,
+    #[error("could not prepare to send owed pages")]
+    LateThread(#[source] std::io::Error),
+    #[error("of process {pid}, {pages} pages came late at the receiver, and they are not what is here")]
+    LateDiffers { pid: i32, pages: u64 },
+    #[error("{left} of {total} pages that the program is owed could not be sent")]
+    Owing {
+        left: u64,
+        total: u64,
+        #[source]
+        source: Box<SendError>,
+    },
 }
 
 impl SendError {

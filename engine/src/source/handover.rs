@@ -14,7 +14,7 @@ use crate::policy::Decision;
 use crate::report::{DestinationPart, FillReport, RoundReport};
 use pageferry_criu_glue::{HideKind, Owned, Wait};
 use pageferry_tracker::{self as tracker, Collected, PageSet, TreeState};
-use pageferry_wire_format::{ControlMessage, ImageChunk, OwnedBatch, limits};
+use pageferry_wire_format::{ControlMessage, ImageChunk, OwedBatch, OwnedBatch, limits};
 use std::io::Read;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,7 @@ impl Migration<'_> {
         }
         let todo = self.take_in(&collected, round, true)?;
         let todo_pages: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+        let todo = if self.owes { self.owe(todo, &collected)? } else { todo };
         self.report.downtime_us.collect = laps.lap(self.observer, "collect");
         let mut tally = self.send_todo(&todo, round, true)?;
         self.end_round(round, &tally)?;
@@ -76,8 +77,9 @@ impl Migration<'_> {
         self.phase = Phase::Sealing;
         crate::fault::point("seal");
         self.seal(&collected, round, &mut tally)?;
-        // What is left to say goes over the first connection.
+        // What is left to say goes over the first connection, and what is owed over others.
         self.close_streams();
+        self.answer_late()?;
         self.report.downtime_us.seal = laps.lap(self.observer, "seal");
         let sent_bytes = self.sent_bytes() - before;
         self.report.rounds.push(RoundReport {
@@ -133,7 +135,7 @@ impl Migration<'_> {
             }
             other => return Err(SendError::Protocol(format!("{other:?} instead of ready"))),
         }
-        if stake == Stake::Program {
+        if stake != Stake::Image {
             self.report.downtime_us.restore = laps.lap(self.observer, "restore");
             crate::fault::point("ready");
             self.dump_mut().confirm()?;
@@ -144,7 +146,7 @@ impl Migration<'_> {
         // The last moment at which anybody can change their mind.
         self.check_cancel()?;
         self.channel().link_mut().set_cancel(None);
-        if stake == Stake::Program {
+        if stake != Stake::Image {
             self.watchman().leave().map_err(SendError::Watchman)?;
         }
         self.phase = Phase::Committing;
@@ -160,7 +162,7 @@ impl Migration<'_> {
             }
             other => return Err(SendError::Protocol(format!("{other:?} instead of resumed"))),
         }
-        if stake == Stake::Program {
+        if stake != Stake::Image {
             self.report.downtime_us.commit = laps.lap(self.observer, "commit");
         }
         self.report.downtime_us.add_up();
@@ -201,7 +203,6 @@ impl Migration<'_> {
         self.report.processes = collected.spaces.len() as u32;
         for _ in 0..Self::SEALS {
             let memory_pages = self.say_seal(collected)?;
-            self.report.memory_bytes = memory_pages * 4096;
             // Sent before the seal, and answered before it.
             let again = self.acknowledged(round)?;
             match self.answer("the seal")? {
@@ -217,9 +218,10 @@ impl Migration<'_> {
         Err(SendError::Protocol("the same pages again and again".to_owned()))
     }
 
-    /// Says what every space consists of; gives the number of pages.
+    /// Says what every space consists of; gives the number of pages that the destination holds.
     fn say_seal(&mut self, collected: &Collected) -> Result<u64, SendError> {
-        let mut memory_pages = 0;
+        let (mut memory_pages, mut owed_pages) = (0, 0);
+        let debt = self.debt();
         for scan in &collected.spaces {
             let (id, vpid) = {
                 let place = &self.space(scan.key.0).place;
@@ -234,6 +236,17 @@ impl Migration<'_> {
                 let batch = OwnedBatch { space: id, runs: runs.to_vec(), more: index + 1 < count };
                 self.channel().owned(&batch)?;
             }
+            if let Some(debt) = &debt
+                && let Some(owed) = debt.owed_of(id)
+            {
+                owed_pages += owed.len();
+                let runs = wire_runs(owed);
+                let count = runs.chunks(limits::MAX_RUNS_PER_FRAME).count();
+                for (index, runs) in runs.chunks(limits::MAX_RUNS_PER_FRAME).enumerate() {
+                    let batch = OwedBatch { space: id, runs: runs.to_vec(), more: index + 1 < count };
+                    self.channel().owed(&batch)?;
+                }
+            }
             self.control(&ControlMessage::SpaceSeal {
                 space: id,
                 vpid,
@@ -243,6 +256,7 @@ impl Migration<'_> {
             })?;
         }
         self.control(&ControlMessage::SealEnd { spaces: collected.spaces.len() as u32 })?;
+        self.report.memory_bytes = (memory_pages + owed_pages) * 4096;
         Ok(memory_pages)
     }
 
@@ -318,8 +332,20 @@ impl Migration<'_> {
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
         let keep = self.store.is_some();
+        let owing = self.late.is_some();
+        self.post_copy()?;
         if !keep {
             self.end_tree()?;
+        }
+        if owing {
+            // Everything is there, and this is only how it went.
+            if let Some(channel) = self.late_last.take()
+                && let Err(error) = self.hear_filled(channel)
+            {
+                let text = format!("the destination has everything, and did not say how it went: {error}");
+                self.observer.event(&Event::Warning { text });
+            }
+            return self.keep_and_end(keep);
         }
         match self.answer("the destination to have every page in place")? {
             ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => {}
@@ -330,6 +356,10 @@ impl Migration<'_> {
             }
             other => return Err(SendError::Protocol(format!("{other:?} instead of filled"))),
         }
+        self.keep_and_end(keep)
+    }
+
+    fn keep_and_end(&mut self, keep: bool) -> Result<(), SendError> {
         if keep {
             self.keep_pages();
             self.end_tree()?;

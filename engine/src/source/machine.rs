@@ -28,6 +28,8 @@ pub(crate) enum Phase {
     Restoring,
     /// The commit may have been sent.
     Committing,
+    /// The program runs at the destination, and pages of it are still here.
+    PostCopy,
     /// The destination has said that the program runs there.
     Committed,
 }
@@ -46,6 +48,7 @@ impl std::fmt::Display for Phase {
             Phase::Images => f.write_str("sending the images"),
             Phase::Restoring => f.write_str("waiting for the restore"),
             Phase::Committing => f.write_str("committing"),
+            Phase::PostCopy => f.write_str("post-copy"),
             Phase::Committed => f.write_str("the time after the commit"),
         }
     }
@@ -60,8 +63,10 @@ pub(crate) enum Aftermath {
     Ask,
     /// End it: the destination's copy runs.
     End,
-    /// Keep it stopped: it cannot be known which copy is the one.
+    /// Keep it stopped: it cannot be known which copy is the one, or the other one cannot live without it.
     Hold,
+    /// Keep it stopped, and go on sending what the destination's copy is owed.
+    Serve,
 }
 
 /// What the commit gives away.
@@ -69,6 +74,8 @@ pub(crate) enum Aftermath {
 pub(crate) enum Stake {
     /// The program: one copy of it may run, here or there.
     Program,
+    /// The program, but for pages that are owed: they are nowhere else, whoever runs.
+    Part,
     /// An image of it that does not run by itself, while the program never stops being here.
     Image,
 }
@@ -81,14 +88,16 @@ pub(crate) enum Stake {
 pub(crate) fn after_failure(phase: Phase, stake: Stake) -> Aftermath {
     match (phase, stake) {
         (Phase::Committed, Stake::Program) => Aftermath::End,
-        (Phase::Committing, Stake::Program) => Aftermath::Ask,
+        (Phase::PostCopy | Phase::Committed, Stake::Part) => Aftermath::Hold,
+        (Phase::Committing, Stake::Program | Stake::Part) => Aftermath::Ask,
         _ => Aftermath::RunOn,
     }
 }
 
 /// What to do when the destination was asked, and answered `state` (`None`: it could not be reached in time).
-pub(crate) fn after_answer(state: Option<&HandoverState>) -> Aftermath {
+pub(crate) fn after_answer(state: Option<&HandoverState>, stake: Stake) -> Aftermath {
     match state {
+        Some(HandoverState::Resumed { .. }) if stake == Stake::Part => Aftermath::Serve,
         Some(HandoverState::Resumed { .. }) => Aftermath::End,
         // It has given its copy up and will never let it run.
         Some(HandoverState::Discarded) => Aftermath::RunOn,
@@ -134,11 +143,22 @@ mod tests {
 
     #[test]
     fn only_a_certain_answer_lets_either_copy_go() {
-        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 })), Aftermath::End);
-        assert_eq!(after_answer(Some(&HandoverState::Discarded)), Aftermath::RunOn);
+        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 }), Stake::Program), Aftermath::End);
+        assert_eq!(after_answer(Some(&HandoverState::Discarded), Stake::Program), Aftermath::RunOn);
         for state in [HandoverState::Unknown, HandoverState::Receiving, HandoverState::ReadyToRun] {
-            assert_eq!(after_answer(Some(&state)), Aftermath::Hold);
+            assert_eq!(after_answer(Some(&state), Stake::Program), Aftermath::Hold);
         }
-        assert_eq!(after_answer(None), Aftermath::Hold);
+        assert_eq!(after_answer(None, Stake::Program), Aftermath::Hold);
+    }
+
+    #[test]
+    fn a_copy_that_the_other_needs_is_neither_ended_nor_let_go() {
+        for phase in [Phase::PostCopy, Phase::Committed] {
+            assert_eq!(after_failure(phase, Stake::Part), Aftermath::Hold, "{phase}");
+        }
+        assert_eq!(after_failure(Phase::Restoring, Stake::Part), Aftermath::RunOn);
+        assert_eq!(after_failure(Phase::Committing, Stake::Part), Aftermath::Ask);
+        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 }), Stake::Part), Aftermath::Serve);
+        assert_eq!(after_answer(None, Stake::Part), Aftermath::Hold);
     }
 }

@@ -5,6 +5,7 @@ mod deltas;
 mod failure;
 mod handover;
 mod keep;
+mod late;
 mod machine;
 mod pages;
 mod precopy;
@@ -22,13 +23,14 @@ use crate::cancel::Cancel;
 use crate::error::{CopyState, FailureKind, MigrationError};
 use crate::kept::{Archive, KeptStore};
 use crate::layout::{Layout, Place};
-use crate::link::{Channel, TcpLink};
+use crate::link::{Channel, SharedShaper, TcpLink};
 use crate::observe::{Event, Observer};
-use crate::plan::{SendPlan, SendTo};
+use crate::plan::{SendPlan, SendTo, Strategy};
 use crate::policy::HotPages;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
+use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Tracker};
@@ -127,6 +129,15 @@ struct Migration<'a> {
     channel: Option<Channel>,
     /// Further connections, for pages only.
     further: Vec<Channel>,
+    /// Connections for pages that the program is owed, until it is known which these are.
+    late_channels: Vec<Channel>,
+    /// What is owed, and who sends it.
+    late: Option<LateSession>,
+    /// The connection on which the destination has said that nothing is owed any more.
+    late_last: Option<Channel>,
+    late_shaper: Option<SharedShaper>,
+    /// Whether what is left when the tree is frozen comes after it runs at the destination.
+    owes: bool,
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
@@ -171,7 +182,7 @@ impl<'a> Migration<'a> {
             program: root.name(),
             to: plan.to.to_string(),
             strategy: match plan.to {
-                SendTo::Receiver(_) => "pre-copy",
+                SendTo::Receiver(_) => plan.strategy.name(),
                 SendTo::File(_) | SendTo::Directory(_) => "checkpoint",
             }
             .to_owned(),
@@ -213,6 +224,11 @@ impl<'a> Migration<'a> {
             tracker: None,
             channel: None,
             further: Vec::new(),
+            late_channels: Vec::new(),
+            late: None,
+            late_last: None,
+            late_shaper: None,
+            owes: plan.strategy != Strategy::PreCopy,
             peer,
             holds_back: false,
             deltas_help: false,
@@ -227,7 +243,10 @@ impl<'a> Migration<'a> {
         let started = Instant::now();
         self.connect()?;
         self.attach()?;
-        let decision = self.pre_copy()?;
+        let decision = match self.plan.strategy {
+            Strategy::PostCopy => self.look_once()?,
+            Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
+        };
         self.hand_over(decision)?;
         self.report.total_us = started.elapsed().as_micros() as u64;
         self.observer.event(&Event::Committed);
@@ -265,6 +284,10 @@ impl<'a> Migration<'a> {
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
         self.open_streams(welcome.streams)?;
+        if plan.may_owe() {
+            self.limit_late();
+            self.open_late(welcome.streams)?;
+        }
         if let Peer::Receiver(to) = self.peer {
             self.observer.event(&Event::Connected { to, version: welcome.engine });
         }
@@ -335,7 +358,11 @@ impl<'a> Migration<'a> {
 
     /// What is given away with the commit.
     fn stake(&self) -> Stake {
-        if self.plan.keep_running { Stake::Image } else { Stake::Program }
+        match (self.plan.keep_running, &self.late) {
+            (true, _) => Stake::Image,
+            (false, Some(_)) => Stake::Part,
+            (false, None) => Stake::Program,
+        }
     }
 
     fn check_cancel(&self) -> Result<(), SendError> {
@@ -397,6 +424,6 @@ fn states(aftermath: Aftermath) -> (CopyState, CopyState) {
     match aftermath {
         Aftermath::RunOn => (CopyState::Running, CopyState::None),
         Aftermath::End => (CopyState::None, CopyState::Running),
-        Aftermath::Ask | Aftermath::Hold => (CopyState::Stopped, CopyState::Unknown),
+        Aftermath::Ask | Aftermath::Hold | Aftermath::Serve => (CopyState::Stopped, CopyState::Unknown),
     }
 }

@@ -3,7 +3,8 @@
 use super::failure::SendError;
 use super::{Migration, Phase, Space};
 use crate::observe::Event;
-use crate::plan::{NoConvergence, PolicyChoice};
+use crate::plan::{NoConvergence, PolicyChoice, Strategy};
+use crate::policy::estimate::FreezeCost;
 use crate::policy::{Adaptive, Decision, Fixed, HotPages, Measured, RoundPolicy, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
@@ -24,6 +25,21 @@ pub(super) struct Todo {
 }
 
 impl Migration<'_> {
+    /// No rounds: only looks at what there is, and whether it fits.
+    pub(super) fn look_once(&mut self) -> Result<Decision, SendError> {
+        self.phase = Phase::PreCopy(0);
+        self.check_cancel()?;
+        let collected = self.tracker_mut().collect(TreeState::Running)?;
+        if collected.spaces.is_empty() {
+            return Err(SendError::Exited);
+        }
+        self.take_in(&collected, 0, false)?;
+        let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
+        self.check_room(resident_pages)?;
+        let predicted_downtime = FreezeCost::default().of(collected.spaces.len() as u32, resident_pages);
+        Ok(Decision { stop: Some(StopReason::PostCopy), predicted_downtime })
+    }
+
     /// Sends rounds until the policy says stop. The pages that were collected last are not sent: the tracker
     /// gives them again in the freeze.
     pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
@@ -64,14 +80,27 @@ impl Migration<'_> {
                 resident_pages,
                 measured,
             });
+            let mut decision = decision;
+            if self.plan.strategy == Strategy::Hybrid
+                && decision.stop.is_none()
+                && self.plan.post_copy_after.is_some_and(|rounds| round >= rounds)
+            {
+                decision.stop = Some(StopReason::PostCopy);
+            }
             if decision.stop == Some(StopReason::NoProgress)
                 && decision.predicted_downtime > self.plan.downtime
-                && self.plan.on_no_convergence == NoConvergence::GiveUp
             {
-                return Err(SendError::NoConvergence {
-                    predicted: decision.predicted_downtime,
-                    wanted: self.plan.downtime,
-                });
+                match self.plan.on_no_convergence {
+                    NoConvergence::Freeze => {}
+                    NoConvergence::PostCopy => self.owes = true,
+                    NoConvergence::GiveUp if self.owes => {}
+                    NoConvergence::GiveUp => {
+                        return Err(SendError::NoConvergence {
+                            predicted: decision.predicted_downtime,
+                            wanted: self.plan.downtime,
+                        });
+                    }
+                }
             }
             if decision.stop.is_some() {
                 // Never acknowledged, so the collect in the freeze returns what was dirty again; what was held back and
@@ -176,7 +205,8 @@ impl Migration<'_> {
             space: place.id,
             vpid: place.vpid,
             name: scan.target.name(),
-            pages: scan.populated.len(),
+            // The destination makes memory ready for these. What comes late passes through little of it.
+            pages: if self.plan.strategy == Strategy::PostCopy { 0 } else { scan.populated.len() },
         };
         vacant.insert(Space { place, reader, hot: HotPages::default() });
         Ok(Some(info))

@@ -22,24 +22,38 @@ impl Migration<'_> {
         }
         self.report.engine_peak_rss_bytes = peak_resident_bytes();
         self.report.bytes_sent = self.sent_bytes();
-        let Err(error) = result else {
+        let Err(mut error) = result else {
             self.report.outcome = "completed".to_owned();
             return Ok(self.report);
         };
-        let failed_in = self.phase;
+        let mut failed_in = self.phase;
         let mut aftermath = after_failure(failed_in, self.stake());
         if aftermath == Aftermath::Ask {
             // An abort in answer to the commit is the receiver's word that its copy is gone.
             aftermath = if error.is_peers_abort() {
                 Aftermath::RunOn
             } else {
-                after_answer(self.ask_what_became().as_ref())
+                let stake = self.stake();
+                after_answer(self.ask_what_became().as_ref(), stake)
             };
+        }
+        if aftermath == Aftermath::Serve {
+            // The program runs there, as was meant, and needs what is here.
+            error = match self.after_commit() {
+                Ok(()) => {
+                    self.report.bytes_sent = self.sent_bytes();
+                    self.report.outcome = "completed".to_owned();
+                    return Ok(self.report);
+                }
+                Err(error) => error,
+            };
+            failed_in = self.phase;
+            aftermath = after_failure(failed_in, self.stake());
         }
         match aftermath {
             Aftermath::RunOn => self.run_on(&error),
             Aftermath::End => self.end_source(),
-            Aftermath::Ask | Aftermath::Hold => self.hold(),
+            Aftermath::Ask | Aftermath::Hold | Aftermath::Serve => self.hold(),
         }
         self.describe(error, failed_in, aftermath)
     }
@@ -151,10 +165,18 @@ impl Migration<'_> {
             Aftermath::RunOn if failed_in <= Phase::Attaching => FailureKind::Refused,
             Aftermath::RunOn => FailureKind::RolledBack,
             Aftermath::End => FailureKind::AfterCommit,
-            Aftermath::Ask | Aftermath::Hold => FailureKind::InDoubt,
+            Aftermath::Ask | Aftermath::Hold | Aftermath::Serve => FailureKind::InDoubt,
         };
         let help = match aftermath {
-            Aftermath::Hold | Aftermath::Ask => Some(format!(
+            Aftermath::Hold if failed_in == Phase::PostCopy => Some(format!(
+                "the program is stopped here, whole, as it was when it moved; the receiver {} ends its copy, which cannot go on without these \
+                 pages, or has done so. When it has, `kill -CONT {}` lets the program run on here from where it was, without what it did \
+                 there; `kill -KILL {}` ends it",
+                self.plan.to,
+                pids(&self.held),
+                pids(&self.held)
+            )),
+            Aftermath::Hold | Aftermath::Ask | Aftermath::Serve => Some(format!(
                 "look at the receiver {}: if the program runs there, end the copy here with `kill -KILL {}`; \
                  if it does not and never will, let this one run on with `kill -CONT {}`",
                 self.plan.to,

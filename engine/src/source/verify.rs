@@ -18,11 +18,15 @@ impl Migration<'_> {
         let last_space = collected.spaces.len();
         for (index, scan) in collected.spaces.iter().enumerate() {
             let pid = scan.target.pid();
-            let pages = resident(pid, &scan.regions).map_err(|source| SendError::Look { pid, source })?;
+            let mut pages = resident(pid, &scan.regions).map_err(|source| SendError::Look { pid, source })?;
             let (id, vpid) = {
                 let place = &self.space(scan.key.0).place;
                 (place.id, place.vpid)
             };
+            // What comes late comes with its digest; looking at it now would fetch it.
+            if let Some(owed) = self.debt().as_ref().and_then(|debt| debt.owed_of(id)) {
+                pages = pages.subtract(owed);
+            }
             let mut batch = DigestBatch { space: id, ..DigestBatch::default() };
             for run in pages.runs() {
                 let mut at = run.start;

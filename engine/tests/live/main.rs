@@ -6,6 +6,7 @@
 mod faults;
 mod ferry;
 mod kept;
+mod late;
 mod policy;
 mod programs;
 mod refusals;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         policy::tests(),
         faults::tests(),
         kept::tests(),
+        late::tests(),
         swap::tests(),
         tracking::tests(),
     ];

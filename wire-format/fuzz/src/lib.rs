@@ -70,6 +70,7 @@ fn read_stream(mut bytes: &[u8]) {
             }
             Head::Digests(digests) => digests.encode(&mut at, &mut again),
             Head::Owned(owned) => owned.encode(&mut at, &mut again),
+            Head::Owed(owed) => owed.encode(&mut at, &mut again),
             Head::Control(message) => message.encode(&mut at, &mut again),
         }
         .expect("what was understood can be written");

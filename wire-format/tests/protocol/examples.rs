@@ -12,6 +12,7 @@ pub enum Frame {
     Control(ControlMessage),
     Digests(DigestBatch),
     Owned(OwnedBatch),
+    Owed(OwedBatch),
 }
 
 impl Frame {
@@ -29,6 +30,7 @@ impl Frame {
             Self::Control(message) => message.encode(at, &mut out),
             Self::Digests(batch) => batch.encode(at, &mut out),
             Self::Owned(batch) => batch.encode(at, &mut out),
+            Self::Owed(batch) => batch.encode(at, &mut out),
         }?;
         Ok(out)
     }
@@ -50,6 +52,7 @@ pub fn take(decoder: &mut Decoder, bytes: &mut &[u8]) -> Option<Result<Frame, Fr
         Head::Control(message) => Frame::Control(message),
         Head::Digests(batch) => Frame::Digests(batch),
         Head::Owned(batch) => Frame::Owned(batch),
+        Head::Owed(batch) => Frame::Owed(batch),
     }))
 }
 
@@ -128,6 +131,7 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
         ("image", Frame::Image(ImageChunk::new("p0/pagemap-1.img", 1 << 20, b"abc"), 3)),
         ("image-empty", Frame::Image(ImageChunk::new("fs.img", 0, b""), 0)),
         ("owned", Frame::Owned(OwnedBatch { space: SpaceId(1), runs: runs(), more: true })),
+        ("owed", Frame::Owed(OwedBatch { space: SpaceId(1), runs: runs(), more: false })),
         ("digests", Frame::Digests(digests)),
         ("digests-kept", Frame::Digests(kept)),
     ];
@@ -230,5 +234,15 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
             },
         ),
         ("unsealed", ControlMessage::Unsealed),
+        ("late", ControlMessage::Late { session: 0x0123_4567_89ab_cdef, stream: 0 }),
+        ("want", ControlMessage::Want { space: SpaceId(1), runs: runs() }),
+        ("unwanted", ControlMessage::Unwanted { space: SpaceId(1), runs: runs() }),
+        ("take-up", ControlMessage::TakeUp),
+        ("taken", ControlMessage::Taken { space: SpaceId(1), vpid: 42, pages: 1, digest: sum }),
+        ("taken-up", ControlMessage::TakenUp { spaces: 1 }),
+        ("late-seal", ControlMessage::LateSeal { space: SpaceId(1), pages: 1, digest: sum }),
+        ("late-seal-end", ControlMessage::LateSealEnd { spaces: 1 }),
+        ("late-sealed", ControlMessage::LateSealed { pages: 1 }),
+        ("fault-times", ControlMessage::FaultTimes { count: 1000, p50_us: 90, p99_us: 400, max_us: 2000 }),
     ]
 }

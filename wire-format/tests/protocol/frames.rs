@@ -55,6 +55,9 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
     let pages =
         |count: usize| batch(1, Coding::Raw, &(0..count as u64).map(|n| (2 * n, 1)).collect::<Vec<_>>());
     let owned = |count| OwnedBatch { space: SpaceId(1), runs: scattered(count).collect(), more: false };
+    let owed = |count| OwedBatch { space: SpaceId(1), runs: scattered(count).collect(), more: false };
+    let want = |count| ControlMessage::Want { space: SpaceId(1), runs: scattered(count).collect() };
+    let late = |stream| ControlMessage::Late { session: 1, stream };
     let digests = |count| DigestBatch {
         space: SpaceId(1),
         runs: scattered(count).collect(),
@@ -87,6 +90,9 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
     let fits = [
         Frame::Pages(pages(limits::MAX_BATCH_PAGES), limits::MAX_PAYLOAD_BYTES),
         Frame::Owned(owned(limits::MAX_RUNS_PER_FRAME)),
+        Frame::Owed(owed(limits::MAX_RUNS_PER_FRAME)),
+        Frame::Control(want(limits::MAX_RUNS_PER_FRAME)),
+        Frame::Control(late(limits::MAX_STREAMS)),
         Frame::Digests(digests(limits::MAX_DIGESTS_PER_FRAME)),
         Frame::Control(spaces(limits::MAX_SPACES, limits::MAX_NAME_BYTES)),
         Frame::Control(discard(limits::MAX_RUNS_PER_FRAME)),
@@ -111,6 +117,9 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
     let too_large = [
         Frame::Pages(pages(limits::MAX_BATCH_PAGES + 1), limits::MAX_PAYLOAD_BYTES + PAGE_SIZE),
         Frame::Owned(owned(limits::MAX_RUNS_PER_FRAME + 1)),
+        Frame::Owed(owed(limits::MAX_RUNS_PER_FRAME + 1)),
+        Frame::Control(want(limits::MAX_RUNS_PER_FRAME + 1)),
+        Frame::Control(late(limits::MAX_STREAMS + 1)),
         Frame::Digests(digests(limits::MAX_DIGESTS_PER_FRAME + 1)),
         Frame::Control(spaces(limits::MAX_SPACES + 1, 1)),
         Frame::Control(spaces(1, limits::MAX_NAME_BYTES + 1)),

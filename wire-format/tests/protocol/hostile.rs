@@ -108,7 +108,7 @@ fn lengths_are_limited_before_anything_is_received_for_them() {
             Frame::Image(..) => (limits::MAX_IMAGE_HEAD, limits::MAX_IMAGE_CHUNK),
             Frame::Control(_) => (limits::MAX_CONTROL_BYTES, 0),
             Frame::Digests(_) => (limits::MAX_DIGESTS_HEAD, 0),
-            Frame::Owned(_) => (limits::MAX_OWNED_HEAD, 0),
+            Frame::Owned(_) | Frame::Owed(_) => (limits::MAX_OWNED_HEAD, 0),
         };
         for (at, most) in [(8, head as u32), (12, payload as u32)] {
             assert!(header(&frame, at, most).is_ok(), "{name}");
@@ -566,5 +566,17 @@ proptest! {
         if let Err(error) = understood_or_refused(&bytes) {
             return Err(TestCaseError::fail(error));
         }
+    }
+}
+
+#[test]
+fn a_page_that_is_waited_for_has_to_be_one() {
+    for message in [
+        ControlMessage::Want { space: SpaceId(1), runs: vec![] },
+        ControlMessage::Unwanted { space: SpaceId(1), runs: vec![] },
+        ControlMessage::Want { space: SpaceId::KEPT, runs: vec![PageRun { start: PageNo(1), len: 1 }] },
+        ControlMessage::LateSeal { space: SpaceId::KEPT, pages: 1, digest: SpaceDigest::default() },
+    ] {
+        assert!(Frame::Control(message.clone()).encode().is_err(), "{message:?}");
     }
 }

@@ -3,20 +3,27 @@
 //! 1. From the first moment ([`Server::add_task`]) every page fault is answered.
 //! 2. Once everything is mapped and nothing runs yet, [`Server::prefill`] puts the hottest pages in place.
 //! 3. Once the program runs, [`Server::start_background`] puts in the rest, faults first.
+//!    Pages that are owed are asked for when somebody waits for them, and are put in as they come.
 //! 4. When a task misses nothing any more its descriptor is closed; [`Server::wait_filled_for`] says when all are.
 
 mod address_map;
+mod demand;
 mod error;
+mod latency;
 mod prefill;
 mod view;
 mod worker;
 
+pub(crate) use demand::say_filled;
 pub use error::ServeError;
+pub use latency::Latencies;
 pub use prefill::PrefillStats;
 
+use super::late::{Arrived, Late, Taker};
 use crate::destination::store::PageStore;
+use crate::link::Channel;
 use pageferry_tracker::uffd::Uffd;
-use pageferry_wire_format::SpaceId;
+use pageferry_wire_format::{ControlMessage, SpaceId};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,7 +50,7 @@ pub enum Budget {
 }
 
 /// What it took to fill the memory of all tasks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FillStats {
     /// Pages put in place altogether. Pages that a forked child got of its own count again.
     pub pages: u64,
@@ -57,6 +64,49 @@ pub struct FillStats {
     pub vanished: u64,
     /// From the start of the background to its end.
     pub duration: Duration,
+    /// How long threads waited for pages that were owed, each from reading the fault's message to waking the thread.
+    pub waited: Latencies,
+}
+
+impl FillStats {
+    /// In the words of the wire.
+    pub fn message(&self) -> ControlMessage {
+        ControlMessage::Filled {
+            pages: self.pages,
+            prefilled_pages: self.prefilled_pages,
+            faults: self.faults,
+            max_fault_us: self.max_fault.as_micros() as u64,
+            duration_us: self.duration.as_micros() as u64,
+        }
+    }
+}
+
+/// How other threads reach the server's.
+#[derive(Debug)]
+struct Post {
+    commands: Mutex<Sender<Command>>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Post {
+    /// Whether there is still somebody who reads it.
+    fn send(&self, command: Command) -> bool {
+        let sent = self.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command).is_ok();
+        // The counter cannot overflow, and a full one would wake the thread as well.
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        sent
+    }
+}
+
+impl Taker for Post {
+    fn connected(&self, channel: Channel) {
+        // A server that has ended closes the connection; the source opens another, which finds that out.
+        self.send(Command::Demand(Box::new(channel)));
+    }
+
+    fn arrived(&self, arrived: Arrived) {
+        self.send(Command::Arrived(arrived));
+    }
 }
 
 /// What the server's thread tells.
@@ -64,6 +114,8 @@ pub struct FillStats {
 struct State {
     failing: Option<(Instant, ServeError)>,
     filled: Option<FillStats>,
+    /// The connection over which owed pages came, when everything is in place.
+    demand: Option<Channel>,
     aborted: bool,
     died: bool,
 }
@@ -94,8 +146,7 @@ pub struct Server {
     #[cfg(test)]
     store: Arc<Mutex<PageStore>>,
     status: Arc<Status>,
-    commands: Sender<Command>,
-    wake: Arc<OwnedFd>,
+    post: Arc<Post>,
     thread: Option<JoinHandle<()>>,
     /// The program runs.
     running: AtomicBool,
@@ -107,14 +158,25 @@ impl Server {
     ///
     /// # Errors
     /// When the process may have no more threads or descriptors.
+    #[cfg(test)]
     pub fn new(store: PageStore) -> Result<Self, ServeError> {
+        Self::with_late(store, Arc::new(Late::new(0, Duration::from_secs(30))))
+    }
+
+    /// A server that has `store`, and whose program is owed what `late` says.
+    ///
+    /// # Errors
+    /// As [`Server::new`].
+    pub(crate) fn with_late(store: PageStore, late: Arc<Late>) -> Result<Self, ServeError> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|cause| {
             ServeError::setup("making an event descriptor for the page server", cause.into())
         })?;
         let (store, status, wake) =
             (Arc::new(Mutex::new(store)), Arc::new(Status::default()), Arc::new(wake));
         let (commands, receiver) = channel();
-        let mut worker = Worker::new(Arc::clone(&store), Arc::clone(&status), receiver, Arc::clone(&wake));
+        let post = Arc::new(Post { commands: Mutex::new(commands), wake: Arc::clone(&wake) });
+        late.begin(Arc::clone(&store), Arc::<Post>::clone(&post));
+        let mut worker = Worker::new(Arc::clone(&store), Arc::clone(&status), receiver, wake, late);
         let watched = Arc::clone(&status);
         let run = move || {
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
@@ -132,8 +194,7 @@ impl Server {
             #[cfg(test)]
             store,
             status,
-            commands,
-            wake,
+            post,
             thread: Some(thread),
             running: AtomicBool::new(false),
         })
@@ -189,8 +250,8 @@ impl Server {
         let started = Instant::now();
         let mut state = self.status.lock();
         loop {
-            if let Some(stats) = state.filled {
-                return Ok(Some(stats));
+            if let Some(stats) = &state.filled {
+                return Ok(Some(stats.clone()));
             }
             if state.aborted || state.died {
                 drop(state);
@@ -212,6 +273,11 @@ impl Server {
         }
     }
 
+    /// The connection over which owed pages came, once everything is in place.
+    pub(crate) fn take_demand(&self) -> Option<Channel> {
+        self.status.lock().demand.take()
+    }
+
     /// Looks at the store, e.g. at the digests of pages. Faults wait meanwhile.
     #[cfg(test)]
     pub fn with_store<T>(&self, look: impl FnOnce(&PageStore) -> T) -> T {
@@ -227,10 +293,7 @@ impl Server {
     }
 
     fn command(&self, command: Command) -> Result<(), ServeError> {
-        self.commands.send(command).map_err(|_| self.ended())?;
-        // The counter cannot overflow, and a full one would wake the thread as well.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        Ok(())
+        if self.post.send(command) { Ok(()) } else { Err(self.ended()) }
     }
 
     fn ended(&self) -> ServeError {

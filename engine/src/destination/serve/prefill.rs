@@ -69,7 +69,7 @@ impl Prefill {
                 worker.prefilled(pages);
                 Some(self)
             }
-            Put::Events => Some(self),
+            Put::Events | Put::Waits => Some(self),
             Put::Gone => self.give_up(ServeError::TaskGone { space }),
             Put::NotRegistered => self.give_up(ServeError::NotRegistered { space, page: PageNo(origin) }),
             Put::Failed(error) => self.give_up(error),

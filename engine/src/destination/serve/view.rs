@@ -2,6 +2,7 @@
 
 use super::address_map::{AddressMap, Piece};
 use crate::destination::store::{Mask, PageStore};
+use crate::page_bits::PageBits;
 use pageferry_tracker::uffd::Uffd;
 use pageferry_wire_format::SpaceId;
 use std::collections::{BTreeMap, VecDeque};
@@ -58,6 +59,16 @@ impl Pending {
         self.tables.range(from..).map(|(&number, mask)| (number, mask))
     }
 
+    /// A page has come late.
+    pub(super) fn insert(&mut self, page: u64) {
+        let mask = self.tables.entry(page / TABLE_PAGES).or_default();
+        let at = (page % TABLE_PAGES) as usize;
+        if !mask.has(at) {
+            mask.set(at);
+            self.pages += 1;
+        }
+    }
+
     pub(super) fn remove(&mut self, page: u64) -> bool {
         let number = page / TABLE_PAGES;
         let Some(mask) = self.tables.get_mut(&number) else { return false };
@@ -100,6 +111,8 @@ pub(super) struct Fault {
     pub(super) page: u64,
     /// When its message was read.
     pub(super) read: Instant,
+    /// Whether the page had to come first.
+    pub(super) late: bool,
 }
 
 pub(super) struct View {
@@ -107,6 +120,10 @@ pub(super) struct View {
     pub(super) space: SpaceId,
     pub(super) map: AddressMap,
     pub(super) pending: Pending,
+    /// Pages that come late, by their numbers in the store, and have not come.
+    pub(super) owed: PageBits,
+    /// Faults on these.
+    pub(super) waiting: Vec<Fault>,
     pub(super) faults: VecDeque<Fault>,
     /// Its events could not be read: not to be tried again before this moment.
     pub(super) unreadable: Option<Instant>,
@@ -117,9 +134,34 @@ pub(super) struct View {
 }
 
 impl View {
-    pub(super) fn new(uffd: Uffd, space: SpaceId, pending: Pending) -> Self {
-        let map = AddressMap::identity();
-        Self { uffd, space, map, pending, faults: VecDeque::new(), unreadable: None, cursor: 0, near: None }
+    pub(super) fn new(uffd: Uffd, space: SpaceId, pending: Pending, owed: PageBits) -> Self {
+        Self {
+            uffd,
+            space,
+            map: AddressMap::identity(),
+            pending,
+            owed,
+            waiting: Vec::new(),
+            faults: VecDeque::new(),
+            unreadable: None,
+            cursor: 0,
+            near: None,
+        }
+    }
+
+    /// Whether anything is still to be put in place, now or when it comes.
+    pub(super) fn misses(&self) -> bool {
+        self.pending.pages() > 0 || !self.owed.is_empty()
+    }
+
+    /// Puts faults in line again that waited for pages, and have no reason to wait any more.
+    pub(super) fn recall(&mut self) {
+        let (map, owed) = (&self.map, &self.owed);
+        let waits = |fault: &Fault| map.at(fault.page).is_some_and(|piece| owed.has(piece.origin));
+        let (waiting, ready) = std::mem::take(&mut self.waiting).into_iter().partition(waits);
+        self.waiting = waiting;
+        let ready: Vec<Fault> = ready;
+        ready.into_iter().rev().for_each(|fault| self.faults.push_front(fault));
     }
 
     /// The same memory in a forked child.
@@ -129,6 +171,8 @@ impl View {
             space: self.space,
             map: self.map.clone(),
             pending: self.pending.clone(),
+            owed: self.owed.clone(),
+            waiting: Vec::new(),
             faults: VecDeque::new(),
             unreadable: None,
             cursor: self.cursor,

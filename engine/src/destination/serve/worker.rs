@@ -5,11 +5,15 @@
 //! move of its memory would otherwise be answered from where the memory was before. (The kernel keeps the rest of
 //! that promise: it takes no page while an event is unread.)
 
+use super::demand::Demand;
 use super::error::ServeError;
 use super::prefill::{Prefill, PrefillStats};
 use super::view::{Fault, Pending, View};
 use super::{Budget, FillStats, Status};
+use crate::destination::late::{Arrived, Late};
 use crate::destination::store::PageStore;
+use crate::link::Channel;
+use pageferry_tracker::Run;
 use pageferry_tracker::uffd::{Event, Uffd, UffdError};
 use pageferry_wire_format::{PageNo, SpaceId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,13 +27,27 @@ const PAGE: u64 = 4096;
 const BACKGROUND_PAGES: u64 = 64;
 /// Blocks of unused memory that are given back in one step.
 const DRAIN_BLOCKS: usize = 4;
+/// How often it is looked whether a task that is owed pages still lives.
+const PROBE: Duration = Duration::from_millis(200);
+/// The lowest pages that a program could have (vm.mmap_min_addr is 64 KiB).
+const LOWEST: u64 = 16;
 /// After a failure: how long until the next try, doubling up to the second value.
 const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
 
 pub(super) enum Command {
-    Add { space: SpaceId, uffd: Uffd },
-    Prefill { budget: Budget, reply: Sender<Result<PrefillStats, ServeError>> },
+    Add {
+        space: SpaceId,
+        uffd: Uffd,
+    },
+    Prefill {
+        budget: Budget,
+        reply: Sender<Result<PrefillStats, ServeError>>,
+    },
     Background,
+    /// A connection over which owed pages can be asked for.
+    Demand(Box<Channel>),
+    /// Owed pages are in the store.
+    Arrived(Arrived),
     Abort,
 }
 
@@ -43,6 +61,8 @@ pub(super) enum Put {
     Gone,
     /// No region waits for this page.
     NotRegistered,
+    /// The page is owed, and has been asked for.
+    Waits,
     /// The kernel would not, or the store could not.
     Failed(ServeError),
 }
@@ -60,10 +80,15 @@ pub(super) struct Worker {
     commands: Receiver<Command>,
     wake: Arc<OwnedFd>,
     views: Vec<View>,
+    demand: Demand,
+    /// When it was looked last whether tasks that are owed pages still live.
+    probed: Instant,
     prefill: Option<Prefill>,
     /// Since when the background runs.
     background: Option<Instant>,
     draining: bool,
+    /// Memory is given back, or was.
+    drained: bool,
     failure: Option<Failure>,
     stats: FillStats,
     events: Vec<Event>,
@@ -81,6 +106,7 @@ impl Worker {
         status: Arc<Status>,
         commands: Receiver<Command>,
         wake: Arc<OwnedFd>,
+        late: Arc<Late>,
     ) -> Self {
         Self {
             store,
@@ -88,9 +114,12 @@ impl Worker {
             commands,
             wake,
             views: Vec::new(),
+            demand: Demand::new(late),
+            probed: Instant::now(),
             prefill: None,
             background: None,
             draining: false,
+            drained: false,
             failure: None,
             stats: FillStats::default(),
             events: Vec::new(),
@@ -104,7 +133,10 @@ impl Worker {
                 return;
             }
             self.read_events();
+            self.hear();
             self.serve_faults();
+            self.demand.speak();
+            self.probe();
             self.step();
             if self.finish() {
                 return;
@@ -128,11 +160,14 @@ impl Worker {
             _ if busy || unreadable => Some(Duration::ZERO),
             _ => None,
         };
+        let owing = self.views.iter().any(|view| !view.owed.is_empty()).then_some(PROBE);
+        let timeout = [timeout, owing, self.demand.patience()].into_iter().flatten().min();
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
         let wake = PollFd::new(&*self.wake, PollFlags::IN);
         let tasks = self.views.iter().filter(|view| view.unreadable.is_none());
         let tasks = tasks.map(|view| PollFd::from_borrowed_fd(view.uffd.as_fd(), PollFlags::IN));
-        let mut fds: Vec<PollFd<'_>> = std::iter::once(wake).chain(tasks).collect();
+        let link = self.demand.channel().map(|channel| PollFd::new(channel.link(), PollFlags::IN));
+        let mut fds: Vec<PollFd<'_>> = std::iter::once(wake).chain(link).chain(tasks).collect();
         // An interrupted or failing poll changes nothing: every descriptor is looked at anyway.
         let _ = poll(&mut fds, timeout.as_ref());
         let mut count = [0; 8];
@@ -143,9 +178,18 @@ impl Worker {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Add { space, uffd }) => {
+                    // What comes between these two is in both, until its arrival is told of.
+                    let owed = self.demand.late().owed(space);
                     let pending = Pending::of(&self.lock(), space);
-                    self.views.push(View::new(uffd, space, pending));
+                    self.views.push(View::new(uffd, space, pending, owed));
                 }
+                Ok(Command::Demand(channel)) => {
+                    self.demand.connected(*channel);
+                    if !self.demand.waits() {
+                        self.ask_anew();
+                    }
+                }
+                Ok(Command::Arrived(arrived)) => self.arrived(&arrived),
                 Ok(Command::Prefill { budget, reply }) => {
                     // A short prefill is part of the downtime: giving memory back can wait. A long one must not
                     // need the memory twice.
@@ -155,7 +199,6 @@ impl Worker {
                 Ok(Command::Background) => {
                     if self.background.is_none() {
                         self.background = Some(Instant::now());
-                        self.draining = true;
                     }
                 }
                 Ok(Command::Abort) => {
@@ -209,7 +252,7 @@ impl Worker {
         let view = &mut self.views[at];
         let gone = match event {
             Event::PageFault { addr, .. } => {
-                view.faults.push_back(Fault { page: addr / PAGE, read });
+                view.faults.push_back(Fault { page: addr / PAGE, read, late: false });
                 return;
             }
             Event::Fork { uffd } => {
@@ -225,6 +268,87 @@ impl Worker {
         for (first, count) in gone {
             let pages = self.views[at].pending.remove_range(first, count);
             self.release(self.views[at].space, &pages);
+            let owed = self.views[at].owed.remove_run(first, count);
+            self.forget(self.views[at].space, owed);
+        }
+        // Who waits for a page may wait at a place that is no more.
+        self.views[at].recall();
+    }
+
+    /// Owed pages that a view has no use for: those that no other one waits for need not come.
+    fn forget(&mut self, space: SpaceId, pages: Vec<Run>) {
+        if pages.is_empty() {
+            return;
+        }
+        let mut others = self.views.iter().filter(|view| view.space == space).peekable();
+        let gone: Vec<Run> = match others.peek() {
+            None => pages,
+            Some(_) => {
+                let others: Vec<&View> = others.collect();
+                let each = pages.iter().flat_map(|run| run.start..run.end());
+                let gone = each.filter(|page| !others.iter().any(|view| view.owed.has(*page)));
+                gone.map(|start| Run { start, len: 1 }).collect()
+            }
+        };
+        self.demand.forget(space, &gone);
+    }
+
+    /// Takes what the source says, and what it sends of what was asked for.
+    fn hear(&mut self) {
+        let mut arrived = Vec::new();
+        let anew = self.demand.hear(&mut arrived);
+        arrived.iter().for_each(|arrived| self.arrived(arrived));
+        if anew {
+            self.ask_anew();
+        }
+    }
+
+    /// Asks for everything that threads wait for.
+    fn ask_anew(&mut self) {
+        for view in &self.views {
+            for piece in view.waiting.iter().filter_map(|fault| view.map.at(fault.page)) {
+                if view.owed.has(piece.origin) {
+                    self.demand.want(view.space, piece.origin);
+                }
+            }
+        }
+    }
+
+    /// Owed pages are in the store now: they are put in place as all others are, first those that are waited for.
+    fn arrived(&mut self, arrived: &Arrived) {
+        for view in self.views.iter_mut().filter(|view| view.space == arrived.space) {
+            for &page in &arrived.pages {
+                if view.owed.remove(page) {
+                    view.pending.insert(page);
+                }
+            }
+            for &page in &arrived.zeros {
+                view.owed.remove(page);
+            }
+            view.recall();
+        }
+        let nobody = |page: &&u64| {
+            !self.views.iter().any(|view| view.space == arrived.space && view.pending.has(**page))
+        };
+        let lost: Vec<u64> = arrived.pages.iter().filter(nobody).copied().collect();
+        self.release(arrived.space, &lost);
+    }
+
+    /// Notices tasks that have ended while pages were owed to them: nothing is put in place there that would tell.
+    fn probe(&mut self) {
+        if self.background.is_none() || self.probed.elapsed() < PROBE {
+            return;
+        }
+        self.probed = Instant::now();
+        let gone = |view: &View| {
+            // A page that nothing belongs to may be zero, if there is memory at all.
+            let free = (LOWEST..LOWEST + 512).find(|page| {
+                view.map.at(*page).is_none_or(|at| !view.pending.has(at.origin) && !view.owed.has(at.origin))
+            });
+            free.is_some_and(|page| matches!(view.uffd.zeropage(page * PAGE, PAGE), Err(UffdError::Gone)))
+        };
+        while let Some(at) = self.views.iter().position(|view| view.pending.pages() == 0 && gone(view)) {
+            self.drop_view(at);
         }
     }
 
@@ -237,6 +361,11 @@ impl Worker {
             while let Some(&fault) = self.views[at].faults.front() {
                 match self.serve(at, fault.page) {
                     Put::Done(_) | Put::NotRegistered => {}
+                    Put::Waits => {
+                        self.views[at].faults.pop_front();
+                        self.views[at].waiting.push(Fault { late: true, ..fault });
+                        continue;
+                    }
                     Put::Events => break,
                     Put::Gone => {
                         self.drop_view(at);
@@ -251,14 +380,23 @@ impl Worker {
                 self.views[at].faults.pop_front();
                 self.views[at].near = Some(fault.page);
                 self.stats.faults += 1;
-                self.stats.max_fault = self.stats.max_fault.max(fault.read.elapsed());
+                let waited = fault.read.elapsed();
+                self.stats.max_fault = self.stats.max_fault.max(waited);
+                if fault.late {
+                    self.stats.waited.record(waited);
+                }
             }
         }
     }
 
     fn serve(&mut self, at: usize, page: u64) -> Put {
         let view = &self.views[at];
-        if let Some(piece) = view.map.at(page).filter(|piece| view.pending.has(piece.origin)) {
+        let piece = view.map.at(page);
+        if let Some(piece) = piece.filter(|piece| view.owed.has(piece.origin)) {
+            self.demand.want(view.space, piece.origin);
+            return Put::Waits;
+        }
+        if let Some(piece) = piece.filter(|piece| view.pending.has(piece.origin)) {
             let put = self.put(at, piece.origin, page, 1);
             return match put {
                 // Not registered any more: the program unmapped it meanwhile, and finds out itself when woken.
@@ -380,7 +518,7 @@ impl Worker {
             return true;
         };
         match self.put(at, piece.origin, piece.start, piece.len.min(BACKGROUND_PAGES)) {
-            Put::Done(_) | Put::Events => true,
+            Put::Done(_) | Put::Events | Put::Waits => true,
             Put::NotRegistered => {
                 // No unread event (that would be `Events`), and nothing there waits for pages: a child that was
                 // forked without this memory (MADV_DONTFORK), or memory that a call without an event took away.
@@ -407,6 +545,7 @@ impl Worker {
         tracing::debug!(space = view.space.0, missing = view.pending.pages(), "a task is gone");
         let pages: Vec<u64> = view.pending.all().collect();
         self.release(view.space, &pages);
+        self.forget(view.space, view.owed.runs());
         if self.background.is_none() {
             // Nothing runs yet: it cannot have ended by itself.
             self.fail(ServeError::TaskGone { space: view.space });
@@ -444,13 +583,19 @@ impl Worker {
     fn finish(&mut self) -> bool {
         let Some(started) = self.background else { return false };
         // Closing lets every waiting thread go on, with zeros where nothing is: right where nothing is missing.
-        self.views.retain(|view| view.pending.pages() > 0);
+        self.views.retain(View::misses);
+        let settled = self.demand.late().left() == 0 && self.demand.settled();
+        if settled && !self.drained {
+            // From here on nothing comes that could use the memory again.
+            (self.drained, self.draining) = (true, true);
+        }
         let failing = self.failure.as_ref().map(|failure| (failure.since, failure.error.clone()));
-        let done = self.views.is_empty() && !self.draining;
-        let stats = FillStats { duration: started.elapsed(), ..self.stats };
+        let done = self.views.is_empty() && settled && !self.draining;
+        let stats = done.then(|| FillStats { duration: started.elapsed(), ..self.stats.clone() });
         self.status.set(|state| {
             state.failing = failing;
-            state.filled = done.then_some(stats);
+            state.filled = stats;
+            state.demand = done.then(|| self.demand.take_channel()).flatten();
         });
         done
     }

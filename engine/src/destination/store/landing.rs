@@ -70,6 +70,11 @@ impl Landing {
         }
     }
 
+    /// Of each page with bytes, in order, what it is: once they were checked.
+    pub fn digests(&self) -> &[PageDigest] {
+        &self.digests
+    }
+
     /// Unpacks what was received, and compares it with what was announced. Finishing a batch does this
     /// if it was not done before; it needs no store, so that it can be done outside a lock.
     ///

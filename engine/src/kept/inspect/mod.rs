@@ -301,6 +301,7 @@ fn kind_of(head: &Head) -> &'static str {
         Head::Image { .. } => "images",
         Head::Digests(_) => "digests",
         Head::Owned(_) => "owned",
+        Head::Owed(_) => "owed",
         Head::Control(_) => "control",
     }
 }

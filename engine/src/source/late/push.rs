@@ -1,0 +1,118 @@
+//! A thread that sends what nobody has asked for yet.
+
+use super::{Debt, end_of, set_niceness};
+use crate::link::Channel;
+use crate::source::failure::SendError;
+use pageferry_tracker::Run;
+use pageferry_wire_format::{
+    Coding, CodingChooser, PageBatch, PageDigest, PageNo, SpaceId, Way, ZstdEncoder,
+};
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Pages of a batch: 128 KiB, a millisecond of a gigabit link, is how long a page that is asked for may have to wait on a
+/// link that they share.
+const BATCH: u64 = 32;
+
+/// Behind the threads that somebody waits for.
+const PATIENT: i32 = 10;
+
+/// Starts it. It gives the connection back when there is nothing left to send, or it was told to end.
+pub(super) fn start(
+    debt: &Arc<Debt>,
+    channel: Channel,
+    chooser: CodingChooser,
+) -> std::io::Result<JoinHandle<Channel>> {
+    let debt = Arc::clone(debt);
+    std::thread::Builder::new().name("owed-bulk".into()).spawn(move || {
+        set_niceness(PATIENT);
+        channel.link().set_shallow();
+        let zstd = match ZstdEncoder::new() {
+            Ok(zstd) => zstd,
+            Err(error) => {
+                debt.finish(end_of(error.into()));
+                return channel;
+            }
+        };
+        let mut push = Push::new(channel, chooser, zstd);
+        if let Err(error) = push.run(&debt) {
+            debt.finish(end_of(error));
+        }
+        // Perhaps these were the last.
+        debt.alarm();
+        push.channel
+    })
+}
+
+struct Push {
+    channel: Channel,
+    chooser: CodingChooser,
+    zstd: ZstdEncoder,
+    bytes: Vec<u8>,
+    packed: Vec<u8>,
+    plain: Vec<u8>,
+    pages: Vec<(u64, bool, PageDigest)>,
+    runs: Vec<Run>,
+    batch: PageBatch,
+}
+
+impl Push {
+    fn new(channel: Channel, chooser: CodingChooser, zstd: ZstdEncoder) -> Self {
+        Self {
+            channel,
+            chooser,
+            zstd,
+            bytes: Vec::new(),
+            packed: Vec::new(),
+            plain: Vec::new(),
+            pages: Vec::new(),
+            runs: Vec::new(),
+            batch: PageBatch::default(),
+        }
+    }
+
+    fn run(&mut self, debt: &Debt) -> Result<(), SendError> {
+        while let Some(space) = debt.next(BATCH, &mut self.runs) {
+            self.send(debt, space)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, debt: &Debt, space: SpaceId) -> Result<(), SendError> {
+        let start = Instant::now();
+        debt.read(space, &self.runs, &mut self.bytes, &mut self.pages)?;
+        self.batch.clear(space, super::ROUND, Coding::Raw);
+        let mut slices = Vec::with_capacity(self.pages.len());
+        for ((page, zero, content), bytes) in self.pages.iter().zip(self.bytes.chunks_exact(super::PAGE)) {
+            self.batch.push(PageNo(*page), *zero, *content);
+            if !zero {
+                slices.push(IoSlice::new(bytes));
+            }
+        }
+        self.chooser.observe_work(self.pages.len() * super::PAGE, start.elapsed());
+        let raw = slices.len() * super::PAGE;
+        if raw > 0
+            && let way @ Way::Zstd(level) = self.chooser.choose(false)
+        {
+            let start = Instant::now();
+            self.plain.clear();
+            slices.iter().for_each(|bytes| self.plain.extend_from_slice(bytes));
+            self.zstd.encode(level, &self.plain, &mut self.packed)?;
+            self.chooser.observe(way, raw, self.packed.len(), start.elapsed());
+            if self.packed.len() < raw {
+                self.batch.set_coding(Coding::Zstd);
+                slices = vec![IoSlice::new(&self.packed)];
+            }
+        }
+        if crate::fault::point("late-push") == Some(crate::fault::Fault::Cut) {
+            self.channel.link().shutdown();
+        }
+        let start = Instant::now();
+        let sent = self.channel.pages(&self.batch, &slices)?;
+        self.chooser.observe_link(sent, start.elapsed());
+        debt.note_sent(space, &self.pages, sent, false);
+        Ok(())
+    }
+}
