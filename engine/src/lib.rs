@@ -6,6 +6,7 @@
 //! Both take a plan in which every knob is explicit, an [`Observer`] that is told what happens, and a
 //! [`Cancel`] token. Libraries never print: the `pageferry` command is one user of this one.
 
+pub mod calibration;
 pub mod cancel;
 pub mod destination;
 pub mod error;
@@ -18,8 +19,10 @@ pub mod source;
 mod fault;
 mod layout;
 pub mod link;
+pub mod model;
 mod page_bits;
 pub mod policy;
+pub mod predict;
 mod verify;
 
 pub use cancel::Cancel;

@@ -1,7 +1,9 @@
 //! What a migration is asked to do: every knob explicit, validated once.
 
+use crate::policy::estimate::FreezeCost;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
+use serde::Serialize;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,9 +31,12 @@ pub enum NoConvergence {
 }
 
 /// When memory moves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Strategy {
-    /// All of it before the program does.
+    /// All of it while the program stands still.
+    StopAndCopy,
+    /// In rounds while the program runs, and the rest while it stands still.
     #[default]
     PreCopy,
     /// All of it after the program runs at the destination: what that touches is fetched.
@@ -41,9 +46,19 @@ pub enum Strategy {
 }
 
 impl Strategy {
+    /// All of them.
+    pub const ALL: [Strategy; 4] =
+        [Strategy::StopAndCopy, Strategy::PreCopy, Strategy::PostCopy, Strategy::Hybrid];
+
+    /// Whether pages follow when the program runs at the destination.
+    pub fn owes(self) -> bool {
+        matches!(self, Strategy::PostCopy | Strategy::Hybrid)
+    }
+
     /// The word in reports.
     pub fn name(self) -> &'static str {
         match self {
+            Strategy::StopAndCopy => "stop-and-copy",
             Strategy::PreCopy => "pre-copy",
             Strategy::PostCopy => "post-copy",
             Strategy::Hybrid => "hybrid",
@@ -113,6 +128,8 @@ pub struct SendPlan {
     pub max_rounds: u32,
     /// Who decides between another round and the freeze.
     pub policy: PolicyChoice,
+    /// What a freeze costs beside the pages, for predictions.
+    pub freeze_cost: FreezeCost,
     /// What to do when the program writes faster than the link carries, and the downtime that was aimed for cannot be had.
     pub on_no_convergence: NoConvergence,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
@@ -159,6 +176,7 @@ impl SendPlan {
             downtime: Duration::from_millis(100),
             max_rounds: 30,
             policy: PolicyChoice::Adaptive,
+            freeze_cost: FreezeCost::default(),
             on_no_convergence: NoConvergence::Freeze,
             bandwidth: None,
             delta_cache: None,
@@ -178,7 +196,7 @@ impl SendPlan {
 
     /// Whether pages may be left for after the program runs at the destination.
     pub(crate) fn may_owe(&self) -> bool {
-        self.strategy != Strategy::PreCopy || self.on_no_convergence == NoConvergence::PostCopy
+        self.strategy.owes() || self.on_no_convergence == NoConvergence::PostCopy
     }
 
     /// Checks what can be checked without touching anything.

@@ -20,7 +20,18 @@ fn pageferry(arguments: &[&str]) -> (i32, String, String) {
 
 #[test]
 fn help_texts() {
-    for verb in ["check", "receive", "migrate", "restore", "inspect", "track", "completions", "man"] {
+    for verb in [
+        "check",
+        "receive",
+        "migrate",
+        "restore",
+        "inspect",
+        "track",
+        "predict",
+        "simulate",
+        "completions",
+        "man",
+    ] {
         let (code, out, err) = pageferry(&[verb, "--help"]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");
         assert!(out.contains("Example:"), "{verb} shows an example");
@@ -52,6 +63,11 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["track", "--pid", "5", "--plot", "x.svg"], "--replay"),
         (&["track", "--pid", "5", "--json", "--csv", "-"], "standard output"),
         (&["track", "--pid", "5", "--", "ls"], "cannot be used with"),
+        (&["predict"], "--pid <PID>"),
+        (&["predict", "--pid", "5", "--bandwidth", "fast"], "number is missing"),
+        (&["simulate"], "--trace <FILE>"),
+        (&["simulate", "--trace", "x", "--again-ratio", "1.5"], "from 0 to 1"),
+        (&["simulate", "--trace", "x", "--policy", "fixed:0"], "is not a number of rounds"),
         (&["ferry"], "unrecognized subcommand"),
     ] {
         let (code, out, err) = pageferry(arguments);

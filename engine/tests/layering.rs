@@ -98,6 +98,7 @@ fn the_wire_format_does_no_io_and_reads_no_clock() {
 fn policies_and_machines_read_no_clock() {
     let clock = &["Instant::now", "SystemTime", "thread::sleep"];
     forbid("engine/src/policy", clock, |_| false, "time is a parameter of a policy");
+    forbid("engine/src/model", clock, |_| false, "a model has a time of its own");
     forbid(
         "engine/src/source",
         clock,

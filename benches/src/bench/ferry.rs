@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// Longest time that a migration takes here.
 const LIMIT: Duration = Duration::from_secs(600);
+/// Where `pageferry` remembers what migrations took.
+pub const CALIBRATION: &str = "--calibration";
 /// Port of the receiver.
 const PORT: u16 = 7077;
 
@@ -53,6 +55,8 @@ pub struct Downtime {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Round {
+    /// Pages that were dirty, or had never been sent.
+    pub dirty_pages: u64,
     /// Pages whose bytes were sent.
     pub sent_pages: u64,
     /// Bytes on the wire.
@@ -134,6 +138,11 @@ impl Ferry {
         Self { standby: bytes, ..self.clone() }
     }
 
+    /// The command itself.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Moves a process from the source to the destination.
     ///
     /// # Errors
@@ -174,6 +183,10 @@ impl Ferry {
             "--json",
         ];
         migrate.extend(options);
+        // What other runs took is nothing to go by, and this one nothing to remember, unless that is what is measured.
+        if !options.contains(&CALIBRATION) {
+            migrate.extend([CALIBRATION, "none"]);
+        }
         let mut sender = Running::start("pageferry migrate", &mut hosts.exec(Host::Source, &migrate))?;
         let (ended, peak) = (AtomicBool::new(false), AtomicU64::new(0));
         let finished = thread::scope(|scope| {

@@ -18,6 +18,7 @@ pub mod goodput;
 pub mod hosts;
 pub mod machine;
 pub mod moved_redis;
+pub mod prediction;
 pub mod puppet;
 pub mod redis;
 pub mod resident;
@@ -60,6 +61,8 @@ enum Bench {
     Puppet(puppet::Options),
     /// How near the estimated working set is to the true one
     WwsAccuracy(wws_accuracy::Options),
+    /// How near predictions and simulations are to the migrations that follow
+    Prediction(prediction::Options),
     /// How fast pages are digested and coded, and into how many bytes
     Codings(codings::Options),
     /// The coding of pages that were sent before, beside QEMU's XBZRLE
@@ -144,6 +147,7 @@ impl Command {
             Bench::TrackingCost(options) => tracking_cost::run(&options),
             Bench::Puppet(options) => puppet::run(&options),
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
+            Bench::Prediction(options) => prediction::run(&options),
             Bench::Codings(options) => codings::run(&options),
             Bench::Xbzrle(options) => codings::run_xbzrle(&options),
             Bench::BareSource(options) => baseline::bare::source::run(&options),

@@ -1,5 +1,7 @@
 //! What can be asked for, and how it is explained.
 
+use super::predict::PredictVerb;
+use super::simulate::SimulateVerb;
 use super::units::{Bytes, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::{CodingChoice, NoConvergence, PolicyChoice, Strategy};
@@ -85,6 +87,23 @@ pub(super) enum Verb {
         after_long_help = with_exit_codes!("  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify")
     )]
     Migrate(MigrateVerb),
+    /// Says what moving a program would bring, without moving it.
+    ///
+    /// Watches for a while what it writes and looks at some of its pages; then it is moved in virtual time, from many moments
+    /// of that while, by each strategy: rounds, downtime, total time, bytes, and how much slower it runs meanwhile. Each
+    /// with the interval in which nine of ten such migrations lie. What a freeze and a page cost on this machine is learned from
+    /// earlier migrations. The program never notices.
+    #[command(after_help = "Example:\n  # pageferry predict --pid $(pidof redis-server) --bandwidth 1Gbit")]
+    Predict(PredictVerb),
+    /// Moves the program of a recording in virtual time.
+    ///
+    /// Runs the engine's policy over what `pageferry track --record` has seen, thousands of times faster than real time: for
+    /// comparing policies and links on one trace. Behind its end a recording begins anew. With --strategy the rounds of one
+    /// migration are shown, otherwise every strategy, from many moments.
+    #[command(
+        after_help = "Example:\n  # pageferry track --pid 4711 --interval 50ms --duration 30s --record redis.pft\n  $ pageferry simulate --trace redis.pft --bandwidth 1Gbit --policy fixed:5 --strategy pre-copy"
+    )]
+    Simulate(SimulateVerb),
     /// Brings a program back from a file that `migrate --to file:PATH` has written.
     ///
     /// The program gets its old process ids, so these must be free, and the files that it has open must be there as they
@@ -222,8 +241,11 @@ impl ScopeName {
     }
 }
 
+/// Where earlier migrations of this machine are remembered.
+pub(super) const CALIBRATION: &str = "/var/lib/pageferry/calibration.json";
+
 /// Reads `adaptive` and `fixed:N`.
-fn policy(text: &str) -> Result<PolicyChoice, String> {
+pub(super) fn policy(text: &str) -> Result<PolicyChoice, String> {
     match text.split_once(':') {
         None if text == "adaptive" => Ok(PolicyChoice::Adaptive),
         Some(("fixed", rounds)) => match rounds.parse() {
@@ -257,6 +279,8 @@ impl NoConvergenceName {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum StrategyName {
+    /// All of it while the program stands still: for comparisons, and for links that are faster than its memory is large.
+    StopAndCopy,
     /// Memory first: a failure at any time costs nothing.
     PreCopy,
     /// The program first: it stands still shortest, and waits for what it touches; if either machine is lost before all has come, it is.
@@ -269,6 +293,7 @@ impl StrategyName {
     /// The choice in the words of the library.
     pub(super) fn choice(self) -> Strategy {
         match self {
+            StrategyName::StopAndCopy => Strategy::StopAndCopy,
             StrategyName::PreCopy => Strategy::PreCopy,
             StrategyName::PostCopy => Strategy::PostCopy,
             StrategyName::Hybrid => Strategy::Hybrid,
@@ -414,6 +439,9 @@ pub(super) struct MigrateVerb {
     /// comparisons.
     #[arg(long, value_name = "POLICY", default_value = "adaptive", value_parser = policy)]
     pub(super) policy: PolicyChoice,
+    /// What earlier migrations took, for predictions; this one is added. `none` uses what the engine was built with.
+    #[arg(long, value_name = "FILE", default_value = CALIBRATION)]
+    pub(super) calibration: PathBuf,
     /// What to do when the program writes faster than the link carries.
     #[arg(long, value_enum, default_value = "freeze")]
     pub(super) on_no_convergence: NoConvergenceName,

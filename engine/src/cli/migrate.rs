@@ -3,7 +3,7 @@
 use super::arguments::{HideName, MigrateVerb};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
-use super::{render, signals};
+use super::{calibration, render, signals};
 use pageferry::{MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
 use serde::Serialize;
@@ -33,7 +33,9 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
             return Ok(REFUSED);
         }
     };
-    let plan = plan(verb, to);
+    let mut plan = plan(verb, to);
+    let mut calibration = calibration::read(&verb.calibration);
+    plan.freeze_cost = calibration.freeze_cost();
     let cancel = signals::token()?;
     let bars;
     let observer: &dyn Observer = if verb.json {
@@ -63,6 +65,10 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
         } else if result.is_ok() && !verb.quiet {
             super::print(render::report(report).as_bytes())?;
         }
+    }
+    if let Ok(report) = &result {
+        calibration.learn(report);
+        calibration::write(&verb.calibration, &calibration);
     }
     if let Err(error) = &result {
         eprint!("{}", describe(error));

@@ -1,15 +1,18 @@
 //! The command line: for people first, with `--json` for programs.
 
 mod arguments;
+mod calibration;
 mod check;
 mod failure;
 mod inspect;
 mod migrate;
+mod predict;
 mod progress;
 mod receive;
 mod render;
 mod restore;
 mod signals;
+mod simulate;
 mod track;
 mod units;
 
@@ -37,6 +40,8 @@ pub fn run() -> ExitCode {
         Verb::Check(verb) => check::run(&verb),
         Verb::Receive(verb) => receive::run(verb),
         Verb::Migrate(verb) => migrate::run(&verb),
+        Verb::Predict(verb) => predict::run(&verb),
+        Verb::Simulate(verb) => simulate::run(&verb),
         Verb::Inspect(verb) => inspect::run(&verb),
         Verb::Restore(verb) => restore::run(verb),
         Verb::Track(verb) => track::run(&verb),

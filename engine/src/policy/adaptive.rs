@@ -30,9 +30,10 @@ const WORTH_AT_LEAST: Duration = Duration::from_millis(1);
 const FRUITLESS_ROUNDS: u32 = 3;
 
 impl Adaptive {
-    /// A policy that aims for `target` and freezes after `max_rounds` rounds at the latest.
-    pub fn new(target: Duration, max_rounds: u32) -> Self {
-        Self { target, max_rounds, cost: FreezeCost::default(), fruitless: 0, best: None }
+    /// A policy that aims for `target` and freezes after `max_rounds` rounds at the latest. `cost` is what a freeze costs
+    /// beside the pages.
+    pub fn new(target: Duration, max_rounds: u32, cost: FreezeCost) -> Self {
+        Self { target, max_rounds, cost, fruitless: 0, best: None }
     }
 }
 
@@ -89,7 +90,7 @@ mod tests {
 
     /// A program that dirties `dirty` distinct pages a second out of `working_set`, copied at `rate`.
     fn simulate(memory: u64, dirty: f64, working_set: u64, rate: f64, max_rounds: u32) -> (u32, Decision) {
-        let mut policy = Adaptive::new(Duration::from_millis(100), max_rounds);
+        let mut policy = Adaptive::new(Duration::from_millis(100), max_rounds, FreezeCost::default());
         let overhead = Duration::from_micros(500);
         let mut todo = memory;
         let mut since = Duration::ZERO;
@@ -139,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_target_below_the_fixed_cost_ends_too() {
-        let mut policy = Adaptive::new(Duration::from_millis(1), 30);
+        let mut policy = Adaptive::new(Duration::from_millis(1), 30, FreezeCost::default());
         let sample = |round, todo_pages| RoundSample {
             round,
             todo_pages,
@@ -155,7 +156,7 @@ mod tests {
 
     #[test]
     fn what_is_held_back_is_no_reason_for_another_round() {
-        let mut policy = Adaptive::new(Duration::from_millis(60), 30);
+        let mut policy = Adaptive::new(Duration::from_millis(60), 30, FreezeCost::default());
         let sample = |round, todo_pages, hot_pages| RoundSample {
             round,
             todo_pages,
@@ -173,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_first_round_is_always_sent() {
-        let mut policy = Adaptive::new(Duration::from_secs(100), 1);
+        let mut policy = Adaptive::new(Duration::from_secs(100), 1, FreezeCost::default());
         let sample = RoundSample {
             round: 0,
             todo_pages: 1,

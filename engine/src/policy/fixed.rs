@@ -12,9 +12,9 @@ pub struct Fixed {
 }
 
 impl Fixed {
-    /// A policy that sends `rounds` rounds (at least one).
-    pub fn new(rounds: u32) -> Self {
-        Self { rounds: rounds.max(1), cost: FreezeCost::default() }
+    /// A policy that sends `rounds` rounds (at least one). `cost` is what a freeze costs beside the pages.
+    pub fn new(rounds: u32, cost: FreezeCost) -> Self {
+        Self { rounds: rounds.max(1), cost }
     }
 }
 
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn so_many_rounds_and_no_more() {
-        let mut policy = Fixed::new(3);
+        let mut policy = Fixed::new(3, FreezeCost::default());
         let stops: Vec<bool> = (0..5)
             .map(|round| {
                 let sample = RoundSample {

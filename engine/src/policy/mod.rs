@@ -11,6 +11,8 @@ pub(crate) use bubbling::Bubbling;
 pub use fixed::Fixed;
 pub use hot::HotPages;
 
+use crate::plan::PolicyChoice;
+use estimate::FreezeCost;
 use std::time::Duration;
 
 /// What is known when a round's dirty pages were just collected and nothing of them was sent yet.
@@ -53,6 +55,8 @@ pub enum StopReason {
     MaxRounds,
     /// What is left is to come after the program runs at the destination.
     PostCopy,
+    /// No rounds were asked for.
+    StopAndCopy,
 }
 
 impl StopReason {
@@ -63,6 +67,7 @@ impl StopReason {
             StopReason::NoProgress => "no-progress",
             StopReason::MaxRounds => "max-rounds",
             StopReason::PostCopy => "post-copy",
+            StopReason::StopAndCopy => "stop-and-copy",
         }
     }
 }
@@ -74,6 +79,27 @@ pub struct Decision {
     pub stop: Option<StopReason>,
     /// Downtime to be expected if the tree were frozen now.
     pub predicted_downtime: Duration,
+}
+
+/// Rounds smaller than this say nothing about the pace: they are all overhead.
+const PACE_PAGES: u64 = 256;
+
+/// Whether a round of so many pages says how fast pages are sent.
+pub fn says_the_pace(pages: u64) -> bool {
+    pages >= PACE_PAGES
+}
+
+/// The policy of that name.
+pub fn new(
+    choice: PolicyChoice,
+    downtime: Duration,
+    max_rounds: u32,
+    cost: FreezeCost,
+) -> Box<dyn RoundPolicy> {
+    match choice {
+        PolicyChoice::Adaptive => Box::new(Adaptive::new(downtime, max_rounds, cost)),
+        PolicyChoice::Fixed(rounds) => Box::new(Fixed::new(rounds, cost)),
+    }
 }
 
 /// Decides between another round and the freeze.

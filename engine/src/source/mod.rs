@@ -228,7 +228,7 @@ impl<'a> Migration<'a> {
             late: None,
             late_last: None,
             late_shaper: None,
-            owes: plan.strategy != Strategy::PreCopy,
+            owes: plan.strategy.owes(),
             peer,
             holds_back: false,
             deltas_help: false,
@@ -244,7 +244,7 @@ impl<'a> Migration<'a> {
         self.connect()?;
         self.attach()?;
         let decision = match self.plan.strategy {
-            Strategy::PostCopy => self.look_once()?,
+            Strategy::PostCopy | Strategy::StopAndCopy => self.look_once()?,
             Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
         };
         self.hand_over(decision)?;

@@ -3,17 +3,13 @@
 use super::failure::SendError;
 use super::{Migration, Phase, Space};
 use crate::observe::Event;
-use crate::plan::{NoConvergence, PolicyChoice, Strategy};
-use crate::policy::estimate::FreezeCost;
-use crate::policy::{Adaptive, Decision, Fixed, HotPages, Measured, RoundPolicy, RoundSample, StopReason};
+use crate::plan::{NoConvergence, Strategy};
+use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
 use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
-
-/// Rounds smaller than this say nothing about the pace: they are all overhead.
-const PACE_PAGES: u64 = 256;
 
 /// Share of the program's memory that the delta cache takes unless it is told: 1/16.
 const DELTA_CACHE_SHARE: u64 = 16;
@@ -36,17 +32,16 @@ impl Migration<'_> {
         self.take_in(&collected, 0, false)?;
         let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
         self.check_room(resident_pages)?;
-        let predicted_downtime = FreezeCost::default().of(collected.spaces.len() as u32, resident_pages);
-        Ok(Decision { stop: Some(StopReason::PostCopy), predicted_downtime })
+        let predicted_downtime = self.plan.freeze_cost.of(collected.spaces.len() as u32, resident_pages);
+        let stop = if self.owes { StopReason::PostCopy } else { StopReason::StopAndCopy };
+        Ok(Decision { stop: Some(stop), predicted_downtime })
     }
 
     /// Sends rounds until the policy says stop. The pages that were collected last are not sent: the tracker
     /// gives them again in the freeze.
     pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
-        let mut policy: Box<dyn RoundPolicy> = match self.plan.policy {
-            PolicyChoice::Adaptive => Box::new(Adaptive::new(self.plan.downtime, self.plan.max_rounds)),
-            PolicyChoice::Fixed(rounds) => Box::new(Fixed::new(rounds)),
-        };
+        let plan = self.plan;
+        let mut policy = policy::new(plan.policy, plan.downtime, plan.max_rounds, plan.freeze_cost);
         self.holds_back = policy.holds_back();
         let mut measured: Option<Measured> = None;
         let mut last_collect: Option<Instant> = None;
@@ -123,7 +118,7 @@ impl Migration<'_> {
             let acked = sending.elapsed();
             self.tracker_mut().acknowledge(collected.ticket);
 
-            if sendable >= PACE_PAGES || measured.is_none() {
+            if policy::says_the_pace(sendable) || measured.is_none() {
                 measured = Some(Measured {
                     pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
                     round_overhead: scan + acked.saturating_sub(sent),

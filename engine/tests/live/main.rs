@@ -8,6 +8,7 @@ mod ferry;
 mod kept;
 mod late;
 mod policy;
+mod predict;
 mod programs;
 mod refusals;
 mod streams;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         refusals::tests(),
         streams::tests(),
         policy::tests(),
+        predict::tests(),
         faults::tests(),
         kept::tests(),
         late::tests(),

@@ -10,6 +10,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("a hot set is held back until the freeze", hot_set),
         ("a program that outruns the link runs on, when asked for", give_up),
         ("a fixed number of rounds", fixed),
+        ("all of it while the program stands still", stop_and_copy),
     ]
 }
 
@@ -66,4 +67,20 @@ fn fixed(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.lives_only(Host::Destination, &subject)?;
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     Ok(())
+}
+
+fn stop_and_copy(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["forked", "--memory", "16MiB", "--workers", "2", "--rate", "2MB"])?;
+    let receiver = ferry.receiver(None, &["--once"])?;
+    let outcome = ferry.migrate(subject.pid, None, &["--strategy", "stop-and-copy", "--verify"])?;
+    let report = outcome.moved()?;
+    ensure!(report.verified && report.rounds.len() == 1 && report.rounds[0].frozen, "{:?}", report.rounds);
+    ensure!(
+        report.stop_reason == "stop-and-copy" && report.strategy == "stop-and-copy",
+        "{}",
+        report.stop_reason
+    );
+    ferry.lives_only(Host::Destination, &subject)?;
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.hosts.kill(Host::Destination, subject.pid)
 }

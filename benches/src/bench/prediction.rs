@@ -1,0 +1,466 @@
+//! How near `pageferry predict` and `pageferry simulate` come to the migrations that follow.
+
+use super::child::{Running, output};
+use super::ferry::{CALIBRATION, Ferry, Migration, Round};
+use super::hosts::{Host, Hosts};
+use super::moved_redis::MovedRedis;
+use super::stats::Runs;
+use super::subject::Subject;
+use super::table::Table;
+use super::{Common, ensure_memory, machine};
+use crate::workload::state::realtime_us;
+use anyhow::Context;
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// A prediction may be off by this share, and a simulated round by that.
+const WITHIN: f64 = 0.20;
+const ROUNDS_WITHIN: f64 = 0.10;
+/// Rounds of fewer pages are made of chance.
+const LARGE_ROUND: u64 = 2048;
+/// Rate of the link, as `tc` and as pageferry say it.
+const LINK: &str = "1gbit";
+const BANDWIDTH: &str = "1Gbit";
+/// How long a program is watched for a prediction, and recorded for a simulation.
+const WATCHED: &str = "5s";
+/// Operations a second of the client of redis.
+const LOAD: &str = "5000";
+/// Longest time that this takes.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Options of this measurement.
+#[derive(Clone, Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Programs to move (otherwise all of them)
+    #[arg(long, value_enum, value_delimiter = ',')]
+    workloads: Vec<Program>,
+    /// Strategies (otherwise all of them)
+    #[arg(long, value_delimiter = ',', default_value = "stop-and-copy,pre-copy,post-copy,hybrid")]
+    strategies: Vec<String>,
+    /// Memory of each
+    #[arg(long, default_value = "256MiB")]
+    memory: ByteSize,
+    /// What the patterns dirty a second
+    #[arg(long, default_value = "20MB")]
+    rate: String,
+}
+
+/// A program to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+enum Program {
+    /// Every page is as likely as every other
+    Uniform,
+    /// 90 % of the writes go to 5 % of the pages
+    HotSet,
+    /// Page k is written 1/k times as often as page 1
+    Zipf,
+    /// One half of the pages for a while, then the other
+    Phased,
+    /// A redis-server under a steady load of writes
+    Redis,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    workload: Program,
+    strategy: String,
+    quantity: &'static str,
+    predicted: Runs,
+    measured: Runs,
+    /// How far the prediction is off, as a share of what was measured: the median of the runs.
+    error: f64,
+    /// From where to where the first run's prediction said that it would be.
+    interval: Option<(f64, f64)>,
+    pass: bool,
+}
+
+/// What `pageferry predict` says.
+#[derive(Debug, Deserialize)]
+struct Prediction {
+    strategies: Vec<Forecast>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Forecast {
+    strategy: String,
+    downtime_us: Estimate,
+    total_us: Estimate,
+    bytes: Estimate,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Estimate {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+/// What `pageferry simulate` says.
+#[derive(Debug, Deserialize)]
+struct Simulation {
+    rounds: Vec<SimulatedRound>,
+}
+
+#[derive(Debug, Deserialize)]
+struct SimulatedRound {
+    dirty_pages: u64,
+    frozen: bool,
+}
+
+/// One run.
+struct Sample {
+    forecast: Forecast,
+    migration: Migration,
+    simulated: Vec<SimulatedRound>,
+}
+
+/// Measures and prints the table; fails if a goal was missed.
+///
+/// # Errors
+/// What kept it from measuring.
+pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let common = &options.common;
+    common.medians_need_runs()?;
+    ensure_memory(options.memory)?;
+    let ferry = common.ferry()?;
+    let scratch = tempfile::Builder::new().prefix("pageferry-bench-").tempdir()?;
+    let programs = match &options.workloads[..] {
+        [] => Program::value_variants(),
+        some => some,
+    };
+    let mut rows = Vec::new();
+    let trial = Trial { options, ferry: &ferry, scratch: scratch.path() };
+    // What a freeze costs on this machine is learned, as it is by whoever migrates.
+    trial.run(Program::Uniform, "pre-copy").context("the migration to learn from")?;
+    for &program in programs {
+        for strategy in &options.strategies {
+            let mut samples = Vec::new();
+            for run in 1..=common.runs {
+                let sample = trial.run(program, strategy)?;
+                eprintln!(
+                    "{}, {strategy}, run {run} of {}: stood still for {:.1} ms, {:.1} ms were predicted",
+                    program.name(),
+                    common.runs,
+                    sample.migration.report.downtime_us.total as f64 / 1e3,
+                    sample.forecast.downtime_us.median / 1e3
+                );
+                samples.push(sample);
+            }
+            for row in judge(program, strategy, &samples) {
+                if common.json {
+                    println!("{}", serde_json::to_string(&row)?);
+                }
+                rows.push(row);
+            }
+        }
+    }
+    if !common.json {
+        print!("{}", render(&rows, options));
+    }
+    Ok(if rows.iter().all(|row| row.pass) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Program {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// A program that runs.
+enum Moving {
+    Pattern(Subject),
+    Redis(MovedRedis, Box<Running>),
+}
+
+struct Trial<'a> {
+    options: &'a Options,
+    ferry: &'a Ferry,
+    scratch: &'a Path,
+}
+
+impl Trial<'_> {
+    /// Predicts, records, and moves.
+    fn run(&self, program: Program, strategy: &str) -> anyhow::Result<Sample> {
+        let link = self.options.common.link.as_deref().unwrap_or(LINK);
+        let hosts = Hosts::up(&self.options.common.two_hosts, Some(link))?;
+        let mut moving = self.start(&hosts, program)?;
+        let pid = match &moving {
+            Moving::Pattern(subject) => subject.pid,
+            Moving::Redis(redis, _) => redis.pid,
+        };
+        machine::touch(self.options.memory.as_u64() / 4 * 5)?;
+        let calibration = self.path("calibration.json");
+        let (pid_text, trace) = (pid.to_string(), self.path("trace.pft"));
+        let known = [CALIBRATION, &calibration];
+        // Of the run before.
+        match std::fs::remove_file(&trace) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).context("removing a recording");
+            }
+            _ => {}
+        }
+        let said =
+            self.ask(
+                &hosts,
+                &[
+                    &[
+                        "predict",
+                        "--pid",
+                        &pid_text,
+                        "--bandwidth",
+                        BANDWIDTH,
+                        "--duration",
+                        WATCHED,
+                        "--json",
+                    ][..],
+                    &known,
+                ]
+                .concat(),
+            )?;
+        let prediction: Prediction = serde_json::from_str(&said).context("reading what was predicted")?;
+        let forecast = prediction.strategies.into_iter().find(|forecast| forecast.strategy == strategy);
+        let forecast = forecast.with_context(|| format!("nothing was predicted for {strategy}"))?;
+        let record = [
+            "track",
+            "--pid",
+            &pid_text,
+            "--interval",
+            "50ms",
+            "--duration",
+            WATCHED,
+            "--record",
+            &trace,
+            "--scope",
+            "lazy",
+            "--quiet",
+        ];
+        self.ask(&hosts, &record)?;
+        let migration = self.ferry.migrate(
+            &hosts,
+            self.scratch,
+            pid,
+            &[&known[..], &["--strategy", strategy]].concat(),
+        )?;
+        self.verify(&hosts, &mut moving)?;
+        // With the sizes of pages that came out, which are not the policy's.
+        let (first, again) = ratios(&migration);
+        let (first, again) = (first.to_string(), again.to_string());
+        let simulate = [
+            "simulate",
+            "--trace",
+            &trace,
+            "--bandwidth",
+            BANDWIDTH,
+            "--strategy",
+            strategy,
+            "--ratio",
+            &first,
+            "--again-ratio",
+            &again,
+            "--json",
+        ];
+        let said = self.ask(&hosts, &[&simulate[..], &known].concat())?;
+        let simulation: Simulation = serde_json::from_str(&said).context("reading what was simulated")?;
+        Ok(Sample { forecast, migration, simulated: simulation.rounds })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.scratch.join(name).to_string_lossy().into_owned()
+    }
+
+    fn ask(&self, hosts: &Hosts, words: &[&str]) -> anyhow::Result<String> {
+        let program = self.ferry.program().to_string_lossy().into_owned();
+        let command = [&[program.as_str()][..], words].concat();
+        output(words[0], &mut hosts.exec(Host::Source, command), LIMIT)
+    }
+
+    fn start(&self, hosts: &Hosts, program: Program) -> anyhow::Result<Moving> {
+        let memory = self.options.memory.as_u64().to_string();
+        if program == Program::Redis {
+            let family = ["--sessions", "--fill-value-size", "1024", "--bytes", &memory];
+            let redis = MovedRedis::start(hosts, self.scratch, &family)?;
+            let program = super::workload()?.to_string_lossy().into_owned();
+            let (source, destination) =
+                (MovedRedis::address(Host::Source), MovedRedis::address(Host::Destination));
+            let journal = self.path("journal");
+            let load = [
+                program.as_str(),
+                "redis-load",
+                "--address",
+                &source,
+                "--address",
+                &destination,
+                "--rate",
+                LOAD,
+                "--journal",
+                &journal,
+            ];
+            let client = Running::start("redis-load", &mut hosts.exec(Host::Client, load))?;
+            return Ok(Moving::Redis(redis, Box::new(client)));
+        }
+        let words: Vec<String> =
+            ["pattern", "--memory", &memory, "--rate", &self.options.rate, "--pattern", &program.name()]
+                .into_iter()
+                .map(str::to_owned)
+                .chain(["--log".to_owned(), self.path("writes")])
+                .collect();
+        Ok(Moving::Pattern(Subject::start(hosts, self.scratch, "program", &words)?))
+    }
+
+    /// Looks whether it is whole at the destination, and ends it.
+    fn verify(&self, hosts: &Hosts, moving: &mut Moving) -> anyhow::Result<()> {
+        match moving {
+            Moving::Pattern(subject) => {
+                subject.wait_alive_after(realtime_us())?;
+                subject.check()?;
+                hosts.kill(Host::Destination, subject.pid)
+            }
+            Moving::Redis(redis, client) => {
+                client.terminate();
+                client.finish(LIMIT)?;
+                redis.verify(hosts, &["--journal", &self.path("journal")])?;
+                hosts.kill(Host::Destination, redis.pid)
+            }
+        }
+    }
+}
+
+/// Bytes of a page that was sent for the first time, and of one that was sent again, as shares of a page.
+fn ratios(migration: &Migration) -> (f64, f64) {
+    let share = |rounds: &mut dyn Iterator<Item = &Round>| {
+        let (mut bytes, mut pages) = (0, 0);
+        for round in rounds {
+            bytes += round.sent_bytes;
+            pages += round.sent_pages;
+        }
+        (bytes as f64 / pages.max(1) as f64 / 4096.0).min(1.0)
+    };
+    let rounds = &migration.report.rounds;
+    (share(&mut rounds.iter().take(1)), share(&mut rounds.iter().skip(1)))
+}
+
+fn judge(program: Program, strategy: &str, samples: &[Sample]) -> Vec<Row> {
+    let rows = [
+        (
+            "downtime ms",
+            1e3,
+            (|s| s.migration.report.downtime_us.total as f64) as fn(&Sample) -> f64,
+            (|f| f.downtime_us) as fn(&Forecast) -> Estimate,
+        ),
+        ("bytes MB", 1e6, |s| s.migration.report.bytes_sent as f64, |f| f.bytes),
+        ("total s", 1e6, |s| s.migration.report.total_us as f64, |f| f.total_us),
+    ];
+    let mut rows: Vec<Row> = rows
+        .into_iter()
+        .map(|(quantity, unit, measured, predicted)| {
+            let interval = samples.first().map(|sample| predicted(&sample.forecast));
+            row(
+                program,
+                strategy,
+                quantity,
+                WITHIN,
+                interval.map(|i| (i.low / unit, i.high / unit)),
+                samples
+                    .iter()
+                    .map(|sample| (predicted(&sample.forecast).median / unit, measured(sample) / unit))
+                    .collect(),
+            )
+        })
+        .collect();
+    if !matches!(strategy, "pre-copy" | "hybrid") {
+        return rows;
+    }
+    // Round by round: the one that is the farthest off.
+    let worst = samples.iter().map(|sample| {
+        let live = sample.migration.report.rounds.iter().filter(|round| !round.frozen);
+        let simulated = sample.simulated.iter().filter(|round| !round.frozen);
+        live.zip(simulated)
+            .map(|(live, simulated)| (simulated.dirty_pages, live.dirty_pages))
+            .filter(|(_, live)| *live >= LARGE_ROUND)
+            .map(|(simulated, live)| (simulated as f64, live as f64))
+            .max_by(|a, b| off(*a).total_cmp(&off(*b)))
+            .unwrap_or((0.0, 0.0))
+    });
+    rows.push(row(
+        program,
+        strategy,
+        "pages of the worst simulated round",
+        ROUNDS_WITHIN,
+        None,
+        worst.collect(),
+    ));
+    rows
+}
+
+/// How far a prediction is off.
+fn off((predicted, measured): (f64, f64)) -> f64 {
+    if measured == 0.0 {
+        if predicted == 0.0 { 0.0 } else { 1.0 }
+    } else {
+        (predicted / measured - 1.0).abs()
+    }
+}
+
+fn row(
+    workload: Program,
+    strategy: &str,
+    quantity: &'static str,
+    limit: f64,
+    interval: Option<(f64, f64)>,
+    pairs: Vec<(f64, f64)>,
+) -> Row {
+    let error = Runs::new(pairs.iter().map(|pair| off(*pair)).collect()).median;
+    let (predicted, measured) = pairs.into_iter().unzip();
+    let (predicted, measured) = (Runs::new(predicted), Runs::new(measured));
+    Row {
+        workload,
+        strategy: strategy.to_owned(),
+        quantity,
+        predicted,
+        measured,
+        error,
+        interval,
+        pass: error <= limit,
+    }
+}
+
+fn render(rows: &[Row], options: &Options) -> String {
+    let mut table = Table::new(&[
+        "workload",
+        "strategy",
+        "quantity",
+        "predicted",
+        "said to lie in",
+        "measured",
+        "off by",
+        "goal",
+    ]);
+    for row in rows {
+        table.row(vec![
+            row.workload.name(),
+            row.strategy.clone(),
+            row.quantity.to_owned(),
+            row.predicted.display(1),
+            row.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("{low:.1}..{high:.1}")),
+            row.measured.display(1),
+            format!("{:.1} %", row.error * 100.0),
+            if row.pass { "met" } else { "missed" }.to_owned(),
+        ]);
+    }
+    format!(
+        "{}\n{} each, patterns dirty {} a second; link {}; median (smallest..largest) of {} runs; off by: the median of the runs' own\n\n{}",
+        machine::describe(),
+        options.memory,
+        options.rate,
+        options.common.link.as_deref().unwrap_or(LINK),
+        options.common.runs,
+        table.render()
+    )
+}

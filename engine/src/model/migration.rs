@@ -1,0 +1,407 @@
+//! A migration in virtual time: the rules of the engine ([`crate::policy`]) over what a program wrote.
+
+use super::site::Site;
+use super::trace::{Pages, Trace};
+use crate::plan::{PolicyChoice, Strategy};
+use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
+use pageferry_tracker::{PageSet, SpaceKey};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish {
+    /// How.
+    pub strategy: Strategy,
+    /// Who decides between another round and the freeze.
+    pub policy: PolicyChoice,
+    /// Downtime to aim for.
+    pub downtime: Duration,
+    /// Rounds at most.
+    pub max_rounds: u32,
+}
+
+/// One round. Times are microseconds, pages 4 KiB.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Round {
+    /// From 0; the last one runs in the freeze, if it has pages.
+    pub round: u32,
+    /// Whether the program stands still.
+    pub frozen: bool,
+    /// Pages that are dirty, or were never sent.
+    pub dirty_pages: u64,
+    /// Of these, as they were sent: they were written before the round before had read them.
+    pub unchanged_pages: u64,
+    /// Of the dirty ones, held back until the freeze because they are written all the time.
+    pub held_pages: u64,
+    /// Bytes on the wire.
+    pub sent_bytes: u64,
+    /// From its scan to its acknowledgement.
+    pub duration_us: u64,
+    /// Downtime if the program were frozen instead of this round.
+    pub predicted_downtime_us: u64,
+}
+
+/// What comes of it. Times are microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Outcome {
+    /// How.
+    pub strategy: Strategy,
+    /// Every round.
+    pub rounds: Vec<Round>,
+    /// Why the rounds ended; none without rounds.
+    pub stop_reason: Option<&'static str>,
+    /// Standing still.
+    pub downtime_us: u64,
+    /// From the start until it runs at the destination.
+    pub total_us: u64,
+    /// From the start until all of it is there.
+    pub complete_us: u64,
+    /// On the wire.
+    pub bytes: u64,
+    /// Share of its pace that the program loses while it runs and is being moved: first writes after a scan, and pages that
+    /// it waits for.
+    pub slowdown: f64,
+}
+
+/// Moves the program of `trace` as it was at `start`.
+pub fn simulate(trace: &Trace, site: &Site, wish: &Wish, start: Duration) -> Outcome {
+    let mut virtual_run = Run {
+        trace,
+        site,
+        now: start,
+        last: None,
+        given: Pages::new(),
+        sending: Pages::new(),
+        read: (start, start),
+        hot: BTreeMap::new(),
+        rounds: Vec::new(),
+        bytes: 0.0,
+        write_faults: 0,
+    };
+    let stop = match wish.strategy {
+        Strategy::StopAndCopy | Strategy::PostCopy => None,
+        Strategy::PreCopy | Strategy::Hybrid => Some(virtual_run.pre_copy(wish)),
+    };
+    virtual_run.freeze(wish.strategy, start, stop)
+}
+
+struct Run<'a> {
+    trace: &'a Trace,
+    site: &'a Site,
+    now: Duration,
+    /// When was looked last.
+    last: Option<Duration>,
+    /// What the destination has, in whatever version.
+    given: Pages,
+    /// What the last round sent, and while it was read.
+    sending: Pages,
+    read: (Duration, Duration),
+    hot: BTreeMap<SpaceKey, HotPages>,
+    rounds: Vec<Round>,
+    bytes: f64,
+    /// Writes to pages that a scan had protected.
+    write_faults: u64,
+}
+
+/// What is to be sent.
+#[derive(Default)]
+struct Due {
+    first: u64,
+    again: u64,
+    /// Dirty, and as they were when they were sent: the write came before the round had read them.
+    unchanged: u64,
+    held: u64,
+    pages: Pages,
+}
+
+impl Due {
+    fn sendable(&self) -> u64 {
+        self.first + self.again + self.unchanged
+    }
+}
+
+/// Parts of a round in which pages are taken as read at the same time.
+const PARTS: u32 = 8;
+
+impl Run<'_> {
+    fn pre_copy(&mut self, wish: &Wish) -> StopReason {
+        let mut policy = policy::new(wish.policy, wish.downtime, wish.max_rounds, self.site.freeze);
+        // Deltas that are small are sent and not held back (`source/precopy`).
+        let hold = policy.holds_back() && self.site.again.bytes * 2.0 > 4096.0;
+        let mut measured = None;
+        for round in 0.. {
+            let start = self.now;
+            let due = self.look(hold);
+            let existing = self.trace.existing(start);
+            let sendable = due.sendable();
+            let decision: Decision = policy.decide(&RoundSample {
+                round,
+                todo_pages: sendable + due.held,
+                hot_pages: due.held,
+                since_last: self.last.map_or(Duration::ZERO, |last| start - last),
+                processes: existing.len() as u32,
+                resident_pages: count(&existing),
+                measured,
+            });
+            if let Some(stop) = decision.stop {
+                for (key, pages) in &due.pages {
+                    self.hot.entry(*key).or_default().put_back(pages);
+                }
+                return stop;
+            }
+            self.last = Some(start);
+            let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
+            let acknowledged = time + self.site.round_trip;
+            self.now = start + acknowledged + self.site.round_overhead;
+            self.bytes += bytes;
+            for (key, pages) in &due.pages {
+                self.given.entry(*key).or_default().absorb(pages.clone());
+            }
+            (self.sending, self.read) =
+                (due.pages, (start + self.site.round_overhead, start + self.site.round_overhead + time));
+            if policy::says_the_pace(sendable) || measured.is_none() {
+                measured = Some(Measured {
+                    pages_per_second: sendable.max(1) as f64 / acknowledged.as_secs_f64().max(1e-6),
+                    round_overhead: self.site.round_overhead + self.site.round_trip,
+                });
+            }
+            self.rounds.push(Round {
+                round,
+                frozen: false,
+                dirty_pages: sendable + due.held,
+                unchanged_pages: due.unchanged,
+                held_pages: due.held,
+                sent_bytes: bytes as u64,
+                duration_us: (self.now - start).as_micros() as u64,
+                predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
+            });
+        }
+        unreachable!("the policy ends the rounds at the limit")
+    }
+
+    /// What a scan finds now, and what of it is to be sent.
+    fn look(&mut self, hold: bool) -> Due {
+        let existing = self.trace.existing(self.now);
+        let written = match self.last {
+            Some(last) => self.trace.written(last, self.now),
+            None => Pages::new(),
+        };
+        let kept = self.kept();
+        self.given.retain(|key, _| existing.contains_key(key));
+        let mut due = Due::default();
+        for (key, populated) in existing.iter() {
+            let given = self.given.entry(*key).or_default();
+            let missing = populated.subtract(given);
+            let dirty = written.get(key).map_or_else(PageSet::default, |pages| pages.intersect(populated));
+            self.write_faults += dirty.len();
+            let hot = self.hot.entry(*key).or_default();
+            let pages = hot.look(&dirty.union(&missing), &dirty, populated, hold);
+            due.held += hot.held().len();
+            let first = pages.subtract(given).len();
+            due.first += first;
+            // What is not new to the destination, and not as it has it already.
+            let unchanged = kept.get(key).map_or(0, |kept| kept.intersect(&pages).len());
+            due.unchanged += unchanged;
+            due.again += pages.len() - first - unchanged;
+            due.pages.insert(*key, pages);
+        }
+        due
+    }
+
+    /// Pages that the last round sent and that were not written since they were read.
+    fn kept(&self) -> Pages {
+        let mut kept = Pages::new();
+        let (from, to) = self.read;
+        for part in 0..PARTS {
+            // In the middle of the part.
+            let at = from + (to - from) * (2 * part + 1) / (2 * PARTS);
+            let written = self.trace.written(at, self.now);
+            for (key, sent) in &self.sending {
+                let mine = share_of(sent, part);
+                let rest = match written.get(key) {
+                    Some(written) => mine.subtract(written),
+                    None => mine,
+                };
+                kept.entry(*key).or_default().absorb(rest);
+            }
+        }
+        kept
+    }
+
+    /// The program stands still, and goes on at the other side.
+    fn freeze(mut self, strategy: Strategy, start: Duration, stop: Option<StopReason>) -> Outcome {
+        let ran = self.now - start;
+        let existing = self.trace.existing(self.now);
+        // Nothing is held back any more: everything that the destination does not have as it is now.
+        let due = self.look(false);
+        let resident = count(&existing);
+        let (mut downtime, bytes) =
+            self.site.stand(existing.len() as u32, resident, self.trace.in_images(self.now));
+        self.bytes += bytes;
+        let pages = due.sendable();
+        let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
+        self.bytes += bytes;
+        let predicted_downtime_us = (downtime + time).as_micros() as u64;
+        let mut fill = Duration::ZERO;
+        let mut waits = Duration::ZERO;
+        match strategy {
+            Strategy::StopAndCopy | Strategy::PreCopy => {
+                downtime += time;
+                self.rounds.push(Round {
+                    round: self.rounds.len() as u32,
+                    frozen: true,
+                    dirty_pages: pages,
+                    unchanged_pages: due.unchanged,
+                    held_pages: 0,
+                    sent_bytes: bytes as u64,
+                    duration_us: time.as_micros() as u64,
+                    predicted_downtime_us,
+                });
+            }
+            Strategy::PostCopy | Strategy::Hybrid => {
+                fill = time;
+                // Half of the pages that it writes meanwhile have come by themselves, on average, when it gets to them.
+                let wanted = self.trace.written(self.now, self.now + fill);
+                let wanted: u64 = wanted
+                    .iter()
+                    .filter_map(|(key, pages)| Some(pages.intersect(due.pages.get(key)?).len()))
+                    .sum();
+                let one = self.site.round_trip
+                    + self.site.read_fault
+                    + Duration::from_secs_f64(self.site.carry(self.site.first.bytes));
+                waits = (one * (wanted / 2).min(u64::from(u32::MAX)) as u32).min(fill);
+            }
+        }
+        let lost = self.site.write_fault.mul_f64(self.write_faults as f64) + waits;
+        let running = (ran + fill).as_secs_f64();
+        Outcome {
+            strategy,
+            rounds: self.rounds,
+            stop_reason: stop.map(StopReason::name),
+            downtime_us: downtime.as_micros() as u64,
+            total_us: (ran + downtime).as_micros() as u64,
+            complete_us: (ran + downtime + fill).as_micros() as u64,
+            bytes: self.bytes as u64,
+            slowdown: if running > 0.0 { (lost.as_secs_f64() / running).min(1.0) } else { 0.0 },
+        }
+    }
+}
+
+/// The pages of a part of a round: it reads them in order.
+fn share_of(pages: &PageSet, part: u32) -> PageSet {
+    let total = pages.len();
+    let (from, to) =
+        (total * u64::from(part) / u64::from(PARTS), total * u64::from(part + 1) / u64::from(PARTS));
+    let (mut mine, mut rank) = (PageSet::default(), 0);
+    for run in pages.runs() {
+        let (low, high) = (from.max(rank), to.min(rank + run.len));
+        if low < high {
+            mine.insert(run.start + (low - rank), high - low);
+        }
+        rank += run.len;
+    }
+    mine
+}
+
+fn count(pages: &Pages) -> u64 {
+    pages.values().map(PageSet::len).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::trace::tests::{scan, uniform_writer};
+    use super::*;
+    use pageferry_tracker::Run as PageRun;
+
+    fn wish(strategy: Strategy) -> Wish {
+        Wish {
+            strategy,
+            policy: PolicyChoice::Adaptive,
+            downtime: Duration::from_millis(100),
+            max_rounds: 30,
+        }
+    }
+
+    fn gigabit() -> Site {
+        Site { bandwidth: 125e6, ..Site::default() }
+    }
+
+    #[test]
+    fn a_slow_writer_is_moved_in_a_few_rounds_and_stands_still_for_little_more_than_the_fixed_cost() {
+        let (trace, site) = (uniform_writer(1 << 16, 2560.0, 10), gigabit());
+        let moved = simulate(&trace, &site, &wish(Strategy::PreCopy), Duration::ZERO);
+        assert_eq!(moved.stop_reason, Some("target-met"));
+        assert!((2..=7).contains(&moved.rounds.len()), "{:?}", moved.rounds);
+        // Once all of it, and what was written meanwhile: 2.15 s for the first round, and 5000 pages in it.
+        assert_eq!(moved.rounds[0].dirty_pages, 1 << 16);
+        let first = moved.rounds[0].duration_us as f64 / 1e6;
+        assert!((first / (65536.0 * 4114.0 / 125e6) - 1.0).abs() < 0.01, "{first} s");
+        let second = moved.rounds[1].dirty_pages as f64;
+        let expected = 65536.0 * (1.0 - (-2560.0 * first / 65536.0_f64).exp());
+        assert!((second / expected - 1.0).abs() < 0.05, "{second} pages, expected {expected}");
+        let fixed = site.stand(1, 1 << 16, 0).0.as_micros() as u64;
+        assert!((fixed..fixed + 30_000).contains(&moved.downtime_us), "{} us", moved.downtime_us);
+        assert!(moved.slowdown < 0.01, "{}", moved.slowdown);
+    }
+
+    #[test]
+    fn each_way_has_its_price() {
+        let (trace, site) = (uniform_writer(1 << 16, 2560.0, 10), gigabit());
+        let [stop, pre, post, hybrid] =
+            Strategy::ALL.map(|strategy| simulate(&trace, &site, &wish(strategy), Duration::ZERO));
+        let copy = (65536.0 * 4114.0 / 125e6 * 1e6) as u64;
+        assert!(stop.downtime_us > copy && stop.rounds.len() == 1);
+        assert!(pre.downtime_us < copy / 10 && pre.bytes > stop.bytes);
+        assert!(post.downtime_us <= hybrid.downtime_us && hybrid.downtime_us <= pre.downtime_us);
+        assert!(post.total_us < pre.total_us && post.complete_us > copy);
+        assert!(post.slowdown > hybrid.slowdown, "{} and {}", post.slowdown, hybrid.slowdown);
+        assert!(post.rounds.is_empty() && post.bytes <= stop.bytes);
+    }
+
+    /// A hot set that is written all the time, and `others` more pages a scan, in turn.
+    fn hot_set(pages: u64, hot: u64, others: u64) -> Trace {
+        let mut trace = Trace::new();
+        trace.add(&scan(0, pages, PageSet::default(), true));
+        for step in 1..=200 {
+            let other = PageRun { start: 20_000 + step * others % 100_000, len: others };
+            let dirty = [PageRun { start: 500, len: hot }, other].into_iter().collect();
+            trace.add(&scan(step * 100, pages, dirty, false));
+        }
+        trace
+    }
+
+    #[test]
+    fn a_hot_set_is_held_back_and_costs_fewer_bytes_than_fixed_rounds() {
+        let site = gigabit();
+        for others in [0, 500] {
+            let trace = hot_set(1 << 18, 13_107, others);
+            let adaptive = simulate(&trace, &site, &wish(Strategy::PreCopy), Duration::ZERO);
+            let fixed = Wish { policy: PolicyChoice::Fixed(10), ..wish(Strategy::PreCopy) };
+            let fixed = simulate(&trace, &site, &fixed, Duration::ZERO);
+            assert!(adaptive.bytes < fixed.bytes, "{} and {}", adaptive.bytes, fixed.bytes);
+            assert!(adaptive.downtime_us <= fixed.downtime_us);
+            let last = adaptive.rounds.last().expect("the freeze");
+            assert!(
+                last.frozen && last.dirty_pages >= 13_107,
+                "what was held back is not forgotten: {last:?}"
+            );
+            if others > 0 {
+                assert!(
+                    adaptive.rounds.iter().any(|round| round.held_pages == 13_107),
+                    "{:?}",
+                    adaptive.rounds
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_question_has_the_same_answer() {
+        let (trace, site) = (uniform_writer(1 << 14, 20_000.0, 3), gigabit());
+        let start = Duration::from_millis(730);
+        let answer = simulate(&trace, &site, &wish(Strategy::PreCopy), start);
+        assert_eq!(answer, simulate(&trace, &site, &wish(Strategy::PreCopy), start));
+    }
+}

@@ -1,0 +1,100 @@
+//! What a migration goes through: the link, the hosts, and how small the program's pages become.
+
+use crate::policy::estimate::FreezeCost;
+use std::time::Duration;
+
+/// What a page costs on its way, on average.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PageCost {
+    /// Reading, hashing, coding, sending and storing, shared between all workers: what it takes on a link without limits.
+    pub time: Duration,
+    /// Bytes on the wire, frames included: a page of zeros counts as the mark that it is, and one that has the same bytes
+    /// as before as none.
+    pub bytes: f64,
+}
+
+/// The conditions of a migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// What the link carries, bytes a second, without the heads of packets ([`Site::payload`]).
+    pub bandwidth: f64,
+    /// From one host to the other and back.
+    pub round_trip: Duration,
+    /// A page that is sent for the first time.
+    pub first: PageCost,
+    /// A page that was sent before and is dirty again.
+    pub again: PageCost,
+    /// Reading and hashing a page that turns out to be as it was sent.
+    pub look: Duration,
+    /// Time of a round beside its pages: the scan and the acknowledgement.
+    pub round_overhead: Duration,
+    /// What the freeze costs beside the pages.
+    pub freeze: FreezeCost,
+    /// Bytes of CRIU's images for a process, beside its memory.
+    pub image_bytes: f64,
+    /// Time that the program loses when it writes to a page for the first time after a scan.
+    pub write_fault: Duration,
+    /// Time until a page that the program waits for in post-copy is there, beside the round trip and its bytes.
+    pub read_fault: Duration,
+}
+
+/// What is left of a link's rate for what goes over it, where frames of Ethernet (1514 bytes) carry TCP with time stamps.
+const PAYLOAD: f64 = 1448.0 / 1514.0;
+
+/// Bytes of a page.
+const PAGE: f64 = 4096.0;
+/// Head of a frame and its digests, shared between the pages of a batch.
+pub const HEAD: f64 = 18.0;
+
+impl Default for Site {
+    /// Loopback between two processors, pages that do not compress, a receiver that has no memory ready: figures of
+    /// docs/BENCHMARKS.md.
+    fn default() -> Self {
+        Self {
+            bandwidth: f64::INFINITY,
+            round_trip: Duration::from_micros(100),
+            first: PageCost { time: Duration::from_nanos(5000), bytes: PAGE + HEAD },
+            again: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
+            look: Duration::from_nanos(400),
+            round_overhead: Duration::from_micros(500),
+            freeze: FreezeCost::default(),
+            image_bytes: 300e3,
+            write_fault: Duration::from_nanos(700),
+            read_fault: Duration::from_micros(100),
+        }
+    }
+}
+
+impl Site {
+    /// What is left for the engine of a link that is said to carry `rate` bytes a second.
+    pub fn payload(rate: u64) -> f64 {
+        rate as f64 * PAYLOAD
+    }
+
+    /// How long it takes to send `first` pages that were never sent and `again` pages that were, and to look at `unchanged`
+    /// pages that are as they were sent, and their bytes: the
+    /// processors and the link work at the same time, so it takes as long as the slower of them.
+    pub fn send(&self, first: u64, again: u64, unchanged: u64) -> (Duration, f64) {
+        let bytes = first as f64 * self.first.bytes + again as f64 * self.again.bytes;
+        let work = first as f64 * self.first.time.as_secs_f64()
+            + again as f64 * self.again.time.as_secs_f64()
+            + unchanged as f64 * self.look.as_secs_f64();
+        (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
+    }
+
+    /// Seconds that the link takes for `bytes`.
+    pub fn carry(&self, bytes: f64) -> f64 {
+        bytes / self.bandwidth
+    }
+
+    /// Standing still when no page has to be sent, and the bytes of it: CRIU's images, with `in_images` pages of memory that
+    /// only they can carry.
+    pub fn stand(&self, processes: u32, resident_pages: u64, in_images: u64) -> (Duration, f64) {
+        let bytes = self.image_bytes * f64::from(processes.max(1)) + in_images as f64 * PAGE;
+        let carried = Duration::from_secs_f64(self.carry(bytes)) + self.round_trip * ROUND_TRIPS;
+        (self.freeze.of(processes, resident_pages) + carried, bytes)
+    }
+}
+
+/// The last round, the seal, the images with `Ready`, and the commit each wait for an answer.
+const ROUND_TRIPS: u32 = 4;

@@ -1,0 +1,217 @@
+//! What a migration would bring, without one: watches a program for a while, and moves it in virtual time.
+
+mod content;
+
+use crate::calibration::Calibration;
+use crate::cancel::Cancel;
+use crate::model::{self, Forecast, HEAD, PageCost, Site, Trace, Wish};
+use crate::plan::{PolicyChoice, Strategy};
+pub use content::ContentError;
+use content::{Content, Cost};
+use pageferry_tracker::observation::Observation;
+use pageferry_tracker::probe::Kernel;
+use pageferry_tracker::{
+    AttachError, ChooseError, CollectError, OpenError, Target, Tracker, TrackerKind, TreeState,
+};
+use serde::Serialize;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Moments of the trace at which migrations begin.
+const STARTS: u32 = 15;
+/// A scan may take this share of the time.
+const SCANNING: u32 = 20;
+/// The interval that this gives lies between these.
+const INTERVALS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// Sending a page as it is through a socket, in seconds.
+const SENDING: f64 = 1.4e-6;
+/// Of the time of the first round, what storing a page takes where the memory is fresh, in seconds.
+const STORING: f64 = 3.4e-6;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct PredictPlan {
+    /// Root of the process tree.
+    pub pid: i32,
+    /// Dirty tracker to use; `None` lets the probe choose.
+    pub tracker: Option<TrackerKind>,
+    /// How long to watch.
+    pub duration: Duration,
+    /// Between two scans; `None` is as short as takes a twentieth of the time, from 20 ms to half a second.
+    pub interval: Option<Duration>,
+    /// What the link carries, bytes a second, the heads of packets included; `None` if it is no limit.
+    pub bandwidth: Option<u64>,
+    /// From one host to the other and back.
+    pub round_trip: Duration,
+    /// Connections; `None` is one for each processor, eight at most.
+    pub streams: Option<u16>,
+    /// Downtime to aim for.
+    pub downtime: Duration,
+    /// Rounds at most.
+    pub max_rounds: u32,
+    /// Who decides between another round and the freeze.
+    pub policy: PolicyChoice,
+}
+
+/// What would come of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Prediction {
+    /// Name of the program.
+    pub program: String,
+    /// Processes with memory of their own.
+    pub processes: u32,
+    /// Memory that a migration sends by itself, bytes.
+    pub memory_bytes: u64,
+    /// Memory that travels in CRIU's images while the program stands still (shared memory, changed pages of files), bytes.
+    pub image_memory_bytes: u64,
+    /// Scans that were made.
+    pub scans: u64,
+    /// Pages that became dirty between two scans, a second.
+    pub dirty_rate: f64,
+    /// Bytes on the wire for a page that is sent for the first time.
+    pub first_page_bytes: f64,
+    /// Bytes on the wire for one that was sent before and is dirty again.
+    pub again_page_bytes: f64,
+    /// Earlier migrations that the constants are from.
+    pub learned_from: usize,
+    /// What each strategy would bring.
+    pub strategies: Vec<Forecast>,
+}
+
+/// Why nothing can be predicted. The program runs on as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum PredictError {
+    /// The process cannot be a target.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// No tracker works here.
+    #[error(transparent)]
+    Choose(#[from] ChooseError),
+    /// It cannot be tracked.
+    #[error("the process tree cannot be tracked")]
+    Attach(#[from] AttachError),
+    /// A scan failed.
+    #[error(transparent)]
+    Collect(#[from] CollectError),
+    /// Its pages could not be looked at.
+    #[error("could not look at the contents of its pages")]
+    Content(#[from] ContentError),
+    /// It ended.
+    #[error("the program ended while it was watched")]
+    Exited,
+    /// Somebody wanted it to end.
+    #[error("interrupted")]
+    Cancelled,
+    /// There was no time for two scans.
+    #[error("{0:?} is too short to see what the program writes: watch it for longer")]
+    TooShort(Duration),
+}
+
+/// Watches the tree of `plan.pid` and says what each strategy would bring. Takes as long as `plan.duration`.
+///
+/// # Errors
+/// [`PredictError`]; the program runs on as it was.
+pub fn predict(
+    plan: &PredictPlan,
+    calibration: &Calibration,
+    cancel: &Cancel,
+) -> Result<Prediction, PredictError> {
+    let root = Target::open(plan.pid)?;
+    let program = root.name();
+    let (kind, _) = Kernel::probe().choose(plan.tracker)?;
+    let (trace, content) = watch(plan, root, kind, cancel)?;
+    if trace.intervals() < 2 {
+        return Err(PredictError::TooShort(plan.duration));
+    }
+    let site = site(plan, &trace, &content, calibration);
+    let now = trace.duration();
+    let forecast = |strategy| {
+        let wish =
+            Wish { strategy, policy: plan.policy, downtime: plan.downtime, max_rounds: plan.max_rounds };
+        model::forecast(&trace, &site, &wish, STARTS, calibration.spread())
+    };
+    Ok(Prediction {
+        program,
+        processes: trace.processes(now),
+        memory_bytes: trace.existing(now).values().map(|pages| pages.len() * 4096).sum(),
+        image_memory_bytes: trace.in_images(now) * 4096,
+        scans: trace.intervals() as u64 + 1,
+        dirty_rate: trace.dirty_rate(),
+        first_page_bytes: site.first.bytes,
+        again_page_bytes: site.again.bytes,
+        learned_from: calibration.runs(),
+        strategies: Strategy::ALL.map(forecast).to_vec(),
+    })
+}
+
+/// Scans for as long as the plan says.
+fn watch(
+    plan: &PredictPlan,
+    root: Target,
+    kind: TrackerKind,
+    cancel: &Cancel,
+) -> Result<(Trace, Content), PredictError> {
+    let mut tracker = Tracker::attach(root, kind)?;
+    let (mut trace, mut content) = (Trace::new(), Content::default());
+    // Before the first interval begins: it takes half a second.
+    let collected = tracker.collect(TreeState::Running)?;
+    content.look(&collected)?;
+    tracker.acknowledge(collected.ticket);
+    let start = Instant::now();
+    loop {
+        if cancel.is_cancelled() {
+            return Err(PredictError::Cancelled);
+        }
+        let begin = Instant::now();
+        let collected = tracker.collect(TreeState::Running)?;
+        if collected.spaces.is_empty() {
+            return Err(PredictError::Exited);
+        }
+        let took = begin.elapsed();
+        trace.add(&Observation::of(&collected, start.elapsed(), took));
+        content.look_again(&collected)?;
+        tracker.acknowledge(collected.ticket);
+        let interval = plan.interval.unwrap_or_else(|| (took * SCANNING).clamp(INTERVALS.0, INTERVALS.1));
+        if start.elapsed() + interval > plan.duration {
+            return Ok((trace, content));
+        }
+        thread::sleep(interval.saturating_sub(begin.elapsed()));
+    }
+}
+
+/// The conditions: the link as it was given, the pages as they were seen, and the rest from earlier runs.
+fn site(plan: &PredictPlan, trace: &Trace, content: &Content, calibration: &Calibration) -> Site {
+    let processors = thread::available_parallelism().map_or(1, usize::from).min(8);
+    let workers = plan.streams.map_or(processors, usize::from).max(1) as f64;
+    let bandwidth = plan.bandwidth.map_or(f64::INFINITY, Site::payload);
+    let on_the_way = |cost: &Cost| (cost.seconds + SENDING * cost.bytes / 4096.0) / workers;
+    let takes = |cost: &Cost| on_the_way(cost).max(cost.bytes / bandwidth);
+    let costs = content.costs();
+    // As the engine does: whatever is quickest on this link.
+    let best = costs.iter().min_by(|a, b| takes(a).total_cmp(&takes(b))).copied();
+    let best = best.unwrap_or(Cost { seconds: 0.0, bytes: 4096.0 });
+    let bytes = best.bytes + HEAD;
+    let again = match (content.again(bytes), trace.unchanged_share()) {
+        (Some(again), _) => again,
+        (None, Some(unchanged)) => bytes * (1.0 - unchanged),
+        (None, None) => bytes,
+    };
+    let time = |seconds: f64| Duration::from_secs_f64(seconds);
+    let own = Site {
+        bandwidth,
+        round_trip: plan.round_trip,
+        first: PageCost { time: time(on_the_way(&best) + STORING), bytes },
+        again: PageCost { time: time(on_the_way(&best)), bytes: again },
+        ..Site::default()
+    };
+    let learned = calibration.site(own);
+    // What coding costs was measured now, and of this program.
+    let slower = |own: PageCost, learned: PageCost| PageCost {
+        time: match best.bytes < costs.first().map_or(4096.0, |raw| raw.bytes) {
+            true => own.time.max(learned.time),
+            false => learned.time,
+        },
+        ..own
+    };
+    Site { first: slower(own.first, learned.first), again: slower(own.again, learned.again), ..learned }
+}
