@@ -122,6 +122,9 @@ pub struct SendPlan {
     pub post_copy_after: Option<u32>,
     /// How long to try to reach the receiver again when the link is lost while pages are owed.
     pub post_copy_timeout: Duration,
+    /// Into a directory only: what the last checkpoint of the same program there has, and those that it is on top of, is not
+    /// stored again.
+    pub incremental: bool,
     /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
     pub downtime: Duration,
     /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
@@ -144,6 +147,9 @@ pub struct SendPlan {
     pub congestion: Option<String>,
     /// How pages may be coded.
     pub coding: CodingChoice,
+    /// Per cent of one processor that compression may take over all connections (200: two of them); `None` is as much
+    /// as makes the migration quicker. It is what is aimed for: some milliseconds go into trying what compression gives.
+    pub cpu: Option<u32>,
     /// Dirty tracker to use; `None` lets the probe choose.
     pub tracker: Option<TrackerKind>,
     /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
@@ -173,6 +179,7 @@ impl SendPlan {
             strategy: Strategy::PreCopy,
             post_copy_after: None,
             post_copy_timeout: Duration::from_secs(300),
+            incremental: false,
             downtime: Duration::from_millis(100),
             max_rounds: 30,
             policy: PolicyChoice::Adaptive,
@@ -183,6 +190,7 @@ impl SendPlan {
             streams: None,
             congestion: None,
             coding: CodingChoice::Auto,
+            cpu: None,
             tracker: None,
             hide: None,
             verify: false,
@@ -222,8 +230,14 @@ impl SendPlan {
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
         }
+        if self.cpu == Some(0) {
+            return Err(PlanError::NoProcessor);
+        }
         if self.bandwidth == Some(0) {
             return Err(PlanError::NoBandwidth);
+        }
+        if self.incremental && !matches!(self.to, SendTo::Directory(_)) {
+            return Err(PlanError::NoEarlier);
         }
         if let SendTo::Receiver(to) = self.to {
             if to.port() == 0 {
@@ -311,12 +325,20 @@ pub enum PlanError {
     /// A bandwidth of zero never ends.
     #[error("the bandwidth must be more than zero")]
     NoBandwidth,
+    /// Without compression there is nothing to limit.
+    #[error(
+        "the share of a processor for compression must be more than zero; pages are left as they are by the coding `raw`"
+    )]
+    NoProcessor,
     /// The receiver's port is missing.
     #[error("the address {0} has no port")]
     NoPort(SocketAddr),
     /// What a receiver is given runs there.
     #[error("a program can only be kept running here when it goes into a file (file:PATH or dir:PATH)")]
     TwoCopies,
+    /// Only a directory has earlier checkpoints.
+    #[error("only a checkpoint in a directory (dir:PATH) can be on top of an earlier one")]
+    NoEarlier,
     /// The sender is not authenticated, so the outside is refused unless asked for.
     #[error("listening on {0} would let anybody who can reach it start programs here as root")]
     NotLoopback(SocketAddr),

@@ -49,6 +49,8 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["migrate", "--pid", "x", "--to", "127.0.0.1:1"], "invalid value 'x'"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--downtime", "100"], "the unit is missing"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--bandwidth", "5 parsecs"], "is not known"),
+        (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--cpu", "half"], "write it like 50%"),
+        (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--cpu", "0%"], "--coding raw"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--max-rounds", "0"], "at least 1"),
         (&["migrate", "--pid", "-5", "--to", "127.0.0.1:1"], "-5 is not a process id"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:0"], "has no port"),

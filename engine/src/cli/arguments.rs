@@ -2,7 +2,7 @@
 
 use super::predict::PredictVerb;
 use super::simulate::SimulateVerb;
-use super::units::{Bytes, Rate, Time};
+use super::units::{Bytes, Percent, Rate, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::{CodingChoice, NoConvergence, PolicyChoice, Strategy};
 use pageferry_tracker::{Scope, TrackerKind};
@@ -84,7 +84,9 @@ pub(super) enum Verb {
     /// memory of the program: it is readable for root only.
     #[command(
         after_help = "Example:\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify",
-        after_long_help = with_exit_codes!("  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify")
+        after_long_help = with_exit_codes!(
+            "  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --bandwidth 500Mbit --cpu 50%\n  # pageferry migrate --pid 4711 --to dir:/srv/checkpoints --keep-running --incremental"
+        )
     )]
     Migrate(MigrateVerb),
     /// Says what moving a program would bring, without moving it.
@@ -429,6 +431,10 @@ pub(super) struct MigrateVerb {
     /// When the link is lost while the program runs there and pages of it are here: try so long to reach the receiver again.
     #[arg(long, value_name = "TIME", default_value = "5min")]
     pub(super) post_copy_timeout: Time,
+    /// Into a directory (dir:PATH): store only what the last checkpoint of the same program there does not have. It needs that
+    /// one to be restored, and all that it is on top of.
+    #[arg(long)]
+    pub(super) incremental: bool,
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     pub(super) downtime: Time,
@@ -461,6 +467,10 @@ pub(super) struct MigrateVerb {
     /// How pages may be coded: by what is measured, or one way only, for comparisons.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) coding: CodingName,
+    /// Share of one processor that compression may take over all connections, such as 50%; 150% is one and a half [default: as
+    /// much as makes the migration quicker].
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) cpu: Option<Percent>,
     /// How dirty pages are found.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) tracker: TrackerName,

@@ -79,6 +79,7 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
 fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     let mut plan = SendPlan::new(verb.pid, to);
     plan.keep_running = verb.keep_running;
+    plan.incremental = verb.incremental;
     plan.keep_store.clone_from(&verb.keep_store);
     plan.strategy = verb.strategy.choice();
     plan.post_copy_after = verb.post_copy_after.0;
@@ -92,6 +93,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.streams = verb.streams;
     plan.congestion = verb.congestion.clone();
     plan.coding = verb.coding.choice();
+    plan.cpu = verb.cpu.map(|percent| percent.0);
     plan.tracker = verb.tracker.kind();
     plan.hide = match verb.hide {
         HideName::Auto => None,

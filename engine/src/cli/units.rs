@@ -12,6 +12,10 @@ pub(super) struct Bytes(pub(super) u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rate(pub(super) u64);
 
+/// Per cent of one processor: `50%`, `150`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Percent(pub(super) u32);
+
 /// A time: `150ms`, `1.5s`, `200us`, `2min`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Time(pub(super) Duration);
@@ -76,6 +80,22 @@ impl FromStr for Rate {
         match quantity(text, &units, "1Gbit or 100MB")?.round() as u64 {
             0 => Err("a rate of zero sends nothing (write it like 1Gbit or 100MB)".to_owned()),
             rate => Ok(Self(rate)),
+        }
+    }
+}
+
+impl FromStr for Percent {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.trim();
+        let number = number.strip_suffix('%').unwrap_or(number).trim_end();
+        match number.parse::<u32>() {
+            Ok(0) => {
+                Err("nothing of a processor compresses nothing (`--coding raw` leaves all pages as they are)"
+                    .to_owned())
+            }
+            Ok(percent) => Ok(Self(percent)),
+            Err(_) => Err("this is no percentage (write it like 50%)".to_owned()),
         }
     }
 }

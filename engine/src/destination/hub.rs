@@ -22,6 +22,9 @@ pub(super) const MOST_STREAMS: u16 = 16;
 /// Number of the connection that a session begins with.
 const FIRST: u16 = 0;
 
+/// How long the first connection may take to say why another one has ended.
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// Pages that may be put off beyond those that were announced: a program may grow while it is copied.
 const SLACK_PAGES: u64 = 1 << 20;
 
@@ -259,6 +262,12 @@ impl Hub {
         }
         let result = self.receive(&mut channel, stream);
         let mut books = self.lock();
+        if result.as_ref().is_err_and(ReceiveError::is_link) {
+            // A source that gives up closes all connections, and says why on the first one.
+            let unexplained = |books: &mut Books| !books.closed && books.failure.is_none();
+            let waited = self.changed.wait_timeout_while(books, LAST_WORDS, unexplained);
+            books = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         books.streams.remove(&stream);
         if let Err(error) = result
             && !books.closed

@@ -14,7 +14,7 @@ pub(crate) mod sys;
 mod verify;
 
 use crate::error::{CopyState, FailureKind};
-use crate::kept::KeptStore;
+use crate::kept::{KeptPages, KeptStore};
 use crate::link::{Channel, Incoming, TcpLink};
 use crate::observe::Event;
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
@@ -59,6 +59,8 @@ pub(crate) struct Host {
     late: Mutex<Option<Arc<Late>>>,
     /// The store of the next session, with its memory made ready, if the plan says so.
     standby: Mutex<Option<PageStore>>,
+    /// What is copied from instead of a kept store: pages that sources know without being told.
+    base: Option<Arc<KeptPages>>,
 }
 
 /// Connections that are talked to at a time: one migrates, the others ask.
@@ -194,7 +196,13 @@ impl Host {
             hub: Mutex::default(),
             late: Mutex::default(),
             standby: Mutex::default(),
+            base: None,
         })
+    }
+
+    /// Sessions bring what is on top of these pages, which their sources know already.
+    pub(crate) fn on_top_of(self, base: Arc<KeptPages>) -> Self {
+        Self { base: Some(base), ..self }
     }
 
     /// Begins to make memory ready for the next session.
@@ -310,7 +318,7 @@ impl Host {
         let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
         let mut keeper = Keeper::take(self.plan.keep_store.as_deref());
         let kept = keeper.pages();
-        store.set_kept(Arc::clone(&kept));
+        store.set_kept(self.base.clone().unwrap_or_else(|| Arc::clone(&kept)));
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
         let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout));
         let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));

@@ -1,9 +1,9 @@
 //! From the first frame to the last image: pages into the store, images into RAM.
 
 use super::failure::ReceiveError;
-use super::hub::Hub;
+use super::hub::{Hub, LAST_WORDS};
 use super::store::StoreError;
-use crate::link::{Channel, Incoming};
+use crate::link::{Channel, ChannelError, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
 use pageferry_tracker::{PageSet, Run};
@@ -96,8 +96,21 @@ impl<'a> Reception<'a> {
     pub(super) fn run(mut self) -> Result<Cargo, ReceiveError> {
         match self.receive_all() {
             Ok(()) => Ok(Cargo { spaces: self.spaces }),
+            Err(error @ ReceiveError::SourceAborted { .. }) => Err(error),
             // Where another connection failed first, that is the reason.
-            Err(error) => Err(self.hub.failure().unwrap_or(error)),
+            Err(error) => Err(self.explain(self.hub.failure().unwrap_or(error))),
+        }
+    }
+
+    /// A connection that broke says nothing; the source may have said why on the first one, while nobody read there.
+    fn explain(&mut self, error: ReceiveError) -> ReceiveError {
+        if !error.is_link() || !self.hub.alarm().is_cancelled() {
+            return error;
+        }
+        self.channel.link_mut().set_alarm(None);
+        match self.channel.last_words(LAST_WORDS) {
+            Some(ChannelError::Aborted { code, detail }) => ReceiveError::SourceAborted { code, detail },
+            _ => error,
         }
     }
 

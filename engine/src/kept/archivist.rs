@@ -3,7 +3,7 @@
 //! A frame is written after it was checked as a receiver would check it, as far as that goes without keeping pages. What
 //! this end refuses, or cannot write, the source hears of as of any receiver that gives up: it rolls back.
 
-use super::checkpoints::Entry;
+use super::archive::Checkpoint;
 use super::draft::Draft;
 use super::error::{Damage, KeptError};
 use super::flusher::Flusher;
@@ -11,7 +11,8 @@ use super::frames::Frames;
 use super::ledger::{Ledger, Verdict};
 use crate::link::TcpLink;
 use pageferry_wire_format::{
-    AbortCode, ControlMessage, Head, Sequencer, Welcome, limits,
+    AbortCode, ControlMessage, DigestBatch, Head, PageDigest, PageNo, PageRun, Sequencer, SpaceId, Welcome,
+    limits,
     version::{self, CURRENT},
 };
 use std::io::IoSlice;
@@ -28,16 +29,19 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub(super) fn run(
     link: TcpLink,
     draft: Draft,
-    entry: Option<Entry>,
+    checkpoint: Option<Checkpoint>,
     kept: &AtomicBool,
 ) -> Result<(), KeptError> {
+    let base = checkpoint.as_ref().and_then(|checkpoint| checkpoint.base.as_ref());
+    let base = base.map_or(Vec::new(), |base| base.digests.clone());
     let mut archivist = Archivist {
         frames: Frames::new(link),
         voice: Voice::default(),
-        ledger: Ledger::default(),
+        offered: base.clone(),
+        ledger: Ledger::on(base),
         verify: false,
     };
-    let result = archivist.record(draft, entry, kept);
+    let result = archivist.record(draft, checkpoint, kept);
     let link = archivist.frames.source();
     if let Err(error) = &result {
         // The draft is gone by now, so this is true when the source hears it.
@@ -64,9 +68,18 @@ impl Voice {
         encoded.map_err(|error| KeptError::Refused(error.to_string()))?;
         Ok(link.send_all(&mut [IoSlice::new(&self.out)])?)
     }
+
+    fn digests(&mut self, link: &mut TcpLink, batch: &DigestBatch) -> Result<(), KeptError> {
+        self.out.clear();
+        let encoded = batch.encode(&mut self.sequencer, &mut self.out);
+        encoded.map_err(|error| KeptError::Refused(error.to_string()))?;
+        Ok(link.send_all(&mut [IoSlice::new(&self.out)])?)
+    }
 }
 
 struct Archivist {
+    /// What the pages below look like, until the source has heard it.
+    offered: Vec<PageDigest>,
     frames: Frames<TcpLink>,
     voice: Voice,
     ledger: Ledger,
@@ -75,7 +88,12 @@ struct Archivist {
 }
 
 impl Archivist {
-    fn record(&mut self, mut draft: Draft, entry: Option<Entry>, kept: &AtomicBool) -> Result<(), KeptError> {
+    fn record(
+        &mut self,
+        mut draft: Draft,
+        checkpoint: Option<Checkpoint>,
+        kept: &AtomicBool,
+    ) -> Result<(), KeptError> {
         let failed = |source| KeptError::Write { path: draft.path().to_owned(), source };
         let flusher = Flusher::start(draft.handle()?).map_err(failed)?;
         let mut program = String::new();
@@ -102,8 +120,9 @@ impl Archivist {
                         // What does not fit is found out when it is written: it depends on how the pages travel.
                         memory: u64::MAX,
                         streams: 1,
-                        kept: 0,
+                        kept: self.offered.len() as u64,
                     }))?;
+                    self.offer()?;
                 }
                 Head::Control(ControlMessage::RoundEnd { round, .. }) => {
                     draft.flush()?;
@@ -132,8 +151,9 @@ impl Archivist {
         }
         drop(flusher);
         draft.keep()?;
-        if let Some(entry) = entry
-            && let Err(error) = entry.enter(draft.path(), draft.bytes(), &program)
+        if let Some(Checkpoint { entry, base }) = checkpoint
+            && let below = base.as_ref().map(|base| &base.below)
+            && let Err(error) = entry.enter(draft.path(), draft.bytes(), below, &program)
         {
             draft.discard();
             return Err(error);
@@ -160,6 +180,21 @@ impl Archivist {
             }
             other => self.ledger.take(other),
         }
+    }
+
+    /// Says what the pages below look like, as a receiver does of those that it kept.
+    fn offer(&mut self) -> Result<(), KeptError> {
+        let offered = std::mem::take(&mut self.offered);
+        let (mut rest, mut at) = (&offered[..], 0);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(limits::MAX_DIGESTS_PER_FRAME));
+            let len = now.len() as u64;
+            let (runs, digests) = (vec![PageRun { start: PageNo(at), len }], now.to_vec());
+            let batch = DigestBatch { space: SpaceId::KEPT, runs, digests, more: !later.is_empty() };
+            self.voice.digests(self.frames.source(), &batch)?;
+            (rest, at) = (later, at + len);
+        }
+        Ok(())
     }
 
     /// All of it is there but the commit: has it on the disk before the source decides.

@@ -58,6 +58,9 @@ pub enum Damage {
     /// Something is missing, or at the wrong time.
     #[error("{0}")]
     Order(&'static str),
+    /// Pages of an earlier checkpoint that is not known.
+    #[error("it is on top of an earlier checkpoint, and no index beside the file says which")]
+    NoBase,
 }
 
 /// Why a stream cannot be kept, or one that was kept cannot be used.
@@ -98,6 +101,23 @@ pub enum KeptError {
         path: PathBuf,
         /// From 1.
         line: usize,
+    },
+    /// A checkpoint that others are on top of.
+    #[error("the checkpoint {} cannot be used", .path.display())]
+    Below {
+        /// Its stream.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<KeptError>,
+    },
+    /// A checkpoint that others are on top of was replaced.
+    #[error("{} is on top of another {} than is there", .above.display(), .path.display())]
+    OtherBelow {
+        /// The stream on top.
+        above: PathBuf,
+        /// The one below it.
+        path: PathBuf,
     },
     /// A directory without checkpoints.
     #[error("there are no checkpoints in {}", .0.display())]
@@ -176,6 +196,10 @@ impl KeptError {
         Some(match self {
             Self::Exists(path) => format!("name another file, or remove {} first", path.display()),
             Self::Busy(_) => "wait for the other one, or name another file".to_owned(),
+            Self::Below { path, .. } | Self::OtherBelow { path, .. } => format!(
+                "a checkpoint needs all that it is on top of as they were; put {} back, or restore one that does not need it",
+                path.display()
+            ),
             Self::Index { .. } => "name one of the streams in it instead of the directory".to_owned(),
             Self::Frame(_) | Self::Damaged { .. } | Self::Cut { .. } | Self::Unfinished { .. } => {
                 "`pageferry inspect` says more of the file; a damaged stream is never restored".to_owned()

@@ -166,6 +166,11 @@ impl<S: Source> Frames<S> {
         &self.batch
     }
 
+    /// The running digest of all heads so far.
+    pub(super) fn digest(&self) -> u64 {
+        self.decoder.sequencer().digest()
+    }
+
     /// Where the last frame begins. After `None`: where the stream ends.
     pub(super) fn spot(&self) -> Spot {
         self.spot

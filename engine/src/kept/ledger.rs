@@ -57,6 +57,8 @@ struct Space {
 /// Takes in frame after frame.
 #[derive(Default)]
 pub(super) struct Ledger {
+    /// What the stream is on top of, by number.
+    base: Vec<PageDigest>,
     spaces: BTreeMap<SpaceId, Space>,
     /// What is made of pages that have not come yet.
     later: Vec<Made>,
@@ -79,11 +81,33 @@ pub(super) enum Verdict {
 }
 
 impl Ledger {
+    /// A ledger of a stream on top of another one, whose pages are these.
+    pub(super) fn on(base: Vec<PageDigest>) -> Self {
+        Self { base, ..Self::default() }
+    }
+
+    /// The digests of all pages, in the order of spaces and pages.
+    pub(super) fn contents(&self) -> impl Iterator<Item = PageDigest> {
+        let mut all = Vec::new();
+        self.spaces.values().for_each(|space| space.pages.each(|_, content| all.push(*content)));
+        all.into_iter()
+    }
+
+    fn content_at(&self, from: &PageRef) -> Option<PageDigest> {
+        match from.space {
+            SpaceId::KEPT => self.base.get(usize::try_from(from.page.0).ok()?).copied(),
+            space => self.spaces.get(&space)?.pages.get(from.page.0).copied(),
+        }
+    }
+
     /// Takes a frame with pages in.
     pub(super) fn pages(&mut self, batch: &PageBatch, payload: &[u8]) -> Result<(), Damage> {
         let id = batch.space();
         if !self.spaces.contains_key(&id) {
             return Err(Damage::Space(id));
+        }
+        if self.base.is_empty() && batch.sources().iter().any(|from| from.space == SpaceId::KEPT) {
+            return Err(Damage::NoBase);
         }
         let contents = match batch.coding() {
             Coding::Raw => digests(batch, payload)?,
@@ -126,7 +150,7 @@ impl Ledger {
                 true => made.pages[..at].binary_search(&from.page.0).ok(),
                 false => None,
             };
-            let there = || self.spaces.get(&from.space)?.pages.get(from.page.0).copied();
+            let there = || self.content_at(from);
             let Some(content) = here.map(|here| contents[here]).or_else(there) else { return false };
             contents.push(content);
         }

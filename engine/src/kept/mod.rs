@@ -8,6 +8,7 @@
 
 mod archive;
 mod archivist;
+mod chain;
 mod checkpoints;
 mod draft;
 mod error;

@@ -4,13 +4,13 @@ use super::error::{Damage, KeptError, Spot};
 use super::frames::{Frames, StreamFile};
 use super::ledger::Ledger;
 use crate::link::{Channel, Incoming, TcpLink};
-use pageferry_wire_format::{ControlMessage, Head};
+use pageferry_wire_format::{ControlMessage, Head, PageDigest};
 use std::io::IoSlice;
 use std::path::Path;
 
 /// Goes through a whole stream without its payloads: every frame is there and follows the one before, the first is a
-/// `Hello`, and the last, at the end of the file, a `Commit`.
-pub(super) fn survey(path: &Path) -> Result<(), KeptError> {
+/// `Hello`, and the last, at the end of the file, a `Commit`. Gives the running digest of all heads, which no other stream has.
+pub(super) fn survey(path: &Path) -> Result<u64, KeptError> {
     let mut frames = Frames::new(StreamFile::open(path)?);
     let damaged = |spot, what| KeptError::Damaged { spot, source: Damage::Order(what) };
     match frames.next_head()? {
@@ -32,19 +32,19 @@ pub(super) fn survey(path: &Path) -> Result<(), KeptError> {
         }
     }
     match frames.next_head() {
-        Ok(None) => Ok(()),
+        Ok(None) => Ok(frames.digest()),
         _ => Err(KeptError::Trailing(frames.spot().offset)),
     }
 }
 
-/// Plays the stream to the end, and waits for the program to run.
+/// Plays the stream, which is on top of pages that look like `base`, to the end, and waits for the program to run.
 ///
 /// The commit is sent when the receiver says that it is ready; until then anything that is wrong ends the session, and
 /// nothing of it is left.
-pub(super) fn play(path: &Path, link: TcpLink) -> Result<(), KeptError> {
+pub(super) fn play(path: &Path, base: &[PageDigest], link: TcpLink) -> Result<(), KeptError> {
     let mut frames = Frames::new(StreamFile::open(path)?);
     let mut channel = Channel::new(link);
-    let mut ledger = Ledger::default();
+    let mut ledger = Ledger::on(base.to_vec());
     let result = run(&mut frames, &mut channel, &mut ledger);
     if result.is_err() {
         channel.link().shutdown();

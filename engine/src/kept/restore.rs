@@ -1,6 +1,7 @@
 //! From a kept stream to a running program.
 
 use super::archive::PATIENCE;
+use super::chain;
 use super::checkpoints::stream_of;
 use super::error::KeptError;
 use super::inspect::inspect;
@@ -11,6 +12,7 @@ use crate::link::TcpLink;
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How a kept program is to be brought back.
@@ -52,16 +54,17 @@ pub fn restore(plan: &RestorePlan, observer: &dyn Observer, cancel: &Cancel) -> 
     };
     let stream = stream_of(&plan.path).map_err(refused)?;
     survey(&stream).map_err(refused)?;
+    let base = chain::pages_below(&stream).map_err(refused)?;
     let mut host = ReceivePlan::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
     (host.memory_limit, host.criu) = (plan.memory_limit, plan.criu.clone());
     host.stall_timeout = plan.stall_timeout;
-    let host = Host::new(host, PHASE)?;
+    let host = Host::new(host, PHASE)?.on_top_of(Arc::clone(&base));
     let link = |source| refused(KeptError::Link(crate::link::LinkError::Lost(source)));
     let (mut ours, theirs) = TcpLink::pair().map_err(link)?;
     ours.set_stall(PATIENCE);
     let end = theirs.handle().map_err(link)?;
     let (played, ended) = std::thread::scope(|scope| {
-        let player = scope.spawn(|| play(&stream, ours));
+        let player = scope.spawn(|| play(&stream, base.digests(), ours));
         let ended = host.receive_over(theirs, observer, cancel);
         // A receiver that has ended has nothing more to hear.
         let _ = end.shutdown(std::net::Shutdown::Both);

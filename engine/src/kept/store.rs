@@ -51,6 +51,11 @@ pub(crate) struct KeptPages {
 }
 
 impl KeptPages {
+    /// Pages in a file, one after the other, from its beginning on, and what they look like.
+    pub(super) fn new(file: File, digests: Vec<PageDigest>) -> Self {
+        Self { file: Some(file), digests }
+    }
+
     /// What the pages look like, from page 0 on.
     pub(crate) fn digests(&self) -> &[PageDigest] {
         &self.digests

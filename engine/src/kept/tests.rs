@@ -1,13 +1,14 @@
 //! A small program of one space and one image, kept without a program.
 
 use super::archive::Archive;
+use super::chain::pages_below;
 use super::error::KeptError;
 use super::frames::{Frames, StreamFile};
 use super::inspect::inspect;
 use super::player::survey;
-use crate::link::{Channel, ChannelError};
+use crate::link::{Channel, ChannelError, Incoming};
 use pageferry_wire_format::{
-    Coding, ControlMessage, Hello, ImageChunk, OwnedBatch, PageBatch, PageNo, PageRef, PageRun,
+    Coding, ControlMessage, Hello, ImageChunk, OwnedBatch, PageBatch, PageDigest, PageNo, PageRef, PageRun,
     RestoreChoices, SpaceDigest, SpaceId, SpaceInfo, delta, digest, version,
 };
 use std::fs;
@@ -23,14 +24,19 @@ type Said = Result<Option<ControlMessage>, ChannelError>;
 struct Speaker {
     archive: Archive,
     channel: Channel,
+    /// What is there from before.
+    offered: Vec<PageDigest>,
 }
 
 impl Speaker {
     fn new(path: &Path) -> Self {
-        let mut archive = Archive::in_file(path).unwrap();
+        Self::to(Archive::in_file(path).unwrap())
+    }
+
+    fn to(mut archive: Archive) -> Self {
         let mut link = archive.connect().unwrap();
         link.set_stall(Duration::from_secs(20));
-        Self { archive, channel: Channel::new(link) }
+        Self { archive, channel: Channel::new(link), offered: Vec::new() }
     }
 
     fn say(&mut self, message: ControlMessage) -> Said {
@@ -44,6 +50,11 @@ impl Speaker {
     }
 
     fn begin(&mut self) -> Said {
+        self.begin_on(0)
+    }
+
+    /// Begins where so many pages are there from before.
+    fn begin_on(&mut self, pages: u64) -> Said {
         let welcome = self.ask(ControlMessage::Hello(Hello {
             versions: version::supported(),
             session: 7,
@@ -57,7 +68,17 @@ impl Speaker {
                 ext_unix_sk: false,
             },
         }))?;
-        assert!(matches!(welcome, Some(ControlMessage::Welcome(welcome)) if welcome.streams == 1));
+        assert!(
+            matches!(welcome, Some(ControlMessage::Welcome(welcome)) if welcome.streams == 1 && welcome.kept == pages)
+        );
+        if pages > 0 {
+            let Incoming::Digests(offered) = self.channel.receive()? else { panic!("no digests") };
+            assert_eq!(
+                (offered.space, offered.digests.len() as u64, offered.more),
+                (SpaceId::KEPT, pages, false)
+            );
+            self.offered = offered.digests;
+        }
         let spaces = vec![SpaceInfo { space: SPACE, vpid: 9, name: "program".to_owned(), pages: 4 }];
         self.say(ControlMessage::Spaces { round: 0, spaces })
     }
@@ -97,6 +118,100 @@ fn at(page: u64) -> PageRef {
 
 fn bytes(n: u8) -> [u8; 4096] {
     std::array::from_fn(|at| n.wrapping_mul(31).wrapping_add((at % 251) as u8))
+}
+
+/// Three checkpoints, each on top of the one before: page 5 is always the same, page 6 another one each time, page 8 the page 6 of the
+/// one before.
+fn checkpoints(dir: &Path) {
+    for n in 1..=3u8 {
+        let mut source = Speaker::to(Archive::in_directory(dir, Some("program")).unwrap());
+        source.begin_on([0, 2, 3][usize::from(n) - 1]).unwrap();
+        let (same, new, old) = (bytes(100), bytes(n), bytes(n - 1));
+        let mut pages: Vec<(u64, &[u8])> = vec![(5, &same), (6, &new)];
+        source.whole(6, &new).unwrap();
+        if n == 1 {
+            source.whole(5, &same).unwrap();
+        } else {
+            pages.push((8, &old));
+            let mut batch = PageBatch::default();
+            batch.clear(SPACE, 0, Coding::Copy);
+            for (page, content) in [(5, digest::page(&same)), (8, digest::page(&old))] {
+                let number = source.offered.iter().position(|offered| *offered == content).unwrap();
+                let from = PageRef { space: SpaceId::KEPT, page: PageNo(number as u64) };
+                batch.push_copy(PageNo(page), content, from);
+            }
+            source.channel.pages(&batch, &[]).unwrap();
+        }
+        assert!(matches!(source.round().unwrap(), Some(ControlMessage::RoundAck { .. })));
+        source.end(&pages).unwrap();
+        assert!(source.archive.is_kept());
+    }
+}
+
+#[test]
+fn checkpoints_on_top_of_each_other_have_what_is_new() {
+    let base = tempfile::tempdir().unwrap();
+    let dir = base.path().join("checkpoints");
+    checkpoints(&dir);
+    let path = |n: u8| dir.join(format!("00000{n}.pageferry"));
+    for n in 1..=3 {
+        let right = inspect(&path(n)).unwrap();
+        assert_eq!(
+            (right.fault, right.spaces[0].pages),
+            (None, [2, 3, 3][usize::from(n) - 1]),
+            "checkpoint {n}"
+        );
+    }
+    assert_eq!(inspect(&dir).unwrap().spaces[0].pages, 3, "the last one");
+    let sizes: Vec<u64> = (1..=3).map(|n| fs::metadata(path(n)).unwrap().len()).collect();
+    assert!(sizes[1] + 3500 < sizes[0] && sizes[2] == sizes[1], "{sizes:?}");
+    let below = pages_below(&path(3)).unwrap();
+    let mut page = [0; 4096];
+    for content in [bytes(100), bytes(2), bytes(1)] {
+        let digest = digest::page(&content);
+        let number = below.digests().iter().position(|known| *known == digest).unwrap();
+        assert!(below.read(number as u64, &digest, &mut page) && page == content);
+    }
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 4, "three streams and the index");
+    // Another program begins anew.
+    let mut other = Speaker::to(Archive::in_directory(&dir, Some("another")).unwrap());
+    other.begin().unwrap();
+}
+
+#[test]
+fn a_checkpoint_below_that_is_damaged_gone_or_another_one_is_named() {
+    let base = tempfile::tempdir().unwrap();
+    let dir = base.path().join("checkpoints");
+    checkpoints(&dir);
+    let path = |n: u8| dir.join(format!("00000{n}.pageferry"));
+    let says = |wanted: &str| {
+        for refused in [inspect(&path(3)).map(drop), pages_below(&path(3)).map(drop)] {
+            let (error, help) = refused.map_err(|error| (error.chain(), error.help())).unwrap_err();
+            assert!(error.contains(wanted) && error.contains("000001.pageferry"), "{error}");
+            assert!(help.unwrap().contains("000001.pageferry"));
+        }
+        let refused = Archive::in_directory(&dir, Some("program")).unwrap_err().chain();
+        assert!(refused.contains("000001.pageferry"), "{refused}");
+    };
+    let whole = fs::read(path(1)).unwrap();
+    // Within the bytes of its first page.
+    let mut damaged = whole.clone();
+    let at = damaged.windows(64).position(|bytes_here| bytes_here == &bytes(1)[..64]).unwrap();
+    damaged[at + 5] ^= 1;
+    fs::write(path(1), &damaged).unwrap();
+    says("does not have the bytes");
+    fs::write(path(1), &whole[..whole.len() - 7]).unwrap();
+    says("cut off");
+    fs::remove_file(path(1)).unwrap();
+    says("could not read");
+    stream(&path(1));
+    says("another");
+    fs::write(path(1), &whole).unwrap();
+    assert_eq!(inspect(&path(3)).unwrap().fault, None, "as it was");
+    // Without its index nobody knows what it is on top of.
+    fs::remove_file(dir.join("index")).unwrap();
+    let fault = inspect(&path(3)).unwrap().fault.unwrap();
+    assert!(fault.contains("on top of an earlier checkpoint"), "{fault}");
 }
 
 /// A stream with a page in each of the codings that lean on others.

@@ -7,13 +7,20 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `SIOCOUTQNSD` of linux/sockios.h: bytes in a TCP socket's queue that were not sent for the first time yet.
 const UNSENT: rustix::ioctl::Opcode = 0x894B;
+/// `SIOCOUTQ` of linux/sockios.h: bytes in it that the peer has not acknowledged.
+const UNACKNOWLEDGED: rustix::ioctl::Opcode = 0x5411;
 
-/// Bytes that were written to a TCP connection and that the link has not taken yet. `None` for what is no such connection.
-pub(super) fn unsent(connection: BorrowedFd<'_>) -> Option<u64> {
-    // SAFETY: the request writes one `int` and nothing else (tcp(7), and `tcp_ioctl` in the kernel's sources).
-    let request = unsafe { Getter::<UNSENT, libc::c_int>::new() };
+/// What is left of the bytes that were written to a TCP connection: those that the link has not taken, and those that the
+/// peer's system does not have for sure. `None` for what is no such connection.
+pub(super) fn left(connection: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    Some((ask::<UNSENT>(connection)?, ask::<UNACKNOWLEDGED>(connection)?))
+}
+
+fn ask<const NUMBER: rustix::ioctl::Opcode>(connection: BorrowedFd<'_>) -> Option<u64> {
+    // SAFETY: both requests write one `int` and nothing else (tcp(7), and `tcp_ioctl` in the kernel's sources).
+    let request = unsafe { Getter::<NUMBER, libc::c_int>::new() };
     // SAFETY: the descriptor is open as long as it is borrowed, and the request's memory lives in the request. Sockets that are
-    // not TCP refuse the number.
+    // not TCP refuse the first number, or answer with an `int` too.
     let bytes = unsafe { ioctl(connection, request) };
     bytes.ok().and_then(|bytes| u64::try_from(bytes).ok())
 }

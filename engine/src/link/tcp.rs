@@ -162,9 +162,10 @@ impl TcpLink {
         self.sent
     }
 
-    /// Bytes of these that the link has not taken yet; `None` where the system does not say.
-    pub fn unsent(&self) -> Option<u64> {
-        super::sys::unsent(self.stream.as_fd())
+    /// Bytes of these that the link has not taken yet, and bytes that the peer's system has not acknowledged; `None` where the
+    /// system does not say.
+    pub fn left(&self) -> Option<(u64, u64)> {
+        super::sys::left(self.stream.as_fd())
     }
 
     /// Bytes that came in.
@@ -345,17 +346,21 @@ mod tests {
     #[test]
     fn what_the_link_has_not_taken_is_known() {
         let (mut a, mut b) = pair();
-        assert_eq!(a.unsent(), Some(0));
+        assert_eq!(a.left(), Some((0, 0)));
         // More than goes into the buffers of a receiver that takes nothing.
         a.set_stall(Duration::from_millis(50));
         let sent = a.send_all(&mut [IoSlice::new(&vec![1; 64 << 20])]);
         assert!(matches!(sent, Err(LinkError::Stalled(_))));
-        let unsent = a.unsent().unwrap();
-        assert!(unsent > 0 && unsent < a.sent(), "{unsent} of {}", a.sent());
+        let (unsent, unacknowledged) = a.left().unwrap();
+        assert!(
+            unsent > 0 && unsent <= unacknowledged && unacknowledged < a.sent(),
+            "{unsent} of {}",
+            a.sent()
+        );
         let mut rest = vec![0; a.sent() as usize];
         b.receive_all(&mut [IoSliceMut::new(&mut rest)]).unwrap();
-        assert_eq!(a.unsent(), Some(0));
-        assert_eq!(TcpLink::pair().unwrap().0.unsent(), None, "there is no link");
+        assert_eq!(a.left().unwrap().0, 0);
+        assert_eq!(TcpLink::pair().unwrap().0.left(), None, "there is no link");
     }
 
     #[test]

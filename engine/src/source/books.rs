@@ -50,6 +50,8 @@ pub(crate) struct Look<'a> {
     pub(crate) round: u32,
     /// Nothing is sent again after this: there is no point in keeping bytes.
     pub(crate) last: bool,
+    /// The link is what takes the time: bytes that are sent for the first time may be kept, too.
+    pub(crate) idle: bool,
 }
 
 /// Where the bytes go that a page travels with instead of its own.
@@ -149,7 +151,7 @@ impl Books {
         in_hand: impl Fn(SpaceId, u64) -> Option<&'a Page>,
         stays: impl Fn(SpaceId, u64) -> bool,
     ) -> Fate {
-        let Look { space, page, bytes, content, zero, round, last } = *look;
+        let Look { space, page, bytes, content, zero, round, last, idle } = *look;
         let sent = self.spaces.entry(space).or_default();
         let before = sent.get(page).copied();
         if before == Some(content) {
@@ -193,9 +195,12 @@ impl Books {
         {
             fate = Fate::Beside(Base { at: PageRef { space: of, page: PageNo(page) }, content });
         }
-        // The page is sent a second time at least: from now on its bytes are worth keeping.
-        if before.is_some() && !last {
-            self.cache.keep(space, page, bytes, content, round);
+        match before {
+            _ if last => {}
+            // The page is sent a second time at least: from now on its bytes are worth keeping.
+            Some(_) => self.cache.keep(space, page, bytes, content, round),
+            None if idle => self.cache.keep_first(space, page, bytes, content, round),
+            None => {}
         }
         fate
     }
@@ -269,7 +274,7 @@ mod tests {
         fn send(&mut self, space: SpaceId, page: u64, bytes: &Page, round: u32) -> Fate {
             let zero = digest::is_zero(bytes);
             let content = if zero { digest::ZERO_PAGE } else { digest::page(bytes) };
-            let look = Look { space, page, bytes, content, zero, round, last: false };
+            let look = Look { space, page, bytes, content, zero, round, last: false, idle: false };
             self.books.enter(&look, &mut self.out, |_, _| None, |_, _| true)
         }
     }
@@ -302,6 +307,27 @@ mod tests {
         assert_eq!(bench.send(A, 7, &noise(2), 4), Fate::OnBase(own(third), 0));
         assert_eq!(bench.out.bases, page);
         assert_eq!(bench.send(A, 7, &[0; 4096], 5), Fate::Zero);
+    }
+
+    #[test]
+    fn while_the_link_takes_the_time_the_second_sending_is_a_delta() {
+        let mut bench = Bench::new();
+        let mut page = noise(1);
+        let first = digest::page(&page);
+        let look = Look {
+            space: A,
+            page: 7,
+            bytes: &page,
+            content: first,
+            zero: false,
+            round: 0,
+            last: false,
+            idle: true,
+        };
+        assert_eq!(bench.books.enter(&look, &mut bench.out, |_, _| None, |_, _| true), Fate::Whole);
+        page[100] ^= 1;
+        let base = Base { at: PageRef { space: A, page: PageNo(7) }, content: first };
+        assert!(matches!(bench.send(A, 7, &page, 1), Fate::Delta(on, ..) if on == base));
     }
 
     #[test]
@@ -344,6 +370,7 @@ mod tests {
             zero: false,
             round: 1,
             last: false,
+            idle: false,
         };
         let fate = bench.books.enter(&look, &mut bench.out, |_, _| None, |of, _| of != A);
         assert_eq!(
@@ -368,7 +395,16 @@ mod tests {
         let mut bench = Bench::new();
         let (page, other) = (noise(1), noise(2));
         let content = digest::page(&page);
-        let look = |page, bytes| Look { space: A, page, bytes, content, zero: false, round: 0, last: false };
+        let look = |page, bytes| Look {
+            space: A,
+            page,
+            bytes,
+            content,
+            zero: false,
+            round: 0,
+            last: false,
+            idle: false,
+        };
         assert_eq!(bench.books.enter(&look(1, &page), &mut bench.out, |_, _| None, |_, _| true), Fate::Whole);
         // The bytes of another page under the same digest: what a collision would be.
         let fate = bench.books.enter(

@@ -198,7 +198,9 @@ impl<'a> Migration<'a> {
         let peer = match &plan.to {
             SendTo::Receiver(address) => Peer::Receiver(*address),
             SendTo::File(path) => Peer::Archive(Archive::in_file(path)?),
-            SendTo::Directory(dir) => Peer::Archive(Archive::in_directory(dir)?),
+            SendTo::Directory(dir) => {
+                Peer::Archive(Archive::in_directory(dir, plan.incremental.then(|| root.name()).as_deref())?)
+            }
         };
         Ok(Self {
             plan,

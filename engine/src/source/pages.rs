@@ -246,7 +246,7 @@ impl Worker {
 
     /// Hashes the pages of the batch, and looks up how each of them travels.
     fn look(&mut self, round: &Round<'_>, space: SpaceId, len: usize, vanished: &[u64], tally: &mut Tally) {
-        let Self { bytes, contents, fates, runs, out, .. } = self;
+        let Self { bytes, contents, fates, runs, out, chooser, .. } = self;
         let pages = bytes[..len].as_chunks::<PAGE>().0;
         contents.clear();
         contents.extend(pages.iter().map(|page| match digest::is_zero(page) {
@@ -254,6 +254,7 @@ impl Worker {
             false => (false, digest::page(page)),
         }));
         fates.clear();
+        let idle = chooser.core_is_idle();
         out.deltas.clear();
         out.bases.clear();
         // Every change of the books is one call that leaves them whole.
@@ -275,6 +276,7 @@ impl Worker {
                 zero,
                 round: round.number,
                 last: round.frozen,
+                idle,
             };
             let in_hand = |of: SpaceId, at: u64| {
                 let place = (of == space).then(|| place_of(runs, at)).flatten()?;
@@ -435,8 +437,9 @@ impl Worker {
 
 /// Looks how far the link is with what was sent before.
 fn observe_backlog(chooser: &mut CodingChooser, channel: &Channel, epoch: Instant) {
-    if let Some(unsent) = channel.link().unsent() {
-        chooser.observe_backlog(epoch.elapsed(), channel.link().sent(), unsent);
+    if let Some((unsent, unacknowledged)) = channel.link().left() {
+        let carried = channel.link().sent().saturating_sub(unacknowledged);
+        chooser.observe_backlog(epoch.elapsed(), carried, unsent);
     }
 }
 

@@ -50,11 +50,14 @@ impl Migration<'_> {
             self.further.push(channel);
         }
         for _ in 0..wanted {
-            let chooser = match self.plan.coding {
+            let mut chooser = match self.plan.coding {
                 CodingChoice::Auto => CodingChooser::default(),
                 CodingChoice::Raw => CodingChooser::only(Coding::Raw),
                 CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
             };
+            if let Some(percent) = self.plan.cpu {
+                chooser.set_ceiling(f64::from(percent) / 100.0 / wanted as f64);
+            }
             let mut worker = Worker::new(chooser)?;
             if let Some(bandwidth) = self.plan.bandwidth {
                 worker.limit_link(bandwidth / wanted as u64);

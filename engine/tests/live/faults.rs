@@ -150,11 +150,13 @@ fn flipped(ferry: &Ferry) -> anyhow::Result<()> {
 
 fn interrupted(ferry: &Ferry) -> anyhow::Result<()> {
     let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
-    for (phase, signal) in SOURCE.iter().zip([Signal::SIGINT, Signal::SIGTERM].into_iter().cycle()) {
+    for (before, (phase, signal)) in
+        SOURCE.iter().zip([Signal::SIGINT, Signal::SIGTERM].into_iter().cycle()).enumerate()
+    {
         (|| {
             // It stands at the phase for a moment, in which the signal comes.
             let fault = format!("{phase}=delay:700");
-            let migration = ferry.migrate_start(subject.pid, Some(&fault), &[])?;
+            let migration = ferry.migrate_start(subject.pid, Some(&fault), &["--streams", "3"])?;
             std::thread::sleep(Duration::from_millis(550));
             migration.signal(signal)?;
             let outcome = migration.wait()?;
@@ -164,10 +166,18 @@ fn interrupted(ferry: &Ferry) -> anyhow::Result<()> {
             }
             ensure!(outcome.code == 128 + signal as i32, "exit code {}: {}", outcome.code, outcome.err);
             ensure!(outcome.err.contains("interrupted"), "{}", outcome.err);
+            // The receiver says why, whichever of the connections it saw ending first.
+            let until = Instant::now() + Duration::from_secs(5);
+            while receiver.log().matches("discarded, ").count() <= before {
+                ensure!(Instant::now() < until, "the receiver says: {}", receiver.log());
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            ensure!(!receiver.log().contains("closed the connection"), "it says: {}", receiver.log());
             rolled_back(ferry, &subject, &outcome)
         })()
         .with_context(|| format!("{signal} at {phase}"))?;
     }
+    ensure!(receiver.log().matches("gave up (cancelled)").count() > SOURCE.len() / 2, "{}", receiver.log());
     receiver.stop()
 }
 

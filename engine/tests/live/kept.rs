@@ -15,6 +15,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("a forked tree is kept in a file", tree),
         ("a checkpoint of a program that runs on", runs_on),
         ("checkpoints in a directory", directory),
+        ("checkpoints that have what is new", incremental),
         ("a disk that is full under a kept stream", full),
         ("a path that exists is not written over", exists),
         ("a kept stream that fails leaves no file behind", rolled_back),
@@ -150,6 +151,45 @@ fn directory(ferry: &Ferry) -> anyhow::Result<()> {
     restored(ferry, &dir, &subject).context("the last one")?;
     ferry.hosts.kill(Host::Destination, subject.pid)?;
     restored_in_the_past(ferry, &dir.join(one), &subject).context("the first one")
+}
+
+fn incremental(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "48MiB", "--rate", "2MB", "--every", "16"])?;
+    let dir = fresh(ferry, "checkpoints");
+    let to = format!("dir:{}", dir.display());
+    for _ in 0..2 {
+        keep(ferry, subject.pid, &to, None, &["--keep-running", "--incremental"])?.moved()?;
+    }
+    keep(ferry, subject.pid, &to, None, &["--incremental", "--verify"])?.moved()?;
+    let path = |n: u8| dir.join(format!("00000{n}.pageferry"));
+    let size = |n: u8| fs::metadata(path(n)).map(|about| about.len());
+    ensure!(size(1)? > 48 << 20, "the first one has {} bytes", size(1)?);
+    for n in [2, 3] {
+        ensure!(size(n)? < 16 << 20, "checkpoint {n} has {} bytes", size(n)?);
+    }
+    // With `--verify` all of its memory is compared with what it was.
+    restored(ferry, &dir, &subject).context("the last one")?;
+    ferry.hosts.kill(Host::Destination, subject.pid)?;
+    restored_in_the_past(ferry, &path(2), &subject).context("the second one")?;
+    ferry.hosts.kill(Host::Destination, subject.pid)?;
+    let whole = fs::read(path(1))?;
+    let mut damaged = whole.clone();
+    damaged[24 << 20] ^= 1;
+    for (bytes, says) in [(&damaged[..], "cannot be used"), (&whole[..whole.len() / 2], "cut off")] {
+        fs::write(path(1), bytes)?;
+        let (code, said) = restore(ferry, &path(3), "")?;
+        ensure!(code == 3 && said.contains("000001.pageferry") && said.contains(says), "{code}: {said}");
+        ensure!(ferry.state(Host::Destination, subject.pid)?.is_none(), "something of it runs");
+    }
+    fs::remove_file(path(1))?;
+    let (code, said) = restore(ferry, &path(3), "")?;
+    ensure!(code == 3 && said.contains("000001.pageferry"), "{code}: {said}");
+    fs::write(path(1), &whole)?;
+    let script =
+        format!("{} inspect {} 2>&1; echo code=$?", env!("CARGO_BIN_EXE_pageferry"), path(3).display());
+    let said = ferry.sh(Host::Destination, &script)?;
+    ensure!(said.ends_with("code=0"), "when it is there again: {said}");
+    Ok(())
 }
 
 fn full(ferry: &Ferry) -> anyhow::Result<()> {

@@ -12,10 +12,12 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("pages go over as many connections as are asked for", connections),
         ("equal pages of a forked tree are sent once", equal_pages),
+        ("pages of a forked tree that differ in some words are sent as these", alike_pages),
         ("what a delta or a copy is made from is lost, and asked for again", lost),
         ("it is lost in the freeze too", lost_for_good),
         ("one connection of several is lost", one_of_several),
         ("only one coding, when asked for", one_coding),
+        ("compression takes no more of a processor than it may", processor_ceiling),
         ("memory that was made ready while waiting", standby),
     ]
 }
@@ -82,6 +84,28 @@ fn sparse(ferry: &Ferry, fault: &str) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
+fn alike_pages(ferry: &Ferry) -> anyhow::Result<()> {
+    let memory = 32 << 20;
+    // Every process changes 8 words in a tenth of the pages, once, and before it is moved.
+    let forked = ["forked", "--memory", "32MiB", "--workers", "3", "--every", "10", "--passes", "1"];
+    for streams in ["1", "3"] {
+        let subject = ferry.subject(&[&forked[..], &["--words", "8", "--rate", "1GB"]].concat())?;
+        let receiver = ferry.receiver(None, &["--once"])?;
+        std::thread::sleep(Duration::from_millis(500));
+        let outcome = ferry.migrate(subject.pid, None, &["--verify", "--streams", streams])?;
+        let report = outcome.moved()?;
+        let codings = codings(report);
+        ensure!(codings.delta.pages > memory / 4096 / 5, "{streams} connections: {codings:?}");
+        let bytes: u64 = codings.shares().iter().map(|(_, share)| share.bytes).sum();
+        ensure!(bytes < memory * 115 / 100, "{bytes} bytes of pages over {streams} connections: {codings:?}");
+        ensure!(report.repeated_pages == 0, "{} pages were asked for again", report.repeated_pages);
+        ferry.lives_only(Host::Destination, &subject)?;
+        ensure!(receiver.wait()? == 0, "the receiver's exit code");
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    Ok(())
+}
+
 fn lost(ferry: &Ferry) -> anyhow::Result<()> {
     let outcome = sparse(ferry, "dest-base=lose@3")?;
     let report = outcome.moved()?;
@@ -133,6 +157,25 @@ fn one_coding(ferry: &Ferry) -> anyhow::Result<()> {
         ensure!(receiver.wait()? == 0, "the receiver's exit code");
         ferry.hosts.kill(Host::Destination, subject.pid)?;
     }
+    Ok(())
+}
+
+fn processor_ceiling(ferry: &Ferry) -> anyhow::Result<()> {
+    let raw = |options: &[&str]| -> anyhow::Result<f64> {
+        let subject = ferry.subject(&["writer", "--memory", "32MiB", "--rate", "0", "--compressible"])?;
+        let receiver = ferry.receiver(None, &["--once"])?;
+        let usual = ["--verify", "--streams", "1", "--bandwidth", "40MB"];
+        let outcome = ferry.migrate(subject.pid, None, &[&usual[..], options].concat())?;
+        let codings = codings(outcome.moved()?);
+        ferry.lives_only(Host::Destination, &subject)?;
+        ensure!(receiver.wait()? == 0, "the receiver's exit code");
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+        let (raw, zstd) = (codings.raw.pages as f64, codings.zstd.pages as f64);
+        Ok(raw / (raw + zstd))
+    };
+    let (free, held) = (raw(&[])?, raw(&["--cpu", "1%"])?);
+    ensure!(free < 0.1, "{free} of the pages go raw over a slow link");
+    ensure!(held > 0.5, "{held} of the pages go raw where nearly nothing may be compressed");
     Ok(())
 }
 

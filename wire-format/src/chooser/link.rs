@@ -6,7 +6,8 @@
 //! link takes; and while none does, it is the most that the link can take.
 //!
 //! Some systems say how much of what was sent still waits in the buffer. Where some of it did just before the next send, the
-//! link was busy since the last one, and has carried what is not there any more: then its pace is known from milliseconds.
+//! link was busy since the last one, and its pace is that at which bytes arrive at the other end: then it is known from milliseconds.
+//! (What leaves the buffer may only have gone into the next queue on the way.)
 
 use crate::limits::PAGE_SIZE;
 
@@ -36,7 +37,7 @@ const LONGEST_WINDOW: f64 = 24e-3;
 /// What the buffer held when it was looked at last, and what became of it since it was never empty.
 #[derive(Clone, Debug)]
 struct Backlog {
-    /// When, and bytes that had left the buffer until then.
+    /// When, and bytes that had arrived until then.
     last: Option<(f64, f64)>,
     /// Seconds and bytes of the link while it was busy all the time.
     time: f64,
@@ -110,17 +111,17 @@ impl Meter {
         self.backlog.waits
     }
 
-    /// Just before a send, at `now`: `left` bytes have left the system's buffer so far, and `waiting` have not.
-    pub(super) fn look(&mut self, now: f64, left: f64, waiting: f64) {
-        let last = self.backlog.last.replace((now, left));
-        let Some((then, left_then)) = last.filter(|_| waiting > 0.0) else {
+    /// Just before a send, at `now`: so many bytes have arrived so far, and `waiting` have not left the system's buffer.
+    pub(super) fn look(&mut self, now: f64, arrived: f64, waiting: f64) {
+        let last = self.backlog.last.replace((now, arrived));
+        let Some((then, arrived_then)) = last.filter(|_| waiting > 0.0) else {
             self.backlog.begin();
             return;
         };
         let backlog = &mut self.backlog;
         backlog.waits = true;
         backlog.time += (now - then).max(0.0);
-        backlog.bytes += (left - left_then).max(0.0);
+        backlog.bytes += (arrived - arrived_then).max(0.0);
         if backlog.time < backlog.window {
             return;
         }

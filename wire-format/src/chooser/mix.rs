@@ -32,6 +32,8 @@ pub(super) struct Mix {
     pub(super) time: f64,
     /// What is left of it.
     pub(super) ratio: f64,
+    /// Seconds of these that coding takes.
+    pub(super) coding: f64,
 }
 
 impl Mix {
@@ -50,7 +52,7 @@ pub(super) fn best(choices: &[Choice], link: f64, send: f64, work: f64, ceiling:
         let time = (work + coding + send * ratio).max(link * ratio);
         // Within the ceiling, or raw; where there is no raw, whatever takes least.
         let allowed = coding <= ceiling * time;
-        (allowed, Mix { ways: [(a.way, 1.0 - share), (b.way, share)], time, ratio })
+        (allowed, Mix { ways: [(a.way, 1.0 - share), (b.way, share)], time, ratio, coding })
     };
     let mut mixes = Vec::with_capacity(choices.len() * choices.len() * STEPS as usize);
     for (at, a) in choices.iter().enumerate() {
@@ -72,5 +74,6 @@ pub(super) fn best(choices: &[Choice], link: f64, send: f64, work: f64, ceiling:
         ways: [(super::RAW, 1.0), (super::RAW, 0.0)],
         time: f64::INFINITY,
         ratio: 1.0,
+        coding: 0.0,
     })
 }

@@ -62,6 +62,8 @@ const FASTER: f64 = 0.7;
 const GLIMPSE: u32 = 64;
 /// A glimpse must be able to gain so much.
 const WORTH_A_GLIMPSE: f64 = 1.3;
+/// Seconds that it takes to keep a copy of a byte, in a virtual machine that has to get the memory for it: 8 us a page.
+const KEEPING: f64 = 2e-9;
 /// Choices for which a plan is kept: making one takes microseconds, and a raw batch not many more.
 const KEEP_PLAN: u32 = 8;
 
@@ -104,6 +106,8 @@ pub struct CodingChooser {
     /// What is best for batches without and with a base, for the next choices; and how many were made.
     plans: [Option<Mix>; 2],
     turn: u32,
+    /// Seconds of coding for a byte and what is left of it, as was planned last.
+    lately: (f64, f64),
 }
 
 impl Default for CodingChooser {
@@ -123,6 +127,7 @@ impl Default for CodingChooser {
             compressing: false,
             plans: [None; 2],
             turn: 0,
+            lately: (0.0, 1.0),
         }
     }
 }
@@ -151,12 +156,11 @@ impl CodingChooser {
         self.pass(time);
     }
 
-    /// Just before a send, `now` since any fixed point in time: of `sent` bytes that were sent so far, `waiting` are still in
-    /// the system's buffer because the link has not taken them yet. For systems that say so; the pace of the link is known
-    /// much sooner then.
-    pub fn observe_backlog(&mut self, now: Duration, sent: u64, waiting: u64) {
-        let left = sent.saturating_sub(waiting);
-        self.meter.look(now.as_secs_f64(), left as f64, waiting as f64);
+    /// Just before a send, `now` since any fixed point in time: so many bytes have arrived at the other end so far, and
+    /// so many are still `waiting` in the system's buffer because the link has not taken them. For systems that say so; the
+    /// pace of the link is known much sooner then.
+    pub fn observe_backlog(&mut self, now: Duration, arrived: u64, waiting: u64) {
+        self.meter.look(now.as_secs_f64(), arrived as f64, waiting as f64);
     }
 
     /// Time passes until the next batch in which nothing is sent: between rounds.
@@ -199,6 +203,14 @@ impl CodingChooser {
     /// quarter of it, which stays in a core's second-level cache while it is read, hashed and sent.
     pub fn batch_pages(&self) -> usize {
         if self.compressing { MAX_BATCH_PAGES } else { MAX_BATCH_PAGES / 4 }
+    }
+
+    /// Whether the core waits for the link, by so much that it can do something for later with each byte that is sent: keep a
+    /// copy of it, into memory that it has to get first.
+    pub fn core_is_idle(&self) -> bool {
+        let (coding, ratio) = self.lately;
+        let core = self.work + coding + self.meter.send() * ratio;
+        self.meter.link().is_some_and(|link| link * ratio - core > KEEPING)
     }
 
     /// The way of the next batch. `has_base`: the bytes that were sent before of its pages are at hand.
@@ -264,13 +276,14 @@ impl CodingChooser {
         if !has_base {
             // What has a base is rare, and says nothing about the batches to come.
             self.compressing = mix.parts().any(|(way, share)| way != RAW && share > 0.0);
+            self.lately = (mix.coding, mix.ratio);
         }
         self.plans[plan] = Some(mix);
         self.draw(&mix)
     }
 
     fn stay_raw(&mut self) -> usize {
-        (self.compressing, self.plans) = (false, [None; 2]);
+        (self.compressing, self.plans, self.lately) = (false, [None; 2], (0.0, 1.0));
         RAW
     }
 

@@ -112,7 +112,8 @@ impl World {
 
     fn tell(&self, chooser: &mut CodingChooser) {
         if self.tells {
-            chooser.observe_backlog(Duration::from_secs_f64(self.now), self.sent as u64, self.queued as u64);
+            let arrived = (self.sent - self.queued) as u64;
+            chooser.observe_backlog(Duration::from_secs_f64(self.now), arrived, self.queued as u64);
         }
     }
 
@@ -273,6 +274,24 @@ fn a_slow_link_is_known_from_the_first_megabyte() {
         let (chosen, raw) = (speed(None), speed(Some(Way::Raw)));
         assert!(chosen > 0.95 * raw, "{link:e} bytes a second: {chosen:e} instead of {raw:e}");
     }
+}
+
+#[test]
+fn only_a_core_that_waits_is_idle() {
+    let idle = |link, speed, ratio| {
+        let mut chooser = CodingChooser::default();
+        let mut world = World { tells: true, ..World::new(link, speed, ratio) };
+        world.run(100.0 * BATCH, &mut chooser, None);
+        (0..8).all(|_| {
+            chooser.choose(false);
+            chooser.core_is_idle()
+        })
+    };
+    assert!(!CodingChooser::default().core_is_idle(), "nothing is known");
+    assert!(idle(12.5e6, 400e6, 0.2) && idle(12.5e6, 400e6, 1.0), "100 Mbit/s");
+    assert!(idle(125e6, 400e6, 1.0), "noise over 1 Gbit/s");
+    assert!(!idle(125e6, 400e6, 0.2), "a heap over 1 Gbit/s: the core compresses as fast as it can");
+    assert!(!idle(1.25e9, 400e6, 1.0) && !idle(4e9, 400e6, 0.2), "10 Gbit/s and more");
 }
 
 #[test]

@@ -242,6 +242,19 @@ fn a_connection_that_fails_or_falls_silent_ends_the_round() {
 }
 
 #[test]
+fn the_first_connection_may_say_why_the_others_end() {
+    let hub = hub();
+    let (source, thread) = further(&hub, 1);
+    drop(source);
+    std::thread::sleep(LAST_WORDS / 4);
+    assert!(!hub.alarm().is_cancelled(), "whoever reads the first connection is not disturbed yet");
+    // It was told the reason there, and gives the session up.
+    assert!(hub.close().is_some());
+    thread.join().unwrap();
+    assert!(hub.failure().is_none(), "the end of a connection is no failure of its own then");
+}
+
+#[test]
 fn strangers_and_seconds_are_not_taken() {
     let hub = hub();
     let (_source, thread) = further(&hub, 1);

@@ -5,14 +5,18 @@
 
 mod rebuilt;
 
+use super::chain;
 use super::checkpoints::stream_of;
 use super::error::{Damage, KeptError};
 use super::frames::{Frames, StreamFile};
-use pageferry_wire_format::{Coding, ControlMessage, Head, digest};
+use super::store::KeptPages;
+use pageferry_wire_format::{Coding, ControlMessage, Head, PAGE_SIZE, digest};
 use rebuilt::Rebuilt;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 /// What a stream consists of. Sizes are bytes of the stream, heads of frames included; pages 4 KiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -110,11 +114,24 @@ pub struct RegionReport {
 /// # Errors
 /// When there is nothing to read. Whatever is wrong with a stream is in [`Inspection::fault`], beside what was read up to there.
 pub fn inspect(path: &Path) -> Result<Inspection, KeptError> {
-    let mut reader = Reader::new(StreamFile::open(&stream_of(path)?)?);
+    let stream = stream_of(path)?;
+    let base = chain::pages_below(&stream)?;
+    let mut reader = Reader::new(StreamFile::open(&stream)?, base);
     let outcome = reader.read();
     let mut inspection = reader.sum_up();
     inspection.fault = outcome.err().map(|error| error.chain());
     Ok(inspection)
+}
+
+/// Hands over all pages of a stream on top of `base` that are not zeros, when the stream was read to its end and all of it is right.
+pub(super) fn rebuild(
+    stream: &Path,
+    base: Arc<KeptPages>,
+    take: impl FnMut(&[u8; PAGE_SIZE]) -> io::Result<()>,
+) -> Result<io::Result<()>, KeptError> {
+    let mut reader = Reader::new(StreamFile::open(stream)?, base);
+    reader.read()?;
+    Ok(reader.rebuilt.contents().try_for_each(take))
 }
 
 /// The parts of a stream in which everything has to come.
@@ -138,10 +155,10 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(file: StreamFile) -> Self {
+    fn new(file: StreamFile, base: Arc<KeptPages>) -> Self {
         Self {
             frames: Frames::new(file),
-            rebuilt: Rebuilt::default(),
+            rebuilt: Rebuilt::on(base),
             stage: Stage::Beginning,
             inspection: Inspection::default(),
             kinds: BTreeMap::new(),

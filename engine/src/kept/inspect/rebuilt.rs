@@ -2,11 +2,13 @@
 //! receiver but the wire format.
 
 use crate::kept::error::Damage;
+use crate::kept::store::KeptPages;
 use pageferry_wire_format::{
     Chain, Coding, OwnedBatch, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRun, RegionInfo, SpaceDigest,
     SpaceId, ZstdDecoder, delta, digest, limits,
 };
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 type Bytes = [u8; PAGE_SIZE];
 
@@ -59,6 +61,8 @@ struct Made {
 /// All spaces.
 #[derive(Default)]
 pub(super) struct Rebuilt {
+    /// What the stream is on top of.
+    base: Arc<KeptPages>,
     pub(super) spaces: BTreeMap<SpaceId, Space>,
     later: Vec<Made>,
     /// A receiver has asked for pages again: the seal that follows does not count.
@@ -69,6 +73,11 @@ pub(super) struct Rebuilt {
 }
 
 impl Rebuilt {
+    /// The pages of a stream on top of these.
+    pub(super) fn on(base: Arc<KeptPages>) -> Self {
+        Self { base, ..Self::default() }
+    }
+
     pub(super) fn announce(&mut self, id: SpaceId, vpid: i32, name: &str) -> Result<(), Damage> {
         let space = Space { vpid, name: name.to_owned(), ..Space::default() };
         match self.spaces.insert(id, space) {
@@ -101,6 +110,9 @@ impl Rebuilt {
         let space = batch.space();
         if !self.spaces.contains_key(&space) {
             return Err(Damage::Space(space));
+        }
+        if self.base.digests().is_empty() && batch.sources().iter().any(|from| from.space == SpaceId::KEPT) {
+            return Err(Damage::NoBase);
         }
         if matches!(batch.coding(), Coding::Raw | Coding::Zstd) {
             let mut room = Vec::new();
@@ -188,12 +200,24 @@ impl Rebuilt {
             };
             pages.push(match here {
                 Some(here) => pages[here],
+                None if source.space == SpaceId::KEPT => self.kept(source.page.0)?,
                 None => self.spaces.get(&source.space)?.pages.get(&source.page.0)?.content(),
             });
         }
         let contents: Vec<PageDigest> = pages.iter().map(|bytes| digest::page(bytes)).collect();
         let wanted = if copies { batch.content() } else { batch.bases() };
         (contents.iter().collect::<Chain>() == wanted).then_some(pages)
+    }
+
+    fn kept(&self, page: u64) -> Option<Bytes> {
+        let content = self.base.digests().get(usize::try_from(page).ok()?)?;
+        let mut bytes = [0; PAGE_SIZE];
+        self.base.read(page, content, &mut bytes).then_some(bytes)
+    }
+
+    /// The bytes of all pages that are not zeros, in the order of spaces and pages.
+    pub(super) fn contents(&self) -> impl Iterator<Item = &Bytes> {
+        self.spaces.values().flat_map(|space| space.pages.values()).filter_map(|page| page.bytes.as_deref())
     }
 
     pub(super) fn end_round(&mut self) -> Result<(), Damage> {
