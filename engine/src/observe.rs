@@ -59,6 +59,11 @@ pub enum Event {
     },
     /// Source: the destination has a whole round.
     RoundEnded(RoundReport),
+    /// Source: the program outruns the link, and is slowed down from now on.
+    Throttled {
+        /// Share of the time for which it stands still.
+        share: f64,
+    },
     /// Source: pre-copy is over; the tree is about to be frozen.
     Freezing {
         /// Why pre-copy stopped.
@@ -126,7 +131,7 @@ pub enum Event {
     Received {
         /// The round.
         round: u32,
-        /// Pages in the store.
+        /// Pages that were stored so far; one that came twice counts twice.
         stored_pages: u64,
     },
     /// Destination: the migration ended without the program coming to life here; nothing is left of it.

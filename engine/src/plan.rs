@@ -26,6 +26,8 @@ pub enum NoConvergence {
     Freeze,
     /// Give up: the program runs on at the source.
     GiveUp,
+    /// Slow the program down step by step, up to [`SendPlan::max_throttle`], until it writes less than the link carries.
+    Throttle,
     /// Freeze, and send what is left after the program runs at the destination.
     PostCopy,
 }
@@ -105,6 +107,9 @@ impl std::fmt::Display for SendTo {
     }
 }
 
+/// A program must run for some of the time.
+const MOST_THROTTLE: f64 = 0.99;
+
 /// The plan of the sending side.
 #[derive(Clone, Debug)]
 pub struct SendPlan {
@@ -135,6 +140,8 @@ pub struct SendPlan {
     pub freeze_cost: FreezeCost,
     /// What to do when the program writes faster than the link carries, and the downtime that was aimed for cannot be had.
     pub on_no_convergence: NoConvergence,
+    /// With [`NoConvergence::Throttle`]: share of the time for which the program stands still at most, from 0 to 0.99.
+    pub max_throttle: f64,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
     pub bandwidth: Option<u64>,
     /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
@@ -185,6 +192,7 @@ impl SendPlan {
             policy: PolicyChoice::Adaptive,
             freeze_cost: FreezeCost::default(),
             on_no_convergence: NoConvergence::Freeze,
+            max_throttle: 0.9,
             bandwidth: None,
             delta_cache: None,
             streams: None,
@@ -226,6 +234,9 @@ impl SendPlan {
         }
         if self.may_owe() && !matches!(self.to, SendTo::Receiver(_)) {
             return Err(PlanError::OwedToFile);
+        }
+        if !(0.0..=MOST_THROTTLE).contains(&self.max_throttle) {
+            return Err(PlanError::Throttle);
         }
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
@@ -319,6 +330,9 @@ pub enum PlanError {
     /// A file cannot ask for pages.
     #[error("into a file all memory goes before the program is ended: post-copy needs a receiver")]
     OwedToFile,
+    /// A program that always stands still never writes, and never does anything else.
+    #[error("a program can be made to stand still for 0 to 99 % of the time")]
+    Throttle,
     /// Pages need a connection.
     #[error("the number of connections must be at least 1")]
     NoStreams,

@@ -58,6 +58,12 @@ pub struct MigrationReport {
     pub total_us: u64,
     /// How long the program stood still.
     pub downtime_us: Downtime,
+    /// Share of the time for which the program was made to stand still in the end, because it outran the link; 0 if it was not.
+    #[serde(default)]
+    pub throttle_share: f64,
+    /// How long it stood still for that altogether, before the freeze.
+    #[serde(default)]
+    pub throttled_us: u64,
     /// What the policy expected the downtime to be when it ended pre-copy.
     pub predicted_downtime_us: u64,
     /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `post-copy`.

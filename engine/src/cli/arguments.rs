@@ -2,7 +2,7 @@
 
 use super::predict::PredictVerb;
 use super::simulate::SimulateVerb;
-use super::units::{Bytes, Percent, Rate, Time};
+use super::units::{Bytes, Percent, Rate, Share, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pageferry::{CodingChoice, NoConvergence, PolicyChoice, Strategy};
 use pageferry_tracker::{Scope, TrackerKind};
@@ -262,6 +262,8 @@ pub(super) fn policy(text: &str) -> Result<PolicyChoice, String> {
 pub(super) enum NoConvergenceName {
     /// Freeze it: the downtime is longer than what was aimed for.
     Freeze,
+    /// Slow it down step by step until it writes less than the link carries (see --max-throttle).
+    Throttle,
     /// Leave it running here, and say so.
     GiveUp,
     /// Freeze it, and send what is left when it runs there.
@@ -273,6 +275,7 @@ impl NoConvergenceName {
     pub(super) fn choice(self) -> NoConvergence {
         match self {
             NoConvergenceName::Freeze => NoConvergence::Freeze,
+            NoConvergenceName::Throttle => NoConvergence::Throttle,
             NoConvergenceName::GiveUp => NoConvergence::GiveUp,
             NoConvergenceName::PostCopy => NoConvergence::PostCopy,
         }
@@ -451,6 +454,9 @@ pub(super) struct MigrateVerb {
     /// What to do when the program writes faster than the link carries.
     #[arg(long, value_enum, default_value = "freeze")]
     pub(super) on_no_convergence: NoConvergenceName,
+    /// With --on-no-convergence throttle: how much of the time the program may be made to stand still.
+    #[arg(long, value_name = "SHARE", default_value = "90%")]
+    pub(super) max_throttle: Share,
     /// What pre-copy, and owed pages that nobody waits for, may take of the link, such as 1Gbit or 100MB (a second) [default: all].
     #[arg(long, value_name = "RATE")]
     pub(super) bandwidth: Option<Rate>,

@@ -90,6 +90,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
     plan.policy = verb.policy;
     plan.on_no_convergence = verb.on_no_convergence.choice();
+    plan.max_throttle = verb.max_throttle.0;
     plan.streams = verb.streams;
     plan.congestion = verb.congestion.clone();
     plan.coding = verb.coding.choice();

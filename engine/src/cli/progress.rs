@@ -59,6 +59,12 @@ fn sentence(event: &Event) -> Option<String> {
             micros(*max_fault_us)
         ),
         Event::RolledBack { reason } => format!("rolled back, the program runs on here: {reason}"),
+        Event::Throttled { share } => {
+            format!(
+                "it writes faster than the link carries: slowed down, it stands still for {:.0} % of the time",
+                share * 100.0
+            )
+        }
         Event::Warning { text } => format!("warning: {text}"),
         Event::Listening { on } => format!("listening on {on}"),
         Event::Accepted { from, program } => format!("receiving {program} from {from}"),

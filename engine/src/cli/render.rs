@@ -103,6 +103,14 @@ pub(super) fn report(report: &MigrationReport) -> String {
         Bytes(report.image_bytes),
         Bytes(report.engine_peak_rss_bytes)
     );
+    if report.throttle_share > 0.0 {
+        let _ = writeln!(
+            text,
+            "it wrote faster than the link carries, and was slowed down: up to {:.0} % of the time, {} in all, it stood still before the freeze",
+            report.throttle_share * 100.0,
+            micros(report.throttled_us)
+        );
+    }
     if let Some(fill) = &report.fill {
         let _ = writeln!(
             text,

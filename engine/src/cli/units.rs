@@ -20,6 +20,10 @@ pub(super) struct Percent(pub(super) u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Time(pub(super) Duration);
 
+/// A share of a whole: `90%`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Share(pub(super) f64);
+
 const BYTE_UNITS: [(&str, f64); 16] = [
     ("", 1.0),
     ("B", 1.0),
@@ -69,6 +73,16 @@ impl FromStr for Bytes {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         Ok(Self(quantity(text, &BYTE_UNITS, "64MiB or 8GiB")?.round() as u64))
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match quantity(text, &[("%", 0.01)], "90%")? {
+            share if share <= 1.0 => Ok(Self(share)),
+            _ => Err("it is more than the whole (write it like 90%)".to_owned()),
+        }
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Adaptive {
     max_rounds: u32,
     cost: FreezeCost,
     fruitless: u32,
+    /// So many rounds in a row may be fruitless.
+    patience: u32,
     best: Option<Duration>,
 }
 
@@ -33,7 +35,7 @@ impl Adaptive {
     /// A policy that aims for `target` and freezes after `max_rounds` rounds at the latest. `cost` is what a freeze costs
     /// beside the pages.
     pub fn new(target: Duration, max_rounds: u32, cost: FreezeCost) -> Self {
-        Self { target, max_rounds, cost, fruitless: 0, best: None }
+        Self { target, max_rounds, cost, fruitless: 0, patience: FRUITLESS_ROUNDS, best: None }
     }
 }
 
@@ -71,7 +73,7 @@ impl RoundPolicy for Adaptive {
             Some(StopReason::MaxRounds)
         } else if now <= self.target && (!helps || self.fruitless > 0) {
             Some(StopReason::TargetMet)
-        } else if now > self.target && self.fruitless >= FRUITLESS_ROUNDS {
+        } else if now > self.target && self.fruitless >= self.patience {
             Some(StopReason::NoProgress)
         } else if now > self.target && copy < WORTH_AT_LEAST {
             // Nothing is left that sending could make shorter: the target is below the fixed cost.
@@ -80,6 +82,11 @@ impl RoundPolicy for Adaptive {
             None
         };
         Decision { stop, predicted_downtime: now }
+    }
+
+    fn program_slowed_down(&mut self) {
+        // It is known to outrun the link: fewer rounds say that it is still not slow enough.
+        (self.fruitless, self.patience, self.best) = (0, FRUITLESS_ROUNDS - 1, None);
     }
 }
 
@@ -170,6 +177,35 @@ mod tests {
         let decision = policy.decide(&sample(4, 13_010, 13_000));
         assert_eq!(decision.stop, Some(StopReason::NoProgress));
         assert!(decision.predicted_downtime > Duration::from_millis(400), "and it is not forgotten");
+    }
+
+    #[test]
+    fn a_program_that_was_slowed_down_has_two_rounds_to_show_it() {
+        let mut policy = Adaptive::new(Duration::from_millis(60), 30, FreezeCost::default());
+        let mut decide = |round, pages, slower: bool| {
+            if slower {
+                policy.program_slowed_down();
+            }
+            let measured =
+                Some(Measured { pages_per_second: 3e4, round_overhead: Duration::from_micros(500) });
+            let sample = RoundSample {
+                round,
+                todo_pages: pages,
+                hot_pages: 0,
+                since_last: Duration::from_secs(1),
+                processes: 1,
+                resident_pages: 40_000,
+                measured,
+            };
+            policy.decide(&sample).stop
+        };
+        let given_up = Some(StopReason::NoProgress);
+        let stops: Vec<_> = (1..5).map(|round| decide(round, 40_000, false)).collect();
+        assert_eq!(stops, [None, None, None, given_up]);
+        let stops = [decide(5, 40_000, true), decide(6, 40_000, false), decide(7, 40_000, false)];
+        assert_eq!(stops, [None, None, given_up], "not enough");
+        let stops = [decide(8, 30_000, true), decide(9, 20_000, false), decide(10, 10_000, false)];
+        assert_eq!(stops, [None, None, None], "enough");
     }
 
     #[test]

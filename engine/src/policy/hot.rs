@@ -46,6 +46,12 @@ impl HotPages {
         &self.held
     }
 
+    /// The program is slower from now on: that a page was dirty at the last looks says nothing any more. What was held back is
+    /// given out at the next look.
+    pub fn begin_anew(&mut self) {
+        self.before.clear();
+    }
+
     /// These pages were given out to be sent, and were not.
     pub fn put_back(&mut self, pages: &PageSet) {
         self.held = self.held.union(pages);
@@ -83,6 +89,20 @@ mod tests {
         assert_eq!(cooled, set(&[(12, 3)]), "those that were not written any more");
         assert_eq!(pages.release(), set(&[(10, 2)]));
         assert!(pages.held().is_empty());
+    }
+
+    #[test]
+    fn a_program_that_was_slowed_down_is_looked_at_anew() {
+        let hot = set(&[(10, 5)]);
+        let mut pages = HotPages::default();
+        let mut sent = Vec::new();
+        for look in 0..6 {
+            if look == 5 {
+                pages.begin_anew();
+            }
+            sent.push(pages.look(&hot, &hot, &set(&[(0, 100)]), true).len());
+        }
+        assert_eq!(sent, [5, 5, 5, 0, 0, 5]);
     }
 
     proptest! {

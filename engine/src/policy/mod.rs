@@ -5,6 +5,7 @@ pub(crate) mod bubbling;
 pub mod estimate;
 pub mod fixed;
 pub mod hot;
+pub mod throttle;
 
 pub use adaptive::Adaptive;
 pub(crate) use bubbling::Bubbling;
@@ -106,6 +107,9 @@ pub fn new(
 pub trait RoundPolicy {
     /// Called after every collect, in order.
     fn decide(&mut self, sample: &RoundSample) -> Decision;
+
+    /// The program is slower from now on: what earlier rounds brought says nothing about the next.
+    fn program_slowed_down(&mut self) {}
 
     /// Whether pages that are written all the time are held back until the freeze.
     fn holds_back(&self) -> bool {

@@ -85,6 +85,8 @@ pub(crate) enum SendError {
     },
     #[error("could not have somebody watch over the held process tree (a shell, /bin/sh)")]
     Watchman(#[source] std::io::Error),
+    #[error("could not start a thread that slows the program down")]
+    Throttle(#[source] std::io::Error),
     #[error("the receiver asked about something else than it was told: {0}")]
     Protocol(String),
     #[error("cancelled")]

@@ -47,6 +47,10 @@ impl Migration<'_> {
         let patience = self.plan.stall_timeout;
         self.lift_bandwidth();
 
+        // At its full pace again: CRIU stops it with ptrace too.
+        self.note_throttle();
+        self.throttle = None;
+
         self.phase = Phase::Freezing;
         crate::fault::point("freeze");
         let pids: Vec<i32> = tracker::tree::discover(&self.root)?.iter().map(tracker::Target::pid).collect();

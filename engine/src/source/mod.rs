@@ -33,7 +33,7 @@ use failure::SendError;
 use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
-use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Tracker};
+use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Throttle, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
 use pages::Worker;
 use std::collections::BTreeMap;
@@ -118,6 +118,8 @@ struct Migration<'a> {
     books: Mutex<Books>,
     /// One for each connection.
     workers: Vec<Worker>,
+    /// Slows the program down when it outruns the link.
+    throttle: Option<Throttle>,
     /// Tasks in which a SIGSTOP waits.
     held: Vec<Target>,
     /// Lets them go if this engine dies before the commit.
@@ -219,6 +221,7 @@ impl<'a> Migration<'a> {
             spaces: BTreeMap::new(),
             books: Mutex::default(),
             workers: Vec::new(),
+            throttle: None,
             held: Vec::new(),
             watchman: None,
             dump: None,

@@ -4,9 +4,10 @@ use super::failure::SendError;
 use super::{Migration, Phase, Space};
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
+use crate::policy::throttle::next_share;
 use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
 use crate::report::RoundReport;
-use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, TreeState};
+use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, Throttle, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
 use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
@@ -50,7 +51,7 @@ impl Migration<'_> {
             crate::fault::point("precopy");
             self.check_cancel()?;
             let start = Instant::now();
-            let collected = self.tracker_mut().collect(TreeState::Running)?;
+            let collected = self.collect_running()?;
             let since_last = last_collect.map_or(Duration::ZERO, |last| start - last);
             last_collect = Some(start);
             let scan = start.elapsed();
@@ -88,6 +89,13 @@ impl Migration<'_> {
                 match self.plan.on_no_convergence {
                     NoConvergence::Freeze => {}
                     NoConvergence::PostCopy => self.owes = true,
+                    NoConvergence::Throttle => {
+                        if self.slow_down()? {
+                            policy.program_slowed_down();
+                            self.spaces.values_mut().for_each(|space| space.hot.begin_anew());
+                            decision.stop = None;
+                        }
+                    }
                     NoConvergence::GiveUp if self.owes => {}
                     NoConvergence::GiveUp => {
                         return Err(SendError::NoConvergence {
@@ -143,8 +151,43 @@ impl Migration<'_> {
             };
             self.observer.event(&Event::RoundEnded(report.clone()));
             self.report.rounds.push(report);
+            self.note_throttle();
         }
         unreachable!("the policy ends the rounds at the limit")
+    }
+
+    /// Collects while the program runs: one that is slowed down is not stopped meanwhile, because a new process is stopped
+    /// for a moment to be tracked.
+    fn collect_running(&mut self) -> Result<Collected, SendError> {
+        let _undisturbed = self.throttle.as_ref().map(Throttle::undisturbed);
+        let tracker = self.tracker.as_mut().expect("attached before anything is collected");
+        Ok(tracker.collect(TreeState::Running)?)
+    }
+
+    /// Slows the program down by one more step; false when that is not allowed, or does not work.
+    fn slow_down(&mut self) -> Result<bool, SendError> {
+        let root = self.root.clone();
+        let throttle = match &mut self.throttle {
+            Some(throttle) => throttle,
+            None => self.throttle.insert(Throttle::new(root).map_err(SendError::Throttle)?),
+        };
+        if let Some(error) = throttle.failure() {
+            self.observer
+                .event(&Event::Warning { text: format!("the program cannot be slowed down: {error}") });
+            return Ok(false);
+        }
+        let Some(share) = next_share(throttle.share(), self.plan.max_throttle) else { return Ok(false) };
+        throttle.set(share);
+        self.report.throttle_share = share;
+        self.observer.event(&Event::Throttled { share });
+        Ok(true)
+    }
+
+    /// How long the throttle has made the program stand still so far.
+    pub(super) fn note_throttle(&mut self) {
+        if let Some(throttle) = &self.throttle {
+            self.report.throttled_us = throttle.stood().as_micros() as u64;
+        }
     }
 
     /// Brings the spaces in line with what was collected: tells the destination of new ones and of what went

@@ -9,6 +9,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("a hot set is held back until the freeze", hot_set),
         ("a program that outruns the link runs on, when asked for", give_up),
+        ("a program that outruns the link is slowed down, when asked for", throttle),
         ("a fixed number of rounds", fixed),
         ("all of it while the program stands still", stop_and_copy),
     ]
@@ -55,6 +56,41 @@ fn give_up(ferry: &Ferry) -> anyhow::Result<()> {
         ferry.migrate(subject.pid, None, &["--bandwidth", "10MB", "--downtime", "80ms", "--verify"])?;
     ensure!(outcome.moved()?.stop_reason == "no-progress", "{}", outcome.moved()?.stop_reason);
     ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()
+}
+
+fn throttle(ferry: &Ferry) -> anyhow::Result<()> {
+    // As fast as it goes, which is not very fast: one that keeps a pace would catch up whenever it runs.
+    let writer = ["writer", "--memory", "16MiB", "--rate", "max", "--full-page", "--reads", "10"];
+    // A fifth of the time is not enough, and nearly all of it is.
+    for (most, stop_reason) in [("20%", "no-progress"), ("98%", "target-met")] {
+        let subject = ferry.subject(&writer)?;
+        let receiver = ferry.receiver(None, &["--once"])?;
+        let options = ["--bandwidth", "20MB", "--downtime", "250ms", "--max-throttle", most, "--verify"];
+        let more = ["--on-no-convergence", "throttle", "--delta-cache", "0", "--max-rounds", "60"];
+        let outcome = ferry.migrate(subject.pid, None, &[&options[..], &more].concat())?;
+        let report = outcome.moved()?;
+        ensure!(report.stop_reason == stop_reason, "{most}: {}", report.stop_reason);
+        let share = report.throttle_share;
+        ensure!(share > 0.0 && share <= most.trim_end_matches('%').parse::<f64>()? / 100.0, "{share}");
+        ensure!(report.throttled_us > 0, "and nothing stood still");
+        ferry.lives_only(Host::Destination, &subject).context(most)?;
+        ensure!(receiver.wait()? == 0, "the receiver's exit code");
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    // An engine that is killed while it holds the program lets it run.
+    let subject = ferry.subject(&writer)?;
+    let receiver = ferry.receiver(None, &[])?;
+    let options = ["--bandwidth", "20MB", "--on-no-convergence", "throttle", "--max-throttle", "90%"];
+    let outcome = ferry.migrate(subject.pid, Some("precopy=kill@8"), &options)?;
+    ensure!(
+        outcome.code != 0 && outcome.err.contains("stands still for"),
+        "{}: {}",
+        outcome.code,
+        outcome.err
+    );
+    ferry.lives_only(Host::Source, &subject)?;
+    ferry.hosts.kill(Host::Source, subject.pid)?;
     receiver.stop()
 }
 

@@ -12,6 +12,7 @@ mod subject;
 mod swap;
 mod swap_device;
 mod sys;
+mod throttle;
 mod transparency;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         let rooms = [
             content::CASES,
             lifecycle::CASES,
+            throttle::CASES,
             transparency::CASES,
             refusals::CASES,
             neighbours::CASES,
