@@ -33,6 +33,14 @@ pub(super) const BUFFER: f64 = 4.0 * 1_048_576.0;
 /// and queues on the way let some of the first bytes through at once.
 const FIRST_WINDOW: f64 = 1.5e-3;
 const LONGEST_WINDOW: f64 = 24e-3;
+/// ... and where TCP has found its pace already, and it is looked whether the link became faster.
+const GLIMPSE_WINDOW: f64 = 0.5e-3;
+/// So many bytes that have arrived say what the link can carry at least, though it was not always busy: if that is much more
+/// than was thought. (Queues on the way and lumps of acknowledgements make up to a buffer look quicker than it was.)
+const ENOUGH: f64 = 2.0 * 1_048_576.0;
+const MUCH_FASTER: f64 = 0.4;
+/// Weight of a measurement by which the link takes longer than was thought, where it was busy.
+const SLOW_RISE: f64 = 0.1;
 
 /// What the buffer held when it was looked at last, and what became of it since it was never empty.
 #[derive(Clone, Debug)]
@@ -84,6 +92,8 @@ pub(super) struct Meter {
     /// All sends lately.
     lately: Sum,
     backlog: Backlog,
+    /// What has arrived in some time.
+    passed: Sum,
     /// The measurement under way.
     bytes: f64,
     sending: f64,
@@ -111,13 +121,27 @@ impl Meter {
         self.backlog.waits
     }
 
+    /// Whether the system says what waits.
+    pub(super) fn is_told(&self) -> bool {
+        self.backlog.last.is_some()
+    }
+
     /// Just before a send, at `now`: so many bytes have arrived so far, and `waiting` have not left the system's buffer.
     pub(super) fn look(&mut self, now: f64, arrived: f64, waiting: f64) {
         let last = self.backlog.last.replace((now, arrived));
-        let Some((then, arrived_then)) = last.filter(|_| waiting > 0.0) else {
+        let Some((then, arrived_then)) = last else { return };
+        // Busy or not, the link can carry what it has carried.
+        self.passed.time += (now - then).max(0.0);
+        self.passed.bytes += (arrived - arrived_then).max(0.0);
+        if self.passed.bytes >= ENOUGH {
+            let most = self.passed.time / self.passed.bytes;
+            self.link = self.link.map(|link| if most < MUCH_FASTER * link { most } else { link });
+            self.passed = Sum::default();
+        }
+        if waiting <= 0.0 {
             self.backlog.begin();
             return;
-        };
+        }
         let backlog = &mut self.backlog;
         backlog.waits = true;
         backlog.time += (now - then).max(0.0);
@@ -127,10 +151,16 @@ impl Meter {
         }
         let measured = backlog.time / backlog.bytes.max(PAGE_SIZE as f64);
         backlog.window = (2.0 * backlog.window).min(LONGEST_WINDOW);
-        (backlog.time, backlog.bytes, backlog.measured) = (0.0, 0.0, true);
-        // A core that was lent to somebody else just before it sent looks like a slow link: what is too slow is found out by this,
-        // and what is too fast by sends that wait.
-        self.link = Some(self.link.map_or(measured, |link| link.min(measured)));
+        let lately = std::mem::replace(&mut backlog.measured, true);
+        (backlog.time, backlog.bytes) = (0.0, 0.0);
+        let link = self.link.get_or_insert(measured);
+        // Acknowledgements come in lumps, so that no measurement is believed by itself. A core that was lent to somebody else just
+        // before it sent looks like a slow link, once.
+        if measured < *link {
+            *link += RISE * (measured - *link);
+        } else if lately {
+            *link += SLOW_RISE * (measured.min(2.0 * *link) - *link);
+        }
     }
 
     /// Time passed in which nothing was sent: the buffer is not what it was.
@@ -138,7 +168,7 @@ impl Meter {
         (self.since, self.full) = (Sum::default(), 0);
         self.lately = Sum::default();
         self.backlog.begin();
-        self.backlog.last = None;
+        (self.backlog.last, self.passed) = (None, Sum::default());
         (self.bytes, self.sending, self.working) = (0.0, 0.0, 0.0);
     }
 
@@ -146,7 +176,8 @@ impl Meter {
     pub(super) fn restart(&mut self) {
         (self.since, self.full) = (Sum::default(), 0);
         self.backlog.begin();
-        self.backlog.window = FIRST_WINDOW;
+        self.passed = Sum::default();
+        self.backlog.window = GLIMPSE_WINDOW;
     }
 
     /// The core did something else than sending.

@@ -60,6 +60,8 @@ const GLIMPSE_COST: f64 = 200.0;
 const FASTER: f64 = 0.7;
 /// Choices that a glimpse lasts at most: more than the system buffers.
 const GLIMPSE: u32 = 64;
+/// ... and where the system says what waits in its buffer, which need not be filled then.
+const TOLD_GLIMPSE: u32 = 16;
 /// A glimpse must be able to gain so much.
 const WORTH_A_GLIMPSE: f64 = 1.3;
 /// Seconds that it takes to keep a copy of a byte, in a virtual machine that has to get the memory for it: 8 us a page.
@@ -399,7 +401,7 @@ impl CodingChooser {
         }
         self.full_link = link;
         self.next_glimpse = Some(self.clock + cost);
-        self.glimpse = GLIMPSE;
+        self.glimpse = if self.meter.is_told() { TOLD_GLIMPSE } else { GLIMPSE };
         self.meter.restart();
         true
     }

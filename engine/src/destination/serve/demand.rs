@@ -198,14 +198,11 @@ impl Demand {
             channel.link().shutdown();
             return;
         }
-        let abort = (!matches!(error, ReceiveError::SourceAborted { .. }))
-            .then(|| ControlMessage::abort(error.code(), &error.chain()));
-        // It is true here before the source hears of it.
-        self.late.fail(error);
-        if let Some(abort) = abort {
+        if !matches!(error, ReceiveError::SourceAborted { .. }) {
             channel.link_mut().set_stall(Duration::from_millis(200));
-            let _ = channel.control(&abort);
+            let _ = channel.control(&ControlMessage::abort(error.code(), &error.chain()));
         }
+        self.late.fail(error);
     }
 
     /// Everything is in place: gives the connection to those who say so.

@@ -1,6 +1,6 @@
 //! The thread that answers what the destination asks for.
 
-use super::{Debt, End, end_of};
+use super::{Debt, End, end_of, set_niceness};
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::source::failure::SendError;
 use pageferry_tracker::Run;
@@ -24,8 +24,7 @@ const URGENT: i32 = -10;
 pub(super) fn start(debt: &Arc<Debt>, channel: Channel) -> std::io::Result<JoinHandle<Option<Channel>>> {
     let debt = Arc::clone(debt);
     std::thread::Builder::new().name("owed-pages".into()).spawn(move || {
-        // Of this thread alone, as the system counts. Not being allowed to is no failure.
-        let _ = rustix::process::setpriority_process(None, URGENT);
+        set_niceness(URGENT);
         channel.link().set_urgent();
         debt.prepare();
         let mut answers = Answers::new(&debt, channel);
