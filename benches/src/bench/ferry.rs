@@ -41,6 +41,34 @@ pub struct Report {
     pub total_us: u64,
     /// Downtime.
     pub downtime_us: Downtime,
+    /// Pages that came after the program.
+    pub post_copy: Option<PostCopy>,
+}
+
+/// Owed pages in the report.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PostCopy {
+    /// Pages that were owed.
+    pub owed_pages: u64,
+    /// Until none was.
+    pub duration_us: u64,
+    /// How long threads waited for them.
+    pub faults: Faults,
+}
+
+/// Times of page faults in the report.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Faults {
+    /// How many.
+    pub count: u64,
+    /// The median.
+    pub p50_us: u64,
+    /// 99 of 100 were not longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
 }
 
 /// Downtime in the report.

@@ -18,6 +18,7 @@ pub mod goodput;
 pub mod hosts;
 pub mod machine;
 pub mod moved_redis;
+pub mod post_copy_faults;
 pub mod prediction;
 pub mod puppet;
 pub mod redis;
@@ -44,6 +45,8 @@ enum Bench {
     Downtime(downtime::Options),
     /// How fast memory is copied before the freeze, and what the engine needs for it
     Goodput(goodput::Options),
+    /// How long a program waits for pages that are still at the source, and its downtime by strategy
+    PostCopyFaults(post_copy_faults::Options),
     /// How many bytes a migration sends, and how long that takes on slow links, beside raw pages and zstd
     Bytes(bytes::Options),
     /// The loop that `goodput` compares with, alone: which sizes and socket options are the fastest
@@ -138,6 +141,7 @@ impl Command {
         match self.bench {
             Bench::Downtime(options) => downtime::run(&options),
             Bench::Goodput(options) => goodput::run(&options),
+            Bench::PostCopyFaults(options) => post_copy_faults::run(&options),
             Bench::Bytes(options) => bytes::run(&options),
             Bench::Resident(options) => resident::run(&options),
             Bench::Bare(options) => bare::run(&options),

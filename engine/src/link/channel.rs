@@ -9,6 +9,9 @@ use pageferry_wire_format::{
 use std::io::{IoSlice, IoSliceMut};
 use std::time::{Duration, Instant};
 
+/// Bytes that the system buffers for a connection whatever its settings, as good as always.
+const BUFFERED: usize = 40 << 10;
+
 /// How talking to the peer fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChannelError {
@@ -216,8 +219,8 @@ impl Channel {
         })
     }
 
-    /// Whether the next frame is here to its last byte, so that receiving it does not wait. Only for frames that are smaller than what
-    /// the system buffers.
+    /// Whether the next frame is here to its last byte, so that receiving it does not wait. One that is larger than what the system is
+    /// sure to buffer is never here as a whole: its beginning counts.
     pub(crate) fn whole_frame_waits(&self) -> Result<bool, ChannelError> {
         let mut raw = [0; HEADER_BYTES];
         if self.link.peek(&mut raw)? < raw.len() {
@@ -226,7 +229,7 @@ impl Channel {
         // A header that makes no sense is found out by receiving it.
         let len =
             Header::parse(&raw).map_or(0, |header| header.head_len as usize + header.payload_len as usize);
-        Ok(self.link.waiting()? >= HEADER_BYTES + len)
+        Ok(len > BUFFERED || self.link.waiting()? >= HEADER_BYTES + len)
     }
 
     /// Waits for a control message; an abort is an error, and signs of life are passed over.

@@ -198,11 +198,14 @@ impl Demand {
             channel.link().shutdown();
             return;
         }
-        if !matches!(error, ReceiveError::SourceAborted { .. }) {
-            channel.link_mut().set_stall(Duration::from_millis(200));
-            let _ = channel.control(&ControlMessage::abort(error.code(), &error.chain()));
-        }
+        let abort = (!matches!(error, ReceiveError::SourceAborted { .. }))
+            .then(|| ControlMessage::abort(error.code(), &error.chain()));
+        // It is true here before the source hears of it.
         self.late.fail(error);
+        if let Some(abort) = abort {
+            channel.link_mut().set_stall(Duration::from_millis(200));
+            let _ = channel.control(&abort);
+        }
     }
 
     /// Everything is in place: gives the connection to those who say so.

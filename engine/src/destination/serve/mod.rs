@@ -37,6 +37,9 @@ use worker::{Command, Worker};
 /// How long putting a page in place may fail before [`Server::wait_filled_for`] says so.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// Niceness of the server's thread while pages are owed.
+const URGENT: i32 = -10;
+
 /// How much to put in place before the program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Budget {
@@ -176,9 +179,14 @@ impl Server {
         let (commands, receiver) = channel();
         let post = Arc::new(Post { commands: Mutex::new(commands), wake: Arc::clone(&wake) });
         late.begin(Arc::clone(&store), Arc::<Post>::clone(&post));
+        let owing = late.owing();
         let mut worker = Worker::new(Arc::clone(&store), Arc::clone(&status), receiver, wake, late);
         let watched = Arc::clone(&status);
         let run = move || {
+            if owing {
+                // Threads of the program wait for this one. Not being allowed to is no failure.
+                let _ = rustix::process::setpriority_process(None, URGENT);
+            }
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
             if ended.is_err() {
                 // The descriptors have to stay open: closed, missing pages would read as zero.
@@ -318,5 +326,7 @@ impl Drop for Server {
     }
 }
 
+#[cfg(test)]
+mod late_tests;
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@ use crate::destination::sys::test_memory::{TestMemory, forked_child_differs, new
 use pageferry_wire_format::{Coding, PageBatch, PageNo, PageRun, digest};
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-const SPACE: SpaceId = SpaceId(1);
+pub(super) const SPACE: SpaceId = SpaceId(1);
 /// A forked child shares all descriptors of this process, also those of the other tests: a userfaultfd that is
 /// closed meanwhile lives on with it. So the tests that fork run alone.
 static FORKING: RwLock<()> = RwLock::new(());
@@ -15,18 +15,18 @@ fn alone() -> RwLockWriteGuard<'static, ()> {
     FORKING.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn together() -> RwLockReadGuard<'static, ()> {
+pub(super) fn together() -> RwLockReadGuard<'static, ()> {
     FORKING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-const LONG: Duration = Duration::from_secs(30);
+pub(super) const LONG: Duration = Duration::from_secs(30);
 
 /// The first word of a page with bytes; the rest follows from it.
 fn seed(page: u64, round: u32) -> u64 {
     page << 20 | u64::from(round) << 8 | 1
 }
 
-fn bytes(page: u64, round: u32) -> Vec<u8> {
+pub(super) fn bytes(page: u64, round: u32) -> Vec<u8> {
     (0..512).flat_map(|word| (seed(page, round) + word).to_le_bytes()).collect()
 }
 
@@ -56,12 +56,12 @@ fn send(store: &mut PageStore, memory: TestMemory, round: u32, pages: std::ops::
     }
 }
 
-fn is(memory: TestMemory, page: usize, round: u32) -> bool {
+pub(super) fn is(memory: TestMemory, page: usize, round: u32) -> bool {
     let from = seed(page as u64, round);
     memory.word(page, 0) == from && memory.word(page, 511) == from + 511
 }
 
-fn is_zero(memory: TestMemory, page: usize) -> bool {
+pub(super) fn is_zero(memory: TestMemory, page: usize) -> bool {
     memory.word(page, 0) == 0 && memory.word(page, 511) == 0
 }
 
@@ -83,7 +83,7 @@ fn serve(store: PageStore, memory: TestMemory) -> Server {
     server
 }
 
-fn filled(server: &Server) -> FillStats {
+pub(super) fn filled(server: &Server) -> FillStats {
     server.wait_filled_for(LONG).unwrap().expect("filled in time")
 }
 

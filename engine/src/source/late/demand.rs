@@ -1,6 +1,6 @@
 //! The thread that answers what the destination asks for.
 
-use super::{Debt, End, end_of, set_niceness};
+use super::{Debt, End, end_of};
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::source::failure::SendError;
 use pageferry_tracker::Run;
@@ -24,7 +24,8 @@ const URGENT: i32 = -10;
 pub(super) fn start(debt: &Arc<Debt>, channel: Channel) -> std::io::Result<JoinHandle<Option<Channel>>> {
     let debt = Arc::clone(debt);
     std::thread::Builder::new().name("owed-pages".into()).spawn(move || {
-        set_niceness(URGENT);
+        // Of this thread alone, as the system counts. Not being allowed to is no failure.
+        let _ = rustix::process::setpriority_process(None, URGENT);
         channel.link().set_urgent();
         debt.prepare();
         let mut answers = Answers::new(&debt, channel);

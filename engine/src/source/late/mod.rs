@@ -306,9 +306,3 @@ fn end_of(error: SendError) -> End {
         error => End::Failed(error),
     }
 }
-
-/// Gives this thread more of the processor than others, or less. Not being allowed to is no failure.
-fn set_niceness(niceness: i32) {
-    // Of this thread alone, as the system counts.
-    let _ = rustix::process::setpriority_process(None, niceness);
-}

@@ -1,6 +1,8 @@
 //! A thread that sends what nobody has asked for yet.
+//!
+//! It has no less of the processor than others: a page that it has in hand may be waited for by now.
 
-use super::{Debt, end_of, set_niceness};
+use super::{Debt, end_of};
 use crate::link::Channel;
 use crate::source::failure::SendError;
 use pageferry_tracker::Run;
@@ -16,9 +18,6 @@ use std::time::Instant;
 /// link that they share.
 const BATCH: u64 = 32;
 
-/// Behind the threads that somebody waits for.
-const PATIENT: i32 = 10;
-
 /// Starts it. It gives the connection back when there is nothing left to send, or it was told to end.
 pub(super) fn start(
     debt: &Arc<Debt>,
@@ -27,7 +26,6 @@ pub(super) fn start(
 ) -> std::io::Result<JoinHandle<Channel>> {
     let debt = Arc::clone(debt);
     std::thread::Builder::new().name("owed-bulk".into()).spawn(move || {
-        set_niceness(PATIENT);
         channel.link().set_shallow();
         let zstd = match ZstdEncoder::new() {
             Ok(zstd) => zstd,
