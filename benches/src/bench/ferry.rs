@@ -41,6 +41,8 @@ pub struct Report {
     pub total_us: u64,
     /// Downtime.
     pub downtime_us: Downtime,
+    /// Share of the time for which the program was made to stand still before the freeze.
+    pub throttle_share: f64,
     /// Pages that came after the program.
     pub post_copy: Option<PostCopy>,
 }

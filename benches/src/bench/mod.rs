@@ -12,6 +12,7 @@ pub mod baseline;
 pub mod bytes;
 pub mod child;
 pub mod codings;
+pub mod convergence;
 pub mod downtime;
 pub mod ferry;
 pub mod goodput;
@@ -64,6 +65,8 @@ enum Bench {
     Puppet(puppet::Options),
     /// How near the estimated working set is to the true one
     WwsAccuracy(wws_accuracy::Options),
+    /// Programs that write about as fast as the link carries, and faster: what each way of moving them brings
+    Convergence(convergence::Options),
     /// How near predictions and simulations are to the migrations that follow
     Prediction(prediction::Options),
     /// How fast pages are digested and coded, and into how many bytes
@@ -151,6 +154,7 @@ impl Command {
             Bench::TrackingCost(options) => tracking_cost::run(&options),
             Bench::Puppet(options) => puppet::run(&options),
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
+            Bench::Convergence(options) => convergence::run(&options),
             Bench::Prediction(options) => prediction::run(&options),
             Bench::Codings(options) => codings::run(&options),
             Bench::Xbzrle(options) => codings::run_xbzrle(&options),
