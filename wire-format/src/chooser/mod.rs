@@ -64,9 +64,10 @@ const GLIMPSE: u32 = 64;
 const TOLD_GLIMPSE: u32 = 16;
 /// A glimpse must be able to gain so much.
 const WORTH_A_GLIMPSE: f64 = 1.3;
-/// Seconds that it takes to keep a copy of a byte, in a virtual machine that has to get the memory for it: 4 to 9 us a page, and
-/// twice that to be sure, since a fast link is a slow one for a moment when its other end is held up.
-const KEEPING: f64 = 4e-9;
+/// Seconds that it takes to keep a copy of a byte, in a virtual machine that has to get the memory for it: 8 us a page.
+const KEEPING: f64 = 2e-9;
+/// Where a byte takes the link less than this, nothing is kept: a fast link is a slower one for a moment when its other end is held up.
+const SLOW_LINK: f64 = 6e-9;
 /// Choices for which a plan is kept: making one takes microseconds, and a raw batch not many more.
 const KEEP_PLAN: u32 = 8;
 
@@ -213,7 +214,7 @@ impl CodingChooser {
     pub fn core_is_idle(&self) -> bool {
         let (coding, ratio) = self.lately;
         let core = self.work + coding + self.meter.send() * ratio;
-        self.meter.link().is_some_and(|link| link * ratio - core > KEEPING)
+        self.meter.link().is_some_and(|link| link >= SLOW_LINK && link * ratio - core > KEEPING)
     }
 
     /// The way of the next batch. `has_base`: the bytes that were sent before of its pages are at hand.
