@@ -10,7 +10,7 @@ use crate::find::Criu;
 use crate::image_dir::ImageDir;
 use crate::lazy::{self, LazyListener};
 use crate::process::{self, Member};
-use crate::rpc::message::{CGROUPS_IGNORE, InheritFd, NETWORK_LOCK_SKIP};
+use crate::rpc::message::{CGROUPS_IGNORE, Features, InheritFd, NETWORK_LOCK_SKIP};
 use crate::rpc::{Options, Request, RequestKind};
 use crate::service::{CallError, Service, Wait, deadline};
 
@@ -193,6 +193,27 @@ pub struct Restore {
     root: Option<Member>,
 }
 
+/// How long criu may take to learn what the kernel can do.
+const ACQUAINTING: Duration = Duration::from_secs(20);
+
+/// Has criu learn what the kernel can do, and remember it in /run: on a machine where it has not run since the start it
+/// takes 40 ms and more, for trying things out and for grace periods of the kernel, and a restore would begin with that.
+/// Asking for a feature does it.
+fn acquaint(images: &ImageDir) -> Request {
+    let options = Options {
+        images_dir_fd: images.fd().as_raw_fd(),
+        log_file: Some("features.log".to_owned()),
+        ..Options::default()
+    };
+    Request {
+        kind: RequestKind::FeatureCheck as i32,
+        options: Some(options),
+        keep_open: Some(true),
+        features: Some(Features { lazy_pages: Some(true), ..Features::default() }),
+        ..Request::default()
+    }
+}
+
 impl Restore {
     /// Starts criu, whose start-up is then over, and makes the socket for lazy pages. Nothing is restored yet, and
     /// the images need not be there yet.
@@ -204,7 +225,8 @@ impl Restore {
             .map_err(|e| of_io("making a pipe")(e.into()))?;
         // As a subreaper criu keeps what a task leaves behind when it dies: so everything that was restored can be
         // found, and ended, as long as criu is there.
-        let service = Service::start(criu, &images, LOG_FILE, &[], true).map_err(RestoreError::Call)?;
+        let mut service = Service::start(criu, &images, LOG_FILE, &[], true).map_err(RestoreError::Call)?;
+        service.send(&acquaint(&images), "its look at the kernel").map_err(RestoreError::Call)?;
         Ok(Self { service, images, options, listener, stop, state: State::Prepared, root: None })
     }
 
@@ -245,6 +267,10 @@ impl Restore {
         let request =
             Request { kind: RequestKind::Restore as i32, options: Some(options), ..Request::default() };
         self.state = State::Broken;
+        // Long over, as a rule. What it says does not matter: the restore looks for itself at what is not known.
+        let awaited = "its look at the kernel";
+        let wait = Wait::from(ACQUAINTING);
+        self.service.receive(wait, deadline(wait.timeout), awaited).map_err(RestoreError::Call)?;
         self.service.send(&request, "the start of the restore").map_err(RestoreError::Call)?;
         self.state = State::Started;
         Ok(())

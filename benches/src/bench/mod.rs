@@ -182,7 +182,17 @@ pub fn beside_this(name: &str) -> anyhow::Result<PathBuf> {
 /// Refuses sizes whose measurement would not fit: the program, what the destination holds, and the restored
 /// program are in memory side by side.
 fn ensure_memory(largest: ByteSize) -> anyhow::Result<()> {
-    let needed = largest.as_u64().saturating_mul(16) / 5;
+    ensure_times(largest, SIDE_BY_SIDE)
+}
+
+/// Copies of a program that are in memory at the same time, with what belongs to them.
+const SIDE_BY_SIDE: f64 = 3.2;
+/// The same where pages leave the destination's store as they are put in place, and the source's copy is ended before.
+const IN_TURN: f64 = 2.4;
+
+/// Refuses a size of which so many copies do not fit.
+fn ensure_times(largest: ByteSize, copies: f64) -> anyhow::Result<()> {
+    let needed = (largest.as_u64() as f64 * copies) as u64;
     let available = machine::available_memory()?;
     anyhow::ensure!(
         available >= needed,

@@ -89,6 +89,8 @@ pub(crate) struct Request {
     pub options: Option<Options>,
     #[prost(bool, optional, tag = "3")]
     pub notify_success: Option<bool>,
+    #[prost(bool, optional, tag = "4")]
+    pub keep_open: Option<bool>,
     #[prost(message, optional, tag = "5")]
     pub features: Option<Features>,
 }

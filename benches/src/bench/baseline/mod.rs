@@ -10,6 +10,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 pub mod bare;
@@ -66,6 +67,12 @@ pub fn migrate(hosts: &Hosts, criu: &Path, pid: i32) -> anyhow::Result<Steps> {
     let program = beside_this("pageferry-bench")?.to_string_lossy().into_owned();
     let criu = criu.to_string_lossy().into_owned();
     let address = format!("{}:{PORT}", Host::Destination.address());
+    // What the kernel can do is known to a criu that has run on its machine before: nobody waits for that every time.
+    for host in [Host::Source, Host::Destination] {
+        let mut look = hosts.exec(host, [criu.as_str(), "check", "--feature", "lazy_pages"]);
+        // That a feature is missing is no failure.
+        look.stdout(Stdio::null()).stderr(Stdio::null()).status().context("starting criu check")?;
+    }
     // A host's /dev/shm is a tmpfs of its own.
     let images = "/dev/shm/pageferry-criu";
     let common = ["--criu", &criu, "--images", images];
