@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 /// A model of the time that a handover takes when no page has to be sent: constants that were measured with
-/// CRIU 4.2 (docs/DESIGN.md has the runs), refined by nothing yet but the shape of the tree.
+/// CRIU 4.2 (docs/BENCHMARKS.md, downtime), until a machine's own are known ([`crate::calibration`]).
 #[derive(Clone, Copy, Debug)]
 pub struct FreezeCost {
     /// Seize, parasite, images, restore, commit of one small process.
     pub base: Duration,
     /// Every further process of the tree.
     pub per_process: Duration,
-    /// Every resident page is looked at in the last collect, and by the comparison of memory areas as far as it takes
+    /// Every resident page is looked at in the last collect, and by the comparison of memory areas, most of which takes
     /// longer than the restore: time for a million pages (4 GiB).
     pub per_million_pages: Duration,
 }
@@ -18,9 +18,9 @@ pub struct FreezeCost {
 impl Default for FreezeCost {
     fn default() -> Self {
         Self {
-            base: Duration::from_millis(40),
+            base: Duration::from_millis(20),
             per_process: Duration::from_millis(6),
-            per_million_pages: Duration::from_millis(30),
+            per_million_pages: Duration::from_millis(55),
         }
     }
 }
