@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Version of the file.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 /// Runs that are kept.
 const KEPT: usize = 64;
 /// Off by more than this, a run counts less, in milliseconds.
@@ -40,6 +40,8 @@ struct Run {
     /// Standing still beside the last pages and the images.
     fixed_us: u64,
     image_bytes: u64,
+    /// Before the first round.
+    setup_us: u64,
     /// Of the first round, and of later ones with many pages: nanoseconds of a page.
     first_ns: Option<f64>,
     again_ns: Option<f64>,
@@ -129,6 +131,9 @@ impl Calibration {
             resident_pages: report.memory_bytes / 4096,
             fixed_us: down.total.saturating_sub(down.last_pages + down.images),
             image_bytes: report.image_bytes,
+            setup_us: report
+                .total_us
+                .saturating_sub(down.total + rounds().map(|round| round.duration_us).sum::<u64>()),
             first_ns: page_ns(&mut rounds().take(1)),
             again_ns: page_ns(&mut rounds().skip(1).filter(|round| round.dirty_pages > 1024)),
         });
@@ -191,10 +196,13 @@ impl Calibration {
             values.get(values.len() / 5).map(|ns| Duration::from_nanos(*ns as u64))
         };
         let cost = |own: PageCost, seen: Option<Duration>| PageCost { time: seen.unwrap_or(own.time), ..own };
+        let mut setups: Vec<u64> = self.runs.iter().map(|run| run.setup_us).collect();
+        setups.sort_unstable();
         let images: u64 = self.runs.iter().map(|run| run.image_bytes).sum();
         let processes: u64 = self.runs.iter().map(|run| u64::from(run.processes)).sum();
         Site {
             freeze: self.freeze_cost(),
+            setup: setups.get(setups.len() / 2).map_or(site.setup, |us| Duration::from_micros(*us)),
             first: cost(site.first, quick(|run| run.first_ns)),
             again: cost(site.again, quick(|run| run.again_ns)),
             image_bytes: if processes == 0 { site.image_bytes } else { images as f64 / processes as f64 },
@@ -254,6 +262,7 @@ mod tests {
             processes,
             memory_bytes: pages * 4096,
             image_bytes: 200_000,
+            total_us: fixed_us + 7_000 + 200_000 + 30_000,
             downtime_us: Downtime {
                 total: fixed_us + 7_000,
                 last_pages: 5_000,
@@ -306,6 +315,7 @@ mod tests {
         assert!(calibration.spread() < Duration::from_millis(5), "{:?}", calibration.spread());
         let site = calibration.site(Site::default());
         assert_eq!((site.first.time, site.image_bytes > 50_000.0), (Duration::from_nanos(2000), true));
+        assert_eq!(site.setup, Duration::from_millis(30));
     }
 
     #[test]

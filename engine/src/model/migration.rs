@@ -281,8 +281,8 @@ impl Run<'_> {
             rounds: self.rounds,
             stop_reason: stop.map(StopReason::name),
             downtime_us: downtime.as_micros() as u64,
-            total_us: (ran + downtime).as_micros() as u64,
-            complete_us: (ran + downtime + fill).as_micros() as u64,
+            total_us: (self.site.setup + ran + downtime).as_micros() as u64,
+            complete_us: (self.site.setup + ran + downtime + fill).as_micros() as u64,
             bytes: self.bytes as u64,
             slowdown: if running > 0.0 { (lost.as_secs_f64() / running).min(1.0) } else { 0.0 },
         }

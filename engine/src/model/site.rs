@@ -26,6 +26,8 @@ pub struct Site {
     pub again: PageCost,
     /// Reading and hashing a page that turns out to be as it was sent.
     pub look: Duration,
+    /// From the start until the first round: connecting, attaching, CRIU's preparations.
+    pub setup: Duration,
     /// Time of a round beside its pages: the scan and the acknowledgement.
     pub round_overhead: Duration,
     /// What the freeze costs beside the pages.
@@ -56,6 +58,7 @@ impl Default for Site {
             first: PageCost { time: Duration::from_nanos(5000), bytes: PAGE + HEAD },
             again: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             look: Duration::from_nanos(400),
+            setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
             image_bytes: 300e3,

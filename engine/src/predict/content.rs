@@ -11,6 +11,8 @@ const PAGE: usize = 4096;
 const GROUP: u64 = 64;
 /// Groups that are looked at.
 const GROUPS: u64 = 48;
+/// Bytes that are coded together, as in a batch that is compressed.
+const BATCH: usize = 256 * PAGE;
 /// Pages whose bytes are kept, to see what changes in them.
 const KEPT: usize = 1024;
 /// Bytes of a page that travels as a mark or as the name of another: its part of a frame's head.
@@ -69,12 +71,12 @@ impl Content {
         let mut seen: HashSet<PageDigest> = HashSet::new();
         let mut all = PageSet::default();
         collected.spaces.iter().for_each(|space| all.absorb(space.populated.clone()));
+        let mut whole = Vec::with_capacity(BATCH + GROUP as usize * PAGE);
         for group in groups(&all) {
             for space in &collected.spaces {
                 let here = group.intersect(&space.populated);
                 let Some(bytes) = self.read(space, &here)? else { continue };
                 let start = processor_time();
-                let mut whole = Vec::with_capacity(bytes.len());
                 for page in bytes.chunks_exact(PAGE) {
                     self.pages += 1;
                     let page: &[u8; PAGE] = page.try_into().expect("chunks of a page");
@@ -87,18 +89,12 @@ impl Content {
                     }
                 }
                 self.reading += processor_time() - start;
-                if whole.is_empty() {
-                    continue;
-                }
-                self.whole_bytes += whole.len() as u64;
-                for (level, (bytes, time)) in LEVELS.iter().zip(&mut self.levels) {
-                    let (start, mut out) = (processor_time(), Vec::new());
-                    encoder.encode(*level, &whole, &mut out)?;
-                    *time += processor_time() - start;
-                    *bytes += out.len().min(whole.len()) as u64;
+                if whole.len() >= BATCH {
+                    self.code(&mut encoder, &mut whole)?;
                 }
             }
         }
+        self.code(&mut encoder, &mut whole)?;
         Ok(())
     }
 
@@ -140,6 +136,29 @@ impl Content {
                 self.kept.insert((key, page), Box::new(*bytes));
             }
         }
+        Ok(())
+    }
+
+    /// Codes a batch by every level.
+    fn code(&mut self, encoder: &mut ZstdEncoder, whole: &mut Vec<u8>) -> Result<(), ContentError> {
+        if whole.is_empty() {
+            return Ok(());
+        }
+        let mut out = Vec::with_capacity(whole.len());
+        self.whole_bytes += whole.len() as u64;
+        for (level, (bytes, time)) in LEVELS.iter().zip(&mut self.levels) {
+            // Once before: what a level needs beforehand is there when the engine codes batch after batch.
+            for is_counted in [false, true] {
+                out.clear();
+                let start = processor_time();
+                encoder.encode(*level, whole, &mut out)?;
+                if is_counted {
+                    *time += processor_time() - start;
+                    *bytes += out.len().min(whole.len()) as u64;
+                }
+            }
+        }
+        whole.clear();
         Ok(())
     }
 
