@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(next(&mut order, 1), [1001]);
         assert_eq!(next(&mut order, 1), [8999]);
         order.want(A, 5000);
-        assert_eq!(next(&mut order, 1), [5001], "what is waited for now is nearer than what was");
+        assert_eq!(next(&mut order, 1), [5001], "what is waited for at the moment is nearer than what was");
     }
 
     #[test]
