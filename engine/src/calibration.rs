@@ -22,6 +22,9 @@ const KEPT: usize = 64;
 const FAR: f64 = 5.0;
 /// So far a prediction of a freeze may be off when there are too few runs to know.
 const UNKNOWN: Duration = Duration::from_millis(10);
+/// Nanoseconds of a page, half a GB a second: one that took longer was held up by the link, as far as can be told, and says
+/// nothing about the machine.
+const BY_THE_MACHINE: f64 = 8192.0;
 /// Runs from which on their own spread counts.
 const ENOUGH: usize = 5;
 
@@ -123,7 +126,7 @@ impl Calibration {
                 time += round.duration_us;
                 pages += round.dirty_pages - round.held_pages.min(round.dirty_pages);
             }
-            (pages >= 4096).then(|| time as f64 * 1e3 / pages as f64)
+            (pages >= 4096).then(|| time as f64 * 1e3 / pages as f64).filter(|ns| *ns <= BY_THE_MACHINE)
         };
         let rounds = || report.rounds.iter().filter(|round| !round.frozen);
         self.runs.push(Run {
@@ -316,6 +319,15 @@ mod tests {
         let site = calibration.site(Site::default());
         assert_eq!((site.first.time, site.image_bytes > 50_000.0), (Duration::from_nanos(2000), true));
         assert_eq!(site.setup, Duration::from_millis(30));
+    }
+
+    #[test]
+    fn the_pace_of_a_slow_link_is_not_taken_for_the_machine_s() {
+        let mut calibration = Calibration::default();
+        let mut slow = report(1, 1000, 40_000);
+        slow.rounds[0].duration_us = 3_500_000;
+        (0..10).for_each(|_| calibration.learn(&slow));
+        assert_eq!(calibration.site(Site::default()).first, Site::default().first);
     }
 
     #[test]
