@@ -197,7 +197,7 @@ pub struct Restore {
 const ACQUAINTING: Duration = Duration::from_secs(20);
 
 /// Has criu learn what the kernel can do, and remember it in /run: on a machine where it has not run since the start it
-/// takes 40 ms and more, for trying things out and for grace periods of the kernel, and a restore would begin with that.
+/// takes some 30 ms, for trying things out and for grace periods of the kernel, and a restore would begin with that.
 /// Asking for a feature does it.
 fn acquaint(images: &ImageDir) -> Request {
     let options = Options {
