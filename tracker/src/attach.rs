@@ -1,6 +1,6 @@
 //! Tracks a whole tree: every address space with a source of its own, through forks, execs and exits.
 
-use crate::freeze::{FreezeError, Frozen};
+use crate::freeze::{FreezeError, Frozen, PATIENCE};
 use crate::inject::InjectError;
 use crate::objects::{ObjectScan, Objects, Parts, parts};
 use crate::page_set::PageSet;
@@ -266,7 +266,7 @@ impl Tracker {
         // Soft-dirty reads and clears in two steps: nothing may run in between.
         let known: Vec<Target> = self.spaces.iter().map(|space| space.target.clone()).collect();
         let stop = self.kind.stops_the_tree() && state == TreeState::Running;
-        let frozen = if stop { Some(Frozen::new(&self.root, &known)?) } else { None };
+        let frozen = if stop { Some(Frozen::new(&self.root, &known, PATIENCE)?) } else { None };
         let members = match &frozen {
             Some(frozen) => frozen.members.clone(),
             None => discover_with(&self.root, &known)?,

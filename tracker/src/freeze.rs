@@ -218,14 +218,15 @@ pub(crate) struct Frozen {
 }
 
 impl Frozen {
-    /// Stops every thread of every process of the tree: until a look finds no thread that runs.
-    pub(crate) fn new(root: &Target, known: &[Target]) -> Result<Self, FreezeError> {
+    /// Stops every thread of every process of the tree: until a look finds no thread that runs. One that does not stop within
+    /// `patience` is an error, and all others run again.
+    pub(crate) fn new(root: &Target, known: &[Target], patience: Duration) -> Result<Self, FreezeError> {
         let (root, known) = (root.clone(), known.to_vec());
         let (tell, told) = mpsc::channel();
         let (release, released) = mpsc::channel();
         let holder = thread::Builder::new()
             .name("ptrace".to_owned())
-            .spawn(move || match stop_all(&root, &known) {
+            .spawn(move || match stop_all(&root, &known, patience) {
                 Ok((members, threads)) => {
                     if tell.send(Ok(members)).is_ok() {
                         // Nothing is ever sent: this ends when the other end is dropped.
@@ -256,7 +257,11 @@ impl Drop for Frozen {
     }
 }
 
-fn stop_all(root: &Target, acquainted: &[Target]) -> Result<(Vec<Target>, Vec<Traced>), FreezeError> {
+fn stop_all(
+    root: &Target,
+    acquainted: &[Target],
+    patience: Duration,
+) -> Result<(Vec<Target>, Vec<Traced>), FreezeError> {
     let mut stopped: Vec<Traced> = Vec::new();
     let mut known = BTreeSet::new();
     loop {
@@ -278,7 +283,7 @@ fn stop_all(root: &Target, acquainted: &[Target]) -> Result<(Vec<Target>, Vec<Tr
         }
         // All are asked before the first is waited for: they stop side by side.
         for (member, mut thread) in asked {
-            if thread.settle(member, PATIENCE)? {
+            if thread.settle(member, patience)? {
                 known.insert(thread.tid);
                 stopped.push(thread);
             }

@@ -17,6 +17,10 @@ const PERIOD: Duration = Duration::from_millis(50);
 /// see hiccups and no outages.
 const STAND: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));
 
+/// A thread that does not stop within this (it waits in the kernel, for a disk) must not keep the others standing: the tree is
+/// not slowed down any more then.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// A tree that is slowed down. Dropping it lets the tree run as before.
 #[derive(Debug)]
 pub struct Throttle {
@@ -122,7 +126,7 @@ fn cycle(root: &Target, shared: &Shared) {
         }
         let gate = shared.gate.lock().unwrap_or_else(PoisonError::into_inner);
         let asked = Instant::now();
-        let stopped = Frozen::new(root, &[]);
+        let stopped = Frozen::new(root, &[], PATIENCE);
         let stands = Instant::now();
         // Until the last thread stood the program ran.
         let stopping = stands - asked;
