@@ -116,6 +116,7 @@ impl Calibration {
         if report.outcome != "completed"
             || report.strategy != "pre-copy"
             || report.verified
+            || report.paused_us > 0
             || down.total == 0
         {
             return;

@@ -4,10 +4,11 @@
 //! [`send`] moves a running process tree to a [`Receiver`] (or [`receive`]) on the destination host, or into a file, from
 //! which [`restore`] brings it back.
 //! Both take a plan in which every knob is explicit, an [`Observer`] that is told what happens, and a
-//! [`Cancel`] token. Libraries never print: the `pageferry` command is one user of this one.
+//! [`Cancel`] token; a [`Control`] holds a migration up, or changes it, while it runs ([`send_controlled`]). Libraries never print: the `pageferry` command is one user of this one.
 
 pub mod calibration;
 pub mod cancel;
+pub mod control;
 pub mod destination;
 pub mod error;
 pub mod kept;
@@ -26,10 +27,11 @@ pub mod predict;
 mod verify;
 
 pub use cancel::Cancel;
+pub use control::Control;
 pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use kept::{RestorePlan, inspect, restore};
 pub use observe::{Event, Observer, Silent};
 pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo, Strategy};
 pub use report::MigrationReport;
-pub use source::send;
+pub use source::{send, send_controlled};

@@ -64,6 +64,10 @@ pub enum Event {
         /// Share of the time for which it stands still.
         share: f64,
     },
+    /// Source: the migration is held up, as was asked for ([`crate::Control::pause`]).
+    Paused,
+    /// Source: it goes on.
+    Unpaused,
     /// Source: pre-copy is over; the tree is about to be frozen.
     Freezing {
         /// Why pre-copy stopped.

@@ -64,6 +64,9 @@ pub struct MigrationReport {
     /// How long it stood still for that altogether, before the freeze.
     #[serde(default)]
     pub throttled_us: u64,
+    /// How long the migration was held up by hand, before the freeze.
+    #[serde(default)]
+    pub paused_us: u64,
     /// What the policy expected the downtime to be when it ended pre-copy.
     pub predicted_downtime_us: u64,
     /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `post-copy`.

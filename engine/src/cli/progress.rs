@@ -59,6 +59,10 @@ fn sentence(event: &Event) -> Option<String> {
             micros(*max_fault_us)
         ),
         Event::RolledBack { reason } => format!("rolled back, the program runs on here: {reason}"),
+        Event::Paused => {
+            "paused, as was asked for: nothing is sent, and the program runs at its full pace".to_owned()
+        }
+        Event::Unpaused => "it goes on".to_owned(),
         Event::Throttled { share } => {
             format!(
                 "it writes faster than the link carries: slowed down, it stands still for {:.0} % of the time",

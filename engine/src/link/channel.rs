@@ -119,10 +119,7 @@ impl Channel {
         self.head_out.clear();
         let bytes: usize = payload.iter().map(|slice| slice.len()).sum();
         batch.encode(bytes, &mut self.sequencer, &mut self.head_out)?;
-        if let Some(shaper) = &self.shaper {
-            std::thread::sleep(shaper.take(self.head_out.len() + bytes));
-        }
-        self.send(payload)
+        self.send_by(self.shaper.clone().as_ref(), payload)
     }
 
     /// Sends a piece of an image file.
@@ -154,6 +151,15 @@ impl Channel {
     }
 
     fn send(&mut self, payload: &[IoSlice<'_>]) -> Result<usize, ChannelError> {
+        self.send_by(None, payload)
+    }
+
+    /// Sends the frame whose head is ready, in pieces that the limit lets pass.
+    fn send_by(
+        &mut self,
+        limit: Option<&SharedShaper>,
+        payload: &[IoSlice<'_>],
+    ) -> Result<usize, ChannelError> {
         match fault::point("frame") {
             Some(Fault::Cut) => self.link.shutdown(),
             Some(Fault::Flip) => *self.head_out.last_mut().expect("a header is never empty") ^= 0x10,
@@ -168,7 +174,10 @@ impl Channel {
         let mut slices = Vec::with_capacity(payload.len() + 1);
         slices.push(IoSlice::new(&self.head_out));
         slices.extend(payload.iter().map(|slice| IoSlice::new(slice)));
-        let sent = self.link.send_all(&mut slices);
+        let sent = match limit {
+            Some(limit) => send_in_pieces(&mut self.link, limit, &slices),
+            None => self.link.send_all(&mut slices),
+        };
         if let Err(error) = sent {
             return Err(self.explain(error));
         }
@@ -260,5 +269,54 @@ impl Channel {
             }
         }
         Ok(())
+    }
+}
+
+/// Sends `slices`, as much at a time as the limit lets pass.
+fn send_in_pieces(link: &mut TcpLink, limit: &SharedShaper, slices: &[IoSlice<'_>]) -> Result<(), LinkError> {
+    let (mut next, mut offset) = (0, 0);
+    while next < slices.len() {
+        // Asked for anew each time: it may have changed.
+        let most = limit.piece();
+        let (mut piece, mut bytes) = (Vec::with_capacity(slices.len() - next), 0);
+        while bytes < most
+            && let Some(slice) = slices.get(next)
+        {
+            let len = (slice.len() - offset).min(most - bytes);
+            piece.push(IoSlice::new(&slice[offset..offset + len]));
+            bytes += len;
+            offset += len;
+            if offset == slice.len() {
+                (next, offset) = (next + 1, 0);
+            }
+        }
+        limit.wait(bytes);
+        link.send_all(&mut piece)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_whole_in_order() {
+        let (mut ours, mut theirs) = TcpLink::pair().unwrap();
+        let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n / 7) as u8).collect();
+        let sent = bytes.clone();
+        let thread = std::thread::spawn(move || {
+            let (head, rest) = sent.split_at(33);
+            let (middle, end) = rest.split_at(500_001);
+            let slices = [head, &[], middle, end].map(IoSlice::new);
+            let limit = SharedShaper::new(Some(10_000_000));
+            assert!(limit.piece() < middle.len(), "it takes several pieces");
+            send_in_pieces(&mut ours, &limit, &slices).unwrap();
+            (ours.sent(), limit.carried())
+        });
+        let mut got = vec![0; bytes.len()];
+        theirs.receive_all(&mut [IoSliceMut::new(&mut got)]).unwrap();
+        assert_eq!(thread.join().unwrap(), (1_000_000, 1_000_000));
+        assert!(got == bytes);
     }
 }

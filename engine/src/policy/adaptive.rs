@@ -88,6 +88,10 @@ impl RoundPolicy for Adaptive {
         // It is known to outrun the link: fewer rounds say that it is still not slow enough.
         (self.fruitless, self.patience, self.best) = (0, FRUITLESS_ROUNDS - 1, None);
     }
+
+    fn begin_anew(&mut self) {
+        (self.fruitless, self.best) = (0, None);
+    }
 }
 
 #[cfg(test)]

@@ -111,6 +111,9 @@ pub trait RoundPolicy {
     /// The program is slower from now on: what earlier rounds brought says nothing about the next.
     fn program_slowed_down(&mut self) {}
 
+    /// The migration was held up, or was given another bandwidth: rounds before and after that cannot be compared.
+    fn begin_anew(&mut self) {}
+
     /// Whether pages that are written all the time are held back until the freeze.
     fn holds_back(&self) -> bool {
         true

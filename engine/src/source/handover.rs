@@ -50,6 +50,7 @@ impl Migration<'_> {
         // At its full pace again: CRIU stops it with ptrace too.
         self.note_throttle();
         self.throttle = None;
+        self.control.throttled(0.0);
 
         self.phase = Phase::Freezing;
         crate::fault::point("freeze");
@@ -148,7 +149,9 @@ impl Migration<'_> {
             crate::fault::point("held");
         }
         // The last moment at which anybody can change their mind.
-        self.check_cancel()?;
+        if !self.control.commit() {
+            return Err(SendError::Cancelled);
+        }
         self.channel().link_mut().set_cancel(None);
         if stake != Stake::Image {
             self.watchman().leave().map_err(SendError::Watchman)?;

@@ -13,6 +13,7 @@ mod queue;
 mod relatives;
 mod rollback;
 pub(crate) mod sent;
+mod standby;
 mod streams;
 mod tally;
 mod twins;
@@ -20,10 +21,11 @@ mod verify;
 mod watchman;
 
 use crate::cancel::Cancel;
+use crate::control::{Control, Stage};
 use crate::error::{CopyState, FailureKind, MigrationError};
 use crate::kept::{Archive, KeptStore};
 use crate::layout::{Layout, Place};
-use crate::link::{Channel, SharedShaper, TcpLink};
+use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
 use crate::plan::{SendPlan, SendTo, Strategy};
 use crate::policy::HotPages;
@@ -39,7 +41,7 @@ use pages::Worker;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use watchman::Watchman;
 
 /// Runs in one `Discard` message.
@@ -56,13 +58,28 @@ pub fn send(
     observer: &dyn Observer,
     cancel: &Cancel,
 ) -> Result<MigrationReport, MigrationError> {
-    let mut session = match Migration::prepare(plan, observer, cancel) {
+    send_controlled(plan, observer, &Control::new(cancel.clone()))
+}
+
+/// The same, with a handle by which it can be held up and changed while it runs.
+///
+/// # Errors
+/// As of [`send`].
+pub fn send_controlled(
+    plan: &SendPlan,
+    observer: &dyn Observer,
+    control: &Control,
+) -> Result<MigrationReport, MigrationError> {
+    let mut session = match Migration::prepare(plan, observer, control) {
         Ok(session) => session,
         Err(error) => return Err(refusal(error)),
     };
+    control.begin(plan);
     let started = Instant::now();
     let result = session.run();
-    session.conclude(result, started)
+    let ended = session.conclude(result, started);
+    control.enter(Stage::Ended);
+    ended
 }
 
 fn refusal(error: SendError) -> MigrationError {
@@ -96,11 +113,18 @@ enum Peer {
     Archive(Archive),
 }
 
+impl Peer {
+    fn is_receiver(&self) -> bool {
+        matches!(self, Peer::Receiver(_))
+    }
+}
+
 /// A migration under way. Dropping it undoes everything: the dump is aborted (the tree runs on), the tracker
 /// is detached, and the images are gone.
 struct Migration<'a> {
     plan: &'a SendPlan,
     observer: &'a dyn Observer,
+    control: &'a Control,
     cancel: &'a Cancel,
     report: MigrationReport,
     phase: Phase,
@@ -137,7 +161,10 @@ struct Migration<'a> {
     late: Option<LateSession>,
     /// The connection on which the destination has said that nothing is owed any more.
     late_last: Option<Channel>,
-    late_shaper: Option<SharedShaper>,
+    /// Connections of either kind that the receiver takes.
+    peer_streams: u16,
+    /// How long it was held up.
+    paused: Duration,
     /// Whether what is left when the tree is frozen comes after it runs at the destination.
     owes: bool,
     peer: Peer,
@@ -158,7 +185,7 @@ impl<'a> Migration<'a> {
     fn prepare(
         plan: &'a SendPlan,
         observer: &'a dyn Observer,
-        cancel: &'a Cancel,
+        control: &'a Control,
     ) -> Result<Self, SendError> {
         plan.validate()?;
         if !nix::unistd::geteuid().is_root() {
@@ -207,7 +234,8 @@ impl<'a> Migration<'a> {
         Ok(Self {
             plan,
             observer,
-            cancel,
+            control,
+            cancel: control.token(),
             report,
             phase: Phase::Preparing,
             session,
@@ -232,7 +260,8 @@ impl<'a> Migration<'a> {
             late_channels: Vec::new(),
             late: None,
             late_last: None,
-            late_shaper: None,
+            peer_streams: 1,
+            paused: Duration::ZERO,
             owes: plan.strategy.owes(),
             peer,
             holds_back: false,
@@ -290,7 +319,6 @@ impl<'a> Migration<'a> {
         self.channel().link_mut().set_stall(plan.stall_timeout);
         self.open_streams(welcome.streams)?;
         if plan.may_owe() {
-            self.limit_late();
             self.open_late(welcome.streams)?;
         }
         if let Peer::Receiver(to) = self.peer {

@@ -4,6 +4,7 @@
 use super::books::{Base, Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
 use super::tally::Tally;
+use crate::control::Control;
 use crate::link::{Channel, ChannelError};
 use crate::report::Share;
 use pageferry_tracker::{PageReader, ReadError, Run};
@@ -45,6 +46,7 @@ pub(crate) enum SendPagesError {
 /// What the workers of a round share.
 pub(crate) struct Round<'a> {
     pub(crate) queue: Queue<'a>,
+    pub(crate) control: &'a Control,
     pub(crate) books: &'a Mutex<Books>,
     /// The memory of every process of the tree.
     pub(crate) readers: BTreeMap<SpaceId, &'a PageReader>,
@@ -60,6 +62,7 @@ pub(crate) struct Round<'a> {
 impl<'a> Round<'a> {
     pub(crate) fn new(
         queue: Queue<'a>,
+        control: &'a Control,
         books: &'a Mutex<Books>,
         readers: BTreeMap<SpaceId, &'a PageReader>,
         number: u32,
@@ -67,6 +70,7 @@ impl<'a> Round<'a> {
     ) -> Self {
         Self {
             queue,
+            control,
             books,
             readers,
             number,
@@ -158,33 +162,37 @@ impl Worker {
         self.chooser.observe_link(bytes_per_second as usize, Duration::from_secs(1));
     }
 
-    /// Sends batches until the queue is empty or somebody says stop. `tick` is called after each of them and ends the
-    /// round early with `false`.
+    /// Sends batches until the queue is empty or somebody says stop. `before` is called before each of them, and once more after
+    /// the last; it may take its time, and ends the round early with `false`.
     pub(crate) fn run(
         &mut self,
         channel: &mut Channel,
         round: &Round<'_>,
-        tick: &mut dyn FnMut() -> bool,
+        before: &mut dyn FnMut(&mut Channel) -> Result<bool, ChannelError>,
     ) -> Result<Tally, SendPagesError> {
         // While the tree was scanned the link was idle.
         self.chooser.pause();
         let mut tally = Tally::default();
         let result = loop {
+            match before(channel) {
+                Ok(true) => {}
+                Ok(false) => round.stop.store(true, Ordering::Relaxed),
+                Err(error) => break Err(error.into()),
+            }
             if round.stop.load(Ordering::Relaxed) {
                 break Ok(());
             }
             let most = self.chooser.batch_pages().min(limits::MAX_BATCH_PAGES) as u64;
             let Some(task) = round.queue.next(most, &mut self.runs) else { break Ok(()) };
-            let before = (tally.pages(), tally.bytes());
+            let had = (tally.pages(), tally.bytes());
             let sent = self.send_batch(channel, round, task, &mut tally);
             if let Err(error) = sent.and_then(|()| Ok(channel.hear_abort()?)) {
                 break Err(error);
             }
-            round.done_pages.fetch_add(tally.pages() - before.0, Ordering::Relaxed);
-            round.sent_bytes.fetch_add(tally.bytes() - before.1, Ordering::Relaxed);
-            if !tick() {
-                round.stop.store(true, Ordering::Relaxed);
-            }
+            let done = tally.pages() - had.0;
+            round.done_pages.fetch_add(done, Ordering::Relaxed);
+            round.sent_bytes.fetch_add(tally.bytes() - had.1, Ordering::Relaxed);
+            round.control.done(done);
         };
         if result.is_err() {
             round.stop.store(true, Ordering::Relaxed);

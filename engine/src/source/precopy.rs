@@ -2,6 +2,7 @@
 
 use super::failure::SendError;
 use super::{Migration, Phase, Space};
+use crate::control::Stage;
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
@@ -25,7 +26,18 @@ impl Migration<'_> {
     /// No rounds: only looks at what there is, and whether it fits.
     pub(super) fn look_once(&mut self) -> Result<Decision, SendError> {
         self.phase = Phase::PreCopy(0);
-        self.check_cancel()?;
+        self.control.enter(Stage::PreCopy);
+        loop {
+            self.stand_by()?;
+            self.note_post_copy()?;
+            let decision = self.look()?;
+            if self.control.freeze(self.owes) {
+                return Ok(decision);
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<Decision, SendError> {
         let collected = self.tracker_mut().collect(TreeState::Running)?;
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
@@ -46,10 +58,18 @@ impl Migration<'_> {
         self.holds_back = policy.holds_back();
         let mut measured: Option<Measured> = None;
         let mut last_collect: Option<Instant> = None;
+        let mut changes = (self.paused, self.control.bandwidths());
+        self.control.enter(Stage::PreCopy);
         for round in 0.. {
             self.phase = Phase::PreCopy(round);
             crate::fault::point("precopy");
-            self.check_cancel()?;
+            self.stand_by()?;
+            let ends = self.note_post_copy()?;
+            let now = (self.paused, self.control.bandwidths());
+            if std::mem::replace(&mut changes, now) != now {
+                policy.begin_anew();
+                self.tell_workers_of_the_limit();
+            }
             let start = Instant::now();
             let collected = self.collect_running()?;
             let since_last = last_collect.map_or(Duration::ZERO, |last| start - last);
@@ -76,7 +96,11 @@ impl Migration<'_> {
                 resident_pages,
                 measured,
             });
+            self.control.predicted(decision.predicted_downtime);
             let mut decision = decision;
+            if ends {
+                decision.stop = Some(StopReason::PostCopy);
+            }
             if self.plan.strategy == Strategy::Hybrid
                 && decision.stop.is_none()
                 && self.plan.post_copy_after.is_some_and(|rounds| round >= rounds)
@@ -105,7 +129,8 @@ impl Migration<'_> {
                     }
                 }
             }
-            if decision.stop.is_some() {
+            // Who holds it up in this moment has it send another round when it goes on.
+            if decision.stop.is_some() && self.control.freeze(self.owes) {
                 // Never acknowledged, so the collect in the freeze returns what was dirty again; what was held back and
                 // has cooled it does not know of.
                 for Todo { key, pages } in &todo {
@@ -117,13 +142,14 @@ impl Migration<'_> {
             }
             self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
             let sending = Instant::now();
-            let before = self.sent_bytes();
+            let before = (self.sent_bytes(), self.paused);
             let tally = self.send_todo(&todo, round, false)?;
-            let sent = sending.elapsed();
+            let paused = self.paused - before.1;
+            let sent = sending.elapsed() - paused;
             self.end_round(round, &tally)?;
             self.acknowledged(round)?;
             self.deltas_help = tally.codings.delta.pages * 2 > tally.sent();
-            let acked = sending.elapsed();
+            let acked = sending.elapsed() - paused;
             self.tracker_mut().acknowledge(collected.ticket);
 
             if policy::says_the_pace(sendable) || measured.is_none() {
@@ -142,7 +168,7 @@ impl Migration<'_> {
                 gone_pages: tally.gone,
                 held_pages,
                 codings: tally.codings,
-                sent_bytes: self.sent_bytes() - before,
+                sent_bytes: self.sent_bytes() - before.0,
                 duration_us: start.elapsed().as_micros() as u64,
                 pause_us: collected.pause.as_micros() as u64,
                 dirty_rate: rate(todo_pages, since_last),
@@ -154,6 +180,18 @@ impl Migration<'_> {
             self.note_throttle();
         }
         unreachable!("the policy ends the rounds at the limit")
+    }
+
+    /// Whether the rest is to come late because that was asked for: makes ready for it then.
+    fn note_post_copy(&mut self) -> Result<bool, SendError> {
+        if !self.control.wants_post_copy() {
+            return Ok(false);
+        }
+        self.owes = true;
+        if self.late_channels.is_empty() {
+            self.open_late(self.peer_streams)?;
+        }
+        Ok(true)
     }
 
     /// Collects while the program runs: one that is slowed down is not stopped meanwhile, because a new process is stopped
@@ -179,6 +217,7 @@ impl Migration<'_> {
         let Some(share) = next_share(throttle.share(), self.plan.max_throttle) else { return Ok(false) };
         throttle.set(share);
         self.report.throttle_share = share;
+        self.control.throttled(share);
         self.observer.event(&Event::Throttled { share });
         Ok(true)
     }

@@ -4,9 +4,10 @@ use super::failure::SendError;
 use super::pages::{Round, SendPagesError, Worker};
 use super::precopy::Todo;
 use super::queue::{Queue, Task};
+use super::standby::Standby;
 use super::tally::Tally;
 use super::{Migration, Space};
-use crate::link::ChannelError;
+use crate::link::{Channel, ChannelError};
 use crate::observe::Event;
 use crate::plan::CodingChoice;
 use pageferry_tracker::PageSet;
@@ -34,8 +35,8 @@ impl Migration<'_> {
     pub(super) fn open_streams(&mut self, most: u16) -> Result<(), SendError> {
         let wanted =
             self.plan.streams.map_or_else(default_streams, usize::from).min(usize::from(most)).max(1);
-        let shaper = self.plan.bandwidth.map(crate::link::SharedShaper::new);
-        self.channel().set_shaper(shaper.clone());
+        let limit = self.control.limit();
+        self.channel().set_shaper(Some(limit.clone()));
         for stream in 1..wanted {
             let mut channel = self.open_channel()?;
             channel.control(&ControlMessage::Join { session: self.session, stream: stream as u16 })?;
@@ -46,7 +47,7 @@ impl Migration<'_> {
                 }
             }
             channel.link_mut().set_stall(self.plan.stall_timeout);
-            channel.set_shaper(shaper.clone());
+            channel.set_shaper(Some(limit.clone()));
             self.further.push(channel);
         }
         for _ in 0..wanted {
@@ -58,23 +59,30 @@ impl Migration<'_> {
             if let Some(percent) = self.plan.cpu {
                 chooser.set_ceiling(f64::from(percent) / 100.0 / wanted as f64);
             }
-            let mut worker = Worker::new(chooser)?;
-            if let Some(bandwidth) = self.plan.bandwidth {
-                worker.limit_link(bandwidth / wanted as u64);
-            }
-            self.workers.push(worker);
+            self.workers.push(Worker::new(chooser)?);
         }
         if self.plan.coding != CodingChoice::Auto {
             self.books().set_plain();
         }
         self.report.streams = wanted as u32;
+        self.peer_streams = most;
+        self.tell_workers_of_the_limit();
         Ok(())
+    }
+
+    /// How fast the link is for each of them, where that is known.
+    pub(super) fn tell_workers_of_the_limit(&mut self) {
+        if let Some(bandwidth) = self.control.limit().rate() {
+            let each = bandwidth / self.workers.len().max(1) as u64;
+            self.workers.iter_mut().for_each(|worker| worker.limit_link(each));
+        }
     }
 
     /// From here on the program waits: the links may be used as they are.
     pub(super) fn lift_bandwidth(&mut self) {
-        self.channel().set_shaper(None);
-        self.further.iter_mut().for_each(|channel| channel.set_shaper(None));
+        let open = self.control.limit().unlimited();
+        self.channel().set_shaper(Some(open.clone()));
+        self.further.iter_mut().for_each(|channel| channel.set_shaper(Some(open.clone())));
     }
 
     /// Bytes that went out, over all connections.
@@ -88,22 +96,27 @@ impl Migration<'_> {
         self.closed_bytes += self.further.drain(..).map(|channel| channel.link().sent()).sum::<u64>();
     }
 
-    /// Sends what is due, with a worker on each connection.
+    /// Sends what is due, with a worker on each connection. Where the round is cut short, because the rest is to come late, what was
+    /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
-        let (observer, cancel) = (self.observer, self.cancel);
-        let Self { spaces, books, workers, further, channel, .. } = self;
+        let (observer, cancel, control) = (self.observer, self.cancel, self.control);
+        let Self { spaces, books, workers, further, channel, throttle, peer, .. } = self;
         let channel = channel.as_mut().expect("connected before the first round");
         let tasks = todo.iter().map(|Todo { key, pages }| {
             let Space { place, reader, .. } = &spaces[key];
             Task { place, reader, pages }
         });
         let readers = spaces.values().map(|space| (space.place.id, &space.reader)).collect();
-        let round = Round::new(Queue::new(tasks.collect()), books, readers, round, frozen);
+        let round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
         let total_pages = round.queue.pages();
+        control.round(round.number, total_pages);
+        let standby = Standby { control, observer, throttle: throttle.as_ref(), beats: peer.is_receiver() };
+        let mut paused = Duration::ZERO;
+        let goes_on = || !cancel.is_cancelled() && (frozen || !control.wants_post_copy());
         let helpers = (total_pages / PAGES_A_WORKER).min(further.len() as u64) as usize;
         let (first, others) = workers.split_first_mut().expect("a worker for the first connection");
         let mut told = Instant::now();
-        let mut tick = || {
+        let mut before = |channel: &mut Channel| {
             if told.elapsed() >= TELL {
                 told = Instant::now();
                 observer.event(&Event::Progress {
@@ -113,7 +126,17 @@ impl Migration<'_> {
                     sent_bytes: round.sent_bytes.load(Ordering::Relaxed),
                 });
             }
-            !cancel.is_cancelled()
+            if control.is_paused() {
+                paused += standby.wait(channel)?;
+            }
+            Ok(goes_on())
+        };
+        // One that finds nothing left to do ends, paused or not: the first waits for it, and then nobody would be heard of.
+        let others_before = |queue: &Queue<'_>| {
+            while control.is_paused() && !cancel.is_cancelled() && !queue.is_empty() {
+                control.wait(TELL);
+            }
+            goes_on()
         };
         let results = std::thread::scope(|scope| {
             let threads: Vec<_> = others
@@ -122,10 +145,11 @@ impl Migration<'_> {
                 .take(helpers)
                 .map(|(worker, channel)| {
                     let round = &round;
-                    scope.spawn(move || worker.run(channel, round, &mut || !cancel.is_cancelled()))
+                    let others_before = &others_before;
+                    scope.spawn(move || worker.run(channel, round, &mut |_| Ok(others_before(&round.queue))))
                 })
                 .collect();
-            let mut results = vec![first.run(channel, &round, &mut tick)];
+            let mut results = vec![first.run(channel, &round, &mut before)];
             results.extend(threads.into_iter().map(|thread| match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -140,9 +164,17 @@ impl Migration<'_> {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
+        let rest = round.queue.rest();
+        self.paused += paused;
+        self.report.paused_us = self.paused.as_micros() as u64;
         match failed {
             None => {
                 self.check_cancel()?;
+                for (Todo { key, .. }, rest) in todo.iter().zip(&rest) {
+                    if let Some(space) = self.spaces.get_mut(key) {
+                        space.hot.put_back(rest);
+                    }
+                }
                 Ok(tally)
             }
             Some(error) => Err(self.explain(error)),

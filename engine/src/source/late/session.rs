@@ -2,7 +2,8 @@
 
 use super::taking_up::{Taken, recount, take_up};
 use super::{Debt, DebtSpace, End, demand, push};
-use crate::link::{Channel, ChannelError, SharedShaper};
+use crate::control::Stage;
+use crate::link::{Channel, ChannelError};
 use crate::observe::Event;
 use crate::plan::CodingChoice;
 use crate::report::{FaultReport, FillReport, PostCopyReport};
@@ -128,7 +129,7 @@ impl Migration<'_> {
         // The threads on it are ended otherwise.
         channel.link_mut().set_cancel(None);
         if stream > 0 {
-            channel.set_shaper(self.late_shaper.clone());
+            channel.set_shaper(Some(self.control.limit().clone()));
         }
         Ok(channel)
     }
@@ -189,7 +190,7 @@ impl Migration<'_> {
     }
 
     fn late_chooser(&self) -> impl FnMut() -> CodingChooser + use<> {
-        let (coding, bandwidth) = (self.plan.coding, self.plan.bandwidth);
+        let (coding, bandwidth) = (self.plan.coding, self.control.limit().rate());
         let streams = self.workers.len().max(1) as u64;
         move || {
             let mut chooser = match coding {
@@ -210,6 +211,7 @@ impl Migration<'_> {
         crate::fault::point("post-copy");
         let started = Instant::now();
         let Some(mut late) = self.late.take() else { return Ok(()) };
+        self.control.enter(Stage::PostCopy);
         let served = self.serve(&mut late);
         let last = late.stop(served.is_ok());
         self.closed_bytes += late.closed_bytes + last.as_ref().map_or(0, |channel| channel.link().sent());
@@ -227,6 +229,7 @@ impl Migration<'_> {
             return Err(SendError::Owing { left, total, source: Box::new(error) });
         }
         self.phase = Phase::Committed;
+        self.control.enter(Stage::Committed);
         self.late_last = last;
         Ok(())
     }
@@ -244,6 +247,7 @@ impl Migration<'_> {
                         break end;
                     }
                     let (left_pages, counts) = (debt.left(), debt.counts());
+                    self.control.owed(debt.total(), left_pages);
                     self.observer.event(&Event::Owed {
                         left_pages,
                         total_pages: debt.total(),
@@ -318,11 +322,6 @@ impl Migration<'_> {
             }
             other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),
         }
-    }
-
-    /// A limit for what nobody waits for.
-    pub(in crate::source) fn limit_late(&mut self) {
-        self.late_shaper = self.plan.bandwidth.map(SharedShaper::new);
     }
 }
 
