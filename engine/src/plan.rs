@@ -157,6 +157,9 @@ pub struct SendPlan {
     /// Per cent of one processor that compression may take over all connections (200: two of them); `None` is as much
     /// as makes the migration quicker. It is what is aimed for: some milliseconds go into trying what compression gives.
     pub cpu: Option<u32>,
+    /// Nice value, up to 19, of the threads that read, code and send pages before the freeze, where it is lower than this one's
+    /// own; CRIU, and everything from the freeze on, has the priority of the caller.
+    pub nice: u8,
     /// Dirty tracker to use; `None` lets the probe choose.
     pub tracker: Option<TrackerKind>,
     /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
@@ -199,6 +202,7 @@ impl SendPlan {
             congestion: None,
             coding: CodingChoice::Auto,
             cpu: None,
+            nice: 0,
             tracker: None,
             hide: None,
             verify: false,
@@ -240,6 +244,9 @@ impl SendPlan {
         }
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
+        }
+        if self.nice > 19 {
+            return Err(PlanError::Nice(self.nice));
         }
         if self.cpu == Some(0) {
             return Err(PlanError::NoProcessor);
@@ -333,6 +340,9 @@ pub enum PlanError {
     /// A program that always stands still never writes, and never does anything else.
     #[error("a program can be made to stand still for 0 to 99 % of the time")]
     Throttle,
+    /// The system knows no lower priority.
+    #[error("{0} is no nice value to copy at: 0 to 19 (the least) are")]
+    Nice(u8),
     /// Pages need a connection.
     #[error("the number of connections must be at least 1")]
     NoStreams,

@@ -24,6 +24,7 @@ fn help_texts() {
         "check",
         "receive",
         "migrate",
+        "control",
         "restore",
         "inspect",
         "track",
@@ -57,6 +58,10 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["migrate", "--pid", "5", "--to", "no such host"], "is no receiver"),
         (&["migrate", "--pid", "5", "--to", "file:"], "names no path"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--keep-running"], "file:PATH or dir:PATH"),
+        (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--nice", "20"], "0 to 19"),
+        (&["control", "status"], "--pid <PID>"),
+        (&["control", "--pid", "5"], "Usage: pageferry control"),
+        (&["control", "--pid", "5", "bandwidth", "fast"], "number is missing"),
         (&["receive", "--listen", "here"], "is no address to listen on"),
         (&["receive", "--listen", "0.0.0.0:0"], "--insecure"),
         (&["receive", "--memory-limit", "lots"], "number is missing"),
@@ -117,6 +122,19 @@ fn a_report_that_cannot_be_written_is_found_out_first() {
     ]);
     assert_eq!(code, 3);
     assert!(err.contains("/no/such/folder/r cannot be written"), "{err}");
+}
+
+#[test]
+fn a_migration_that_is_not_there_is_not_controlled() {
+    for arguments in [&["--pid", "2147483647"][..], &["--socket", "/no/such/socket"]] {
+        for what in [&["status"][..], &["pause"], &["bandwidth", "none"]] {
+            let (code, out, err) = pageferry(&[&["control"], arguments, what, &["--json"]].concat());
+            assert_eq!((code, out.as_str()), (3, ""), "{err}");
+            // Of another user's directory it cannot be known.
+            assert!(err.contains("no migration answers") || err.contains("not allowed"), "{err}");
+            assert!(err.contains("  try: "), "{err}");
+        }
+    }
 }
 
 #[test]

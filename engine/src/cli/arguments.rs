@@ -1,5 +1,6 @@
 //! What can be asked for, and how it is explained.
 
+use super::control::ControlVerb;
 use super::predict::PredictVerb;
 use super::simulate::SimulateVerb;
 use super::units::{Bytes, Percent, Rate, Share, Time};
@@ -89,6 +90,24 @@ pub(super) enum Verb {
         )
     )]
     Migrate(MigrateVerb),
+    /// Holds a migration up that runs, changes it, or asks how far it is.
+    ///
+    /// `pageferry migrate` answers root, and its own user, on a socket for as long as it runs. What cannot be done any more is
+    /// refused with the reason, and a yes is kept: one that was paused in time does not freeze the program.
+    #[command(
+        after_help = "Example:\n  # pageferry control --pid 4711 pause",
+        after_long_help = "Example:
+  # pageferry control --pid 4711 status --json | jq .status.round
+  # pageferry control --pid 4711 bandwidth 100Mbit
+  # pageferry control --pid 4711 post-copy
+
+Exit codes:
+  0    it was done
+  1    the migration did not answer: it may have ended meanwhile
+  2    the command line makes no sense
+  3    refused: there is no such migration, it is not yours, or it cannot be done now"
+    )]
+    Control(ControlVerb),
     /// Says what moving a program would bring, without moving it.
     ///
     /// Watches for a while what it writes and looks at some of its pages; then it is moved in virtual time, from many moments
@@ -457,6 +476,12 @@ pub(super) struct MigrateVerb {
     /// With --on-no-convergence throttle: how much of the time the program may be made to stand still.
     #[arg(long, value_name = "SHARE", default_value = "90%")]
     pub(super) max_throttle: Share,
+    /// Socket on which `pageferry control` is answered, or none [default: /run/pageferry/migrate-PID.sock].
+    #[arg(long, value_name = "PATH|none")]
+    pub(super) control: Option<PathBuf>,
+    /// Read, code and send at this nice value until the freeze, which has the engine's own priority: 0 to 19, the least.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) nice: u8,
     /// What pre-copy, and owed pages that nobody waits for, may take of the link, such as 1Gbit or 100MB (a second) [default: all].
     #[arg(long, value_name = "RATE")]
     pub(super) bandwidth: Option<Rate>,

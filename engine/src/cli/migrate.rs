@@ -4,9 +4,11 @@ use super::arguments::{HideName, MigrateVerb};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{calibration, render, signals};
-use pageferry::{MigrationReport, Observer, SendPlan, SendTo, Silent};
+use pageferry::control::{self, ControlSocket};
+use pageferry::{Control, Event, MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
 use serde::Serialize;
+use std::error::Error;
 use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -48,7 +50,11 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
     } else {
         &Plain
     };
-    let result = pageferry::send(&plan, observer, &cancel);
+    let control = Control::new(cancel.clone());
+    let socket = listen(verb, &control, observer);
+    let result = pageferry::send_controlled(&plan, observer, &control);
+    // Before anybody hears how it ended: who reads that finds no socket.
+    drop(socket);
     let (report, code) = match &result {
         Ok(report) => (Some(report), 0),
         Err(error) => (error.report.as_deref(), exit_code(error, cancel.signal())),
@@ -76,6 +82,24 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
     Ok(code)
 }
 
+/// The socket by which others have a say. A migration without it is one all the same.
+fn listen(verb: &MigrateVerb, control: &Control, observer: &dyn Observer) -> Option<ControlSocket> {
+    // Whoever is not root is refused, with the reason.
+    if verb.control.as_deref() == Some(Path::new("none")) || !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    let path = verb.control.clone().unwrap_or_else(|| control::path_of(verb.pid));
+    match ControlSocket::open(&path, control.clone()) {
+        Ok(socket) => Some(socket),
+        Err(error) => {
+            let cause = error.source().map_or_else(String::new, |cause| format!(": {cause}"));
+            let text = format!("`pageferry control` cannot reach this migration: {error}{cause}");
+            observer.event(&Event::Warning { text });
+            None
+        }
+    }
+}
+
 fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     let mut plan = SendPlan::new(verb.pid, to);
     plan.keep_running = verb.keep_running;
@@ -101,6 +125,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
         HideName::SyntheticParent => Some(HideKind::SyntheticParent),
         HideName::Shim => Some(HideKind::Shim),
     };
+    plan.nice = verb.nice;
     plan.verify = verb.verify;
     plan.criu = verb.criu.clone();
     plan.shell_job = verb.shell_job;

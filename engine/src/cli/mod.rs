@@ -3,6 +3,7 @@
 mod arguments;
 mod calibration;
 mod check;
+mod control;
 mod failure;
 mod inspect;
 mod migrate;
@@ -40,6 +41,7 @@ pub fn run() -> ExitCode {
         Verb::Check(verb) => check::run(&verb),
         Verb::Receive(verb) => receive::run(verb),
         Verb::Migrate(verb) => migrate::run(&verb),
+        Verb::Control(verb) => control::run(&verb),
         Verb::Predict(verb) => predict::run(&verb),
         Verb::Simulate(verb) => simulate::run(&verb),
         Verb::Inspect(verb) => inspect::run(&verb),

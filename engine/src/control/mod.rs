@@ -17,7 +17,7 @@ use crate::plan::{SendPlan, SendTo};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How far a migration is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +59,8 @@ impl Stage {
 pub struct Status {
     /// How far it is.
     pub stage: Stage,
+    /// Since it began, by the engine's clock, in microseconds.
+    pub elapsed_us: u64,
     /// Whether it is held up.
     pub paused: bool,
     /// The round, from 0.
@@ -124,6 +126,7 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     stage: Stage,
+    began: Option<Instant>,
     paused: bool,
     /// It was asked for.
     post_copy: bool,
@@ -240,6 +243,7 @@ impl Control {
         let state = self.state();
         Status {
             stage: state.stage,
+            elapsed_us: state.began.map_or(0, |began| began.elapsed().as_micros() as u64),
             paused: state.paused,
             round: state.round,
             done_pages: self.inner.done_pages.load(Ordering::Relaxed),
@@ -282,6 +286,7 @@ impl Control {
         if state.stage == Stage::Ended {
             *state = State { carried_before: self.inner.limit.carried(), ..State::default() };
         }
+        state.began = Some(Instant::now());
         state.into_file = !matches!(plan.to, SendTo::Receiver(_));
         // Asked for before it was known where it goes.
         state.post_copy &= !state.into_file;

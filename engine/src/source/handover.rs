@@ -45,6 +45,7 @@ impl Migration<'_> {
         });
         self.check_cancel()?;
         let patience = self.plan.stall_timeout;
+        self.niceness = None;
         self.lift_bandwidth();
 
         // At its full pace again: CRIU stops it with ptrace too.

@@ -7,6 +7,7 @@ mod handover;
 mod keep;
 mod late;
 mod machine;
+mod niceness;
 mod pages;
 mod precopy;
 mod queue;
@@ -34,6 +35,7 @@ use books::Books;
 use failure::SendError;
 use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
+use niceness::Niceness;
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Throttle, Tracker};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
@@ -165,6 +167,8 @@ struct Migration<'a> {
     peer_streams: u16,
     /// How long it was held up.
     paused: Duration,
+    /// Before the freeze.
+    niceness: Option<Niceness>,
     /// Whether what is left when the tree is frozen comes after it runs at the destination.
     owes: bool,
     peer: Peer,
@@ -262,6 +266,7 @@ impl<'a> Migration<'a> {
             late_last: None,
             peer_streams: 1,
             paused: Duration::ZERO,
+            niceness: None,
             owes: plan.strategy.owes(),
             peer,
             holds_back: false,
@@ -277,6 +282,8 @@ impl<'a> Migration<'a> {
         let started = Instant::now();
         self.connect()?;
         self.attach()?;
+        // Not earlier: CRIU was started by now, and keeps the priority of its own.
+        self.be_nice();
         let decision = match self.plan.strategy {
             Strategy::PostCopy | Strategy::StopAndCopy => self.look_once()?,
             Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
@@ -379,6 +386,21 @@ impl<'a> Migration<'a> {
         request.shell_job = self.plan.shell_job;
         request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
         Dump::start(&self.criu, request)
+    }
+
+    /// Has this thread, and those that it starts, at a lower priority until the freeze.
+    fn be_nice(&mut self) {
+        if self.plan.nice == 0 {
+            return;
+        }
+        match Niceness::lower(i32::from(self.plan.nice)) {
+            Ok(niceness) => self.niceness = Some(niceness),
+            Err(error) => {
+                let text =
+                    format!("the engine keeps its priority, because it could not get it back: {error}");
+                self.observer.event(&Event::Warning { text });
+            }
+        }
     }
 
     fn check_room(&self, resident_pages: u64) -> Result<(), SendError> {

@@ -207,7 +207,14 @@ impl Migration<'_> {
         let root = self.root.clone();
         let throttle = match &mut self.throttle {
             Some(throttle) => throttle,
-            None => self.throttle.insert(Throttle::new(root).map_err(SendError::Throttle)?),
+            None => {
+                // A thread that lets the program go must not wait for the processor.
+                let throttle = match &self.niceness {
+                    Some(niceness) => niceness.lifted(|| Throttle::new(root)),
+                    None => Throttle::new(root),
+                };
+                self.throttle.insert(throttle.map_err(SendError::Throttle)?)
+            }
         };
         if let Some(error) = throttle.failure() {
             self.observer

@@ -3,6 +3,7 @@
 //! `cargo build -p pageferry-benches --bins` has to come first: the programs that move are built there. One test:
 //! `cargo test -p pageferry --test live -- NAME`.
 
+mod control;
 mod faults;
 mod ferry;
 mod kept;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         streams::tests(),
         policy::tests(),
         predict::tests(),
+        control::tests(),
         faults::tests(),
         kept::tests(),
         late::tests(),

@@ -1,0 +1,186 @@
+//! `pageferry control`.
+
+use super::failure::REFUSED;
+use super::render::printable;
+use super::units::{Bytes, Rate, micros};
+use clap::{Args, Subcommand};
+use pageferry::control::{Answer, AskError, ErrorKind, Request, Status, ask, path_of};
+use std::error::Error;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// What was asked for may have been done, or not.
+const FAILED: u8 = 1;
+
+#[derive(Debug, Args)]
+#[command(disable_help_subcommand = true)]
+pub(super) struct ControlVerb {
+    /// The program that is moved: the process that `migrate` was given.
+    #[arg(long, value_name = "PID", required_unless_present = "socket")]
+    pid: Option<i32>,
+    /// The socket of `migrate --control PATH` [default: /run/pageferry/migrate-PID.sock].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The answer as one JSON object (docs/CONTROL.md).
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Says how far it is.
+    Status,
+    /// Sends nothing any more until it is resumed; the program runs at its full pace. Not from the freeze on.
+    Pause,
+    /// Goes on.
+    Resume,
+    /// Gives it up: the program runs on here. Not from the commit on.
+    Cancel,
+    /// Ends the rounds now: the program goes on at the destination, and the rest of its memory follows.
+    PostCopy,
+    /// Limits what it sends from now on.
+    Bandwidth {
+        /// Such as 1Gbit or 100MB (a second), or none.
+        #[arg(value_name = "RATE|none", value_parser = limit)]
+        rate: Limit,
+    },
+}
+
+/// A rate, or none.
+#[derive(Clone, Copy, Debug)]
+struct Limit(Option<u64>);
+
+fn limit(text: &str) -> Result<Limit, String> {
+    match text {
+        "none" => Ok(Limit(None)),
+        text => text.parse().map(|Rate(rate)| Limit(Some(rate))),
+    }
+}
+
+/// Runs the verb.
+pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
+    let request = match verb.what {
+        What::Status => Request::Status {},
+        What::Pause => Request::Pause {},
+        What::Resume => Request::Resume {},
+        What::Cancel => Request::Cancel {},
+        What::PostCopy => Request::PostCopy {},
+        What::Bandwidth { rate: Limit(bytes_per_second) } => Request::Bandwidth { bytes_per_second },
+    };
+    let path = verb.socket.clone().unwrap_or_else(|| path_of(verb.pid.unwrap_or_default()));
+    let answer = match ask(&path, &request) {
+        Ok(answer) => answer,
+        Err(error) => {
+            eprint!("{}", failure(&error));
+            return Ok(match error {
+                AskError::Nobody(_) | AskError::NotAllowed(_) => REFUSED,
+                _ => FAILED,
+            });
+        }
+    };
+    if verb.json {
+        let mut line = serde_json::to_vec(&answer)?;
+        line.push(b'\n');
+        super::print(&line)?;
+    }
+    match &answer {
+        Answer { ok: true, status: Some(status), .. } => {
+            if !verb.json {
+                super::print(printable(&describe(status)).as_bytes())?;
+            }
+            Ok(0)
+        }
+        Answer { error, message, .. } => {
+            let message = message.as_deref().unwrap_or("no reason was given");
+            let what = if *error == Some(ErrorKind::Refused) { "refused because " } else { "" };
+            eprintln!("error: {what}{}", printable(message));
+            match error {
+                Some(ErrorKind::NotAllowed) => eprintln!("  try: run it as root"),
+                Some(ErrorKind::BadRequest) => {
+                    eprintln!("  try: the migration may be another version's: pageferry --version");
+                }
+                _ => {}
+            }
+            Ok(REFUSED)
+        }
+    }
+}
+
+fn failure(error: &AskError) -> String {
+    let mut text = format!("error: {}\n", printable(&error.to_string()));
+    if let Some(cause) = error.source() {
+        let _ = writeln!(text, "  because: {}", printable(&cause.to_string()));
+    }
+    let help = match error {
+        AskError::Nobody(_) => {
+            "is `pageferry migrate` of this process running here, and over no other --control?"
+        }
+        AskError::NotAllowed(_) => "run it as root",
+        _ => return text,
+    };
+    let _ = writeln!(text, "  try: {help}");
+    text
+}
+
+/// The status as people read it.
+fn describe(status: &Status) -> String {
+    let mut text = status.stage.name().to_owned();
+    if status.paused {
+        text += ", paused";
+    }
+    if status.cancelled {
+        text += ", being given up";
+    }
+    text += "\n";
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<20}{value}");
+    };
+    line("round", status.round.to_string());
+    line("pages", format!("{} of {}", status.done_pages, status.total_pages));
+    line("sent", Bytes(status.sent_bytes).to_string());
+    line("bandwidth", status.bandwidth.map_or_else(|| "no limit".to_owned(), |rate| Rate(rate).to_string()));
+    if status.throttle_share > 0.0 {
+        line("slowed down by", format!("{:.0} %", status.throttle_share * 100.0));
+    }
+    if let Some(us) = status.predicted_downtime_us {
+        line("predicted downtime", micros(us).to_string());
+    }
+    if status.post_copy {
+        line("the rest", "comes after the program".to_owned());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_a_rate_or_none() {
+        assert_eq!(limit("none").unwrap().0, None);
+        assert_eq!(limit("100MB").unwrap().0, Some(100_000_000));
+        assert_eq!(limit("1Gbit").unwrap().0, Some(125_000_000));
+        assert!(limit("0").is_err() && limit("fast").is_err() && limit("").is_err());
+    }
+
+    #[test]
+    fn a_status_tells_what_matters() {
+        let mut status = Status::default();
+        assert_eq!(
+            describe(&status),
+            "preparing\nround               0\npages               0 of 0\nsent                0 B\nbandwidth           no limit\n"
+        );
+        status.stage = pageferry::control::Stage::PreCopy;
+        status.paused = true;
+        status.throttle_share = 0.25;
+        status.bandwidth = Some(12_500_000);
+        status.predicted_downtime_us = Some(1500);
+        status.post_copy = true;
+        let text = describe(&status);
+        for part in ["pre-copy, paused\n", "25 %", "12.5 MB/s", "1.50 ms", "comes after the program"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+}
