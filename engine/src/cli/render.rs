@@ -103,6 +103,9 @@ pub(super) fn report(report: &MigrationReport) -> String {
         Bytes(report.image_bytes),
         Bytes(report.engine_peak_rss_bytes)
     );
+    if report.paused_us > 0 {
+        let _ = writeln!(text, "it was paused by hand for {} before the freeze", micros(report.paused_us));
+    }
     if report.throttle_share > 0.0 {
         let _ = writeln!(
             text,
@@ -256,6 +259,8 @@ mod tests {
     #[test]
     fn a_checkpoint_is_said_to_be_one() {
         let (strategy, to) = ("checkpoint".to_owned(), "file:/srv/redis.pageferry".to_owned());
+        let paused = report(&MigrationReport { paused_us: 2_500_000, ..example() });
+        assert!(paused.contains("paused by hand for 2.50 s"), "{paused}");
         let text = report(&MigrationReport { strategy, to, fill: None, verified: false, ..example() });
         assert!(
             text.starts_with("redis-server (1 process, 64.2 MiB) is kept in file:/srv/redis.pageferry in")

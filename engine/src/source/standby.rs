@@ -8,6 +8,7 @@ use crate::link::{Channel, ChannelError};
 use crate::observe::{Event, Observer};
 use pageferry_tracker::Throttle;
 use pageferry_wire_format::ControlMessage;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often the receiver hears of us: it gives up on a silent source after a time of its own choice, which is seconds.
@@ -20,6 +21,8 @@ pub(super) struct Standby<'a> {
     pub(super) throttle: Option<&'a Throttle>,
     /// Whether silence means anything at the other end: a file has no use for signs of life.
     pub(super) beats: bool,
+    /// Another connection has failed: there is nothing to wait for.
+    pub(super) stop: Option<&'a AtomicBool>,
 }
 
 impl Standby<'_> {
@@ -37,7 +40,8 @@ impl Standby<'_> {
     }
 
     fn beat(&self, channel: &mut Channel) -> Result<(), ChannelError> {
-        while self.control.wait(BEAT) && !self.control.token().is_cancelled() {
+        let stopped = || self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+        while self.control.wait(BEAT) && !self.control.token().is_cancelled() && !stopped() {
             if self.beats {
                 channel.control(&ControlMessage::Ping { n: 0 })?;
             }
@@ -69,6 +73,7 @@ impl Migration<'_> {
                 observer: self.observer,
                 throttle: self.throttle.as_ref(),
                 beats: self.peer.is_receiver(),
+                stop: None,
             };
             let channel = self.channel.as_mut().expect("connected before the first round");
             self.paused += standby.wait(channel)?;

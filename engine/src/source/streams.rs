@@ -110,7 +110,13 @@ impl Migration<'_> {
         let round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
         let total_pages = round.queue.pages();
         control.round(round.number, total_pages);
-        let standby = Standby { control, observer, throttle: throttle.as_ref(), beats: peer.is_receiver() };
+        let standby = Standby {
+            control,
+            observer,
+            throttle: throttle.as_ref(),
+            beats: peer.is_receiver(),
+            stop: Some(&round.stop),
+        };
         let mut paused = Duration::ZERO;
         let goes_on = || !cancel.is_cancelled() && (frozen || !control.wants_post_copy());
         let helpers = (total_pages / PAGES_A_WORKER).min(further.len() as u64) as usize;
@@ -132,8 +138,10 @@ impl Migration<'_> {
             Ok(goes_on())
         };
         // One that finds nothing left to do ends, paused or not: the first waits for it, and then nobody would be heard of.
-        let others_before = |queue: &Queue<'_>| {
-            while control.is_paused() && !cancel.is_cancelled() && !queue.is_empty() {
+        let others_before = || {
+            let over =
+                || cancel.is_cancelled() || round.stop.load(Ordering::Relaxed) || round.queue.is_empty();
+            while control.is_paused() && !over() {
                 control.wait(TELL);
             }
             goes_on()
@@ -146,7 +154,7 @@ impl Migration<'_> {
                 .map(|(worker, channel)| {
                     let round = &round;
                     let others_before = &others_before;
-                    scope.spawn(move || worker.run(channel, round, &mut |_| Ok(others_before(&round.queue))))
+                    scope.spawn(move || worker.run(channel, round, &mut |_| Ok(others_before())))
                 })
                 .collect();
             let mut results = vec![first.run(channel, &round, &mut before)];

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("control: a pause that is longer than the stall time-outs", pause),
+        ("control: a program that is slowed down runs at its full pace in a pause", unthrottled),
+        ("control: the receiver is lost in a pause", lost),
         ("control: another bandwidth while it runs, and an end by hand", bandwidth),
         ("control: post-copy now, after an engine that was killed", post_copy),
         ("control: what is refused, and to whom", refused),
@@ -130,6 +132,44 @@ fn pause(ferry: &Ferry) -> anyhow::Result<()> {
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     no_socket(ferry, &subject)?;
     ferry.hosts.kill(Host::Destination, subject.pid)
+}
+
+fn unthrottled(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "16MiB", "--rate", "max", "--full-page"])?;
+    let receiver = ferry.receiver(None, &[])?;
+    // However slow it is, that is more downtime than is aimed for.
+    let options = ["--bandwidth", "8MB", "--downtime", "1us", "--on-no-convergence", "throttle"];
+    let more = ["--max-throttle", "98%", "--max-rounds", "100000", "--delta-cache", "0"];
+    let mut migration = ferry.migrate_start(subject.pid, None, &[&options[..], &more].concat())?;
+    wait_for(ferry, &subject, &migration, |status| status.throttle_share > 0.0)?;
+    ensure!(control(ferry, &subject, &["pause"])?.status()?.paused, "not paused");
+    migration.says("paused, as was asked for")?;
+    let paused = wait_for(ferry, &subject, &migration, |status| status.throttle_share == 0.0)?;
+    ensure!(paused.paused && paused.stage == Stage::PreCopy, "{paused:?}");
+    for what in [&["bandwidth", "none"][..], &["post-copy"], &["resume"]] {
+        control(ferry, &subject, what)?.status()?;
+    }
+    let outcome = migration.wait()?;
+    let report = outcome.moved()?;
+    ensure!(report.paused_us > 0 && report.throttle_share > 0.0, "{}", report.throttle_share);
+    ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()?;
+    ferry.hosts.kill(Host::Destination, subject.pid)
+}
+
+fn lost(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&WRITER)?;
+    let receiver = ferry.receiver(None, &[])?;
+    let options = [&["--bandwidth", "5MB"][..], &ENDLESS].concat();
+    let mut migration = ferry.migrate_start(subject.pid, None, &options)?;
+    wait_for(ferry, &subject, &migration, sends)?;
+    control(ferry, &subject, &["pause"])?.status()?;
+    migration.says("paused, as was asked for")?;
+    ferry.hosts.kill(Host::Destination, receiver.pid)?;
+    migration.wait()?.failed(1, &["running at the source"])?;
+    ferry.lives_only(Host::Source, &subject)?;
+    no_socket(ferry, &subject)?;
+    ferry.hosts.kill(Host::Source, subject.pid)
 }
 
 /// Bytes a second over a while, by the engine's own clock.
