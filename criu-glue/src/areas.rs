@@ -171,10 +171,12 @@ impl Areas {
     }
 }
 
-/// The soft-dirty mark of a whole area goes whenever marks are cleared, and means nothing to criu.
+/// Whether they are the same but for what says who watches the memory, and means nothing to criu: the soft-dirty mark of a
+/// whole area, which goes whenever marks are cleared, and the registrations with a userfaultfd (missing, write-protected,
+/// minor), which go when a program moves an area.
 fn same_flags(a: &str, b: &str) -> bool {
-    let flags = |text: &'static str| move |flag: &&str| *flag != text;
-    a.split_ascii_whitespace().filter(flags("sd")).eq(b.split_ascii_whitespace().filter(flags("sd")))
+    let counts = |flag: &&str| !matches!(*flag, "sd" | "um" | "uw" | "ui");
+    a.split_ascii_whitespace().filter(counts).eq(b.split_ascii_whitespace().filter(counts))
 }
 
 #[cfg(test)]
@@ -221,8 +223,10 @@ mod tests {
     }
 
     #[test]
-    fn a_flag_that_changed_is_found_but_for_the_soft_dirty_mark() {
+    fn a_flag_that_changed_is_found_unless_it_says_only_who_watches() {
         let before = Areas::parse(&smaps());
+        let moved = Areas::parse(&smaps().replace(" ac", " uw ac"));
+        assert_eq!(before.difference(&moved), None);
         let cleared = Areas::parse(&smaps().replace(" sd", ""));
         assert_eq!(before.difference(&cleared), None);
         let unforkable = Areas::parse(&smaps().replace(" ac", " dc ac"));

@@ -12,7 +12,7 @@ pub struct Task {
     pub vpid: i32,
     /// Parent's process id, 0 for the root.
     pub parent: i32,
-    /// Thread ids, the process id among them. Empty for a zombie.
+    /// Thread ids, the process id among them; of a zombie only that.
     pub threads: Vec<i32>,
 }
 
@@ -72,8 +72,14 @@ fn decode_tasks(bytes: &[u8]) -> Result<Vec<Task>, super::FormatError> {
         |n: u32| i32::try_from(n).map_err(|_| super::FormatError::Value(format!("{n} is no process id")));
     let mut tasks = Vec::new();
     while let Some(message) = messages.next::<TaskMessage>()? {
-        let threads = message.threads.into_iter().map(number).collect::<Result<_, _>>()?;
-        tasks.push(Task { vpid: number(message.pid)?, parent: number(message.parent)?, threads });
+        let vpid = number(message.pid)?;
+        let threads = match &message.threads[..] {
+            // The only one is the process itself. Of a zombie criu (up to 4.2 at least) writes another number there, which
+            // was never given a value: `dump_zombies` fills in the process id and not the thread's.
+            [_] => vec![vpid],
+            all => all.iter().copied().map(number).collect::<Result<_, _>>()?,
+        };
+        tasks.push(Task { vpid, parent: number(message.parent)?, threads });
     }
     if tasks.is_empty() {
         return Err(super::FormatError::Missing("task"));
@@ -125,6 +131,15 @@ mod tests {
         assert_eq!(decode_tasks(&bytes).unwrap(), [Task { vpid: 300, parent: 0, threads: vec![300, 6] }]);
         for end in 8..bytes.len() {
             assert!(decode_tasks(&bytes[..end]).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn the_thread_of_a_zombie_is_the_process_whatever_criu_wrote() {
+        for garbage in [6, 0, u32::MAX] {
+            let mut bytes = frame::begin(&[frame::COMMON, frame::PSTREE]);
+            frame::push(&mut bytes, &TaskMessage { pid: 300, parent: 1, threads: vec![garbage] });
+            assert_eq!(decode_tasks(&bytes).unwrap(), [Task { vpid: 300, parent: 1, threads: vec![300] }]);
         }
     }
 

@@ -5,7 +5,8 @@ use pageferry::MigrationReport;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::workload::state::realtime_us;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -33,6 +34,8 @@ pub struct Ferry {
     /// What runs in either host for the test of the moment.
     started: RefCell<Vec<i32>>,
     count: RefCell<u32>,
+    /// The count when the test of the moment began.
+    begun: Cell<u32>,
 }
 
 /// A running receiver.
@@ -56,7 +59,13 @@ impl Ferry {
         let hosts = Hosts::up_as(&tool, &format!("live-{}", std::process::id()), None)?;
         // Not wherever TMPDIR points to: the hosts have a /run of their own.
         let scratch = tempfile::tempdir_in("/tmp")?;
-        Ok(Self { hosts, scratch, started: RefCell::default(), count: RefCell::default() })
+        Ok(Self {
+            hosts,
+            scratch,
+            started: RefCell::default(),
+            count: RefCell::default(),
+            begun: Cell::new(0),
+        })
     }
 
     /// A name that no other file of this run has.
@@ -235,8 +244,32 @@ impl Ferry {
         }
     }
 
+    /// What the programs of the test of the moment printed, and which of them have ended: a failure seen once in a hundred runs
+    /// has to explain itself.
+    pub fn told(&self) -> String {
+        let mut told = String::new();
+        for pid in self.started.borrow().iter() {
+            for host in [Host::Source, Host::Destination] {
+                let state = self.state(host, *pid).ok().flatten();
+                let _ = write!(told, "\n{}, process {pid}: {}", host.name(), state.unwrap_or('-'));
+            }
+        }
+        let begun = self.begun.get();
+        for entry in std::fs::read_dir(self.scratch.path()).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let number = name.trim_end_matches(".log").rsplit('-').next().and_then(|n| n.parse().ok());
+            let log = name.ends_with(".log") || name.starts_with("receiver") || name.starts_with("program");
+            let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            if log && number.is_some_and(|number: u32| number > begun) && !text.trim().is_empty() {
+                let _ = write!(told, "\n--- {name}\n{}", text.trim());
+            }
+        }
+        told
+    }
+
     /// Ends what the test has started.
     pub fn clear(&self) {
+        self.begun.set(*self.count.borrow());
         for pid in self.started.borrow_mut().drain(..) {
             for host in [Host::Source, Host::Destination] {
                 let _ = self.sh(host, &format!("kill -CONT -- -{pid}; kill -KILL -- -{pid} {pid}"));

@@ -1,9 +1,10 @@
 //! Memory that comes after the program: in any strategy, and whatever happens meanwhile, a program finds every byte that it had.
 
 use super::Test;
-use super::ferry::{Ferry, Outcome};
+use super::ferry::{Ferry, LIMIT, Outcome};
 use anyhow::{Context, ensure};
 use pageferry::report::PostCopyReport;
+use pageferry_benches::bench::child::wait_for;
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
 use std::time::{Duration, Instant};
@@ -80,6 +81,10 @@ fn forked(ferry: &Ferry) -> anyhow::Result<()> {
 
 fn churned(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = ferry.subject(&["churn", "--memory", "64MiB", "--rate", "20MB"])?;
+    // At first it has only what it never touches; after so many operations, as much as it may have.
+    wait_for("a life behind the program", LIMIT, || {
+        Ok(subject.lines()?.last().is_some_and(|line| line.progress > 3000).then_some(()))
+    })?;
     let receiver = ferry.receiver(None, &["--once"])?;
     let outcome = ferry.migrate(subject.pid, None, &["--strategy", "post-copy", "--bandwidth", "15MB"])?;
     let late = moved(&outcome)?;

@@ -63,12 +63,13 @@ fn run(slot: &Mutex<Option<Ferry>>, test: Test) -> Result<Completion, Failed> {
         None => slot.insert(Ferry::new().map_err(|error| format!("{error:#}"))?),
     };
     let result = test(ferry).and_then(|()| ferry.nothing_is_left());
+    let told = if result.is_err() { ferry.told() } else { String::new() };
     ferry.clear();
     match result {
         Ok(()) => Ok(Completion::Completed),
         Err(error) => match error.downcast_ref::<ferry::Ignored>() {
             Some(ignored) => Ok(Completion::ignored_with(ignored.0.clone())),
-            None => Err(format!("{error:#}").into()),
+            None => Err(format!("{error:#}{told}").into()),
         },
     }
 }

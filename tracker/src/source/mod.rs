@@ -17,6 +17,7 @@
 pub(crate) mod compare;
 mod entries;
 mod known;
+mod reach;
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 

@@ -3,12 +3,14 @@
 
 use super::entries::notes;
 use super::known::Known;
+use super::reach::{self, Place};
 use super::{
     Answer, DirtySource, WatchError, all, guard_category, matching, still_there, survey, survey_spans,
 };
 use crate::inject;
 use crate::page_set::{PageSet, Run};
 use crate::probe::FEATURES;
+use crate::region::Region;
 use crate::scope::{Backing, Care, Scope, Span, Untracked, View};
 use crate::sys::pagemap::{self, FILE, PFNZERO, PRESENT, Query, SWAPPED, WP_MATCHING, WPALLOWED, WRITTEN};
 use crate::sys::uffd;
@@ -299,29 +301,42 @@ impl DirtySource for UffdWp {
         self.ours = self.ours.subtract(&unwatched);
         self.refused.clear();
         self.sealed = PageSet::default();
-        let watched: Vec<_> = view.watched().map(|(region, _)| region).collect();
-        let mut at = 0;
-        for run in unwatched.runs() {
-            let (start, end) = (run.start * 4096, run.end() * 4096);
-            at += watched[at..].partition_point(|region| region.end <= start);
-            // Mapping by mapping: one that cannot be registered must not take its neighbours with it.
-            for region in watched[at..].iter().take_while(|region| region.start < end) {
-                let (low, high) = (region.start.max(start), region.end.min(end));
-                match uffd::register(uffd, low, high, uffd::MODE_WP) {
-                    Ok(()) => {
-                        self.ours.insert(low / 4096, (high - low) / 4096);
-                        self.fresh.insert(low / 4096, (high - low) / 4096);
-                    }
+        if unwatched.is_empty() {
+            return Ok(());
+        }
+        let place = |(region, care): (&Region, Option<Care>)| Place {
+            start: region.start,
+            end: region.end,
+            watched: care.is_some(),
+        };
+        let places: Vec<Place> = view.every().map(place).collect();
+        let (mut registered, mut sealed) = (PageSet::default(), PageSet::default());
+        for reach in reach::reaches(&places, &unwatched) {
+            let together = uffd::register(uffd, reach.low, reach.high, uffd::MODE_WP).is_ok();
+            for index in reach.places {
+                let place = places[index];
+                if !reach::is_new(place, &unwatched) {
+                    continue;
+                }
+                // One that cannot be registered must not take its neighbours with it.
+                let alone = || {
+                    let around = reach::with_holes(&places, index..index + 1);
+                    uffd::register(uffd, around.low, around.high, uffd::MODE_WP)
+                        .or_else(|_| uffd::register(uffd, place.start, place.end, uffd::MODE_WP))
+                };
+                match if together { Ok(()) } else { alone() } {
+                    Ok(()) => registered.insert(place.start / 4096, view.regions[index].pages()),
                     Err(error) => match error.raw_os_error() {
                         // A shared mapping of a file that was opened to be read: it can never be written.
-                        Some(libc::EPERM) if region.shared && !region.write => {
-                            self.sealed.insert(low / 4096, (high - low) / 4096);
+                        Some(libc::EPERM) if view.regions[index].shared && !view.regions[index].write => {
+                            sealed.insert(place.start / 4096, view.regions[index].pages());
                         }
                         // It cannot be watched (somebody else's userfaultfd, a special mapping), or is gone.
                         Some(libc::EINVAL | libc::EPERM | libc::EBUSY) => {
-                            tracing::debug!(low, high, %error, "a region that cannot be watched");
+                            let Place { start, end, .. } = place;
+                            tracing::debug!(start, end, %error, "a region that cannot be watched");
                             let reason = format!("userfaultfd cannot protect it: {error}");
-                            self.refused.push(Untracked { start: low, end: high, reason, named: true });
+                            self.refused.push(Untracked { start, end, reason, named: true });
                         }
                         // The memory that the descriptor belongs to is gone; the pagemap's may be that of the program
                         // that came after it.
@@ -331,6 +346,11 @@ impl DirtySource for UffdWp {
                 }
             }
         }
+        // What had been registered before keeps its marks.
+        let new = unwatched.intersect(&registered);
+        self.ours.absorb(new.clone());
+        self.fresh.absorb(new);
+        self.sealed = unwatched.intersect(&sealed);
         Ok(())
     }
 

@@ -30,6 +30,43 @@ pub fn compute(rounds: u64) -> String {
     format!("{word:x} {sum:?}")
 }
 
+/// Maps, grows, shrinks, moves and unmaps a few mappings, and looks that what was in them stays.
+fn reshape(turns: u64) -> io::Result<()> {
+    const MAPPINGS: usize = 6;
+    let mut random = 1u64;
+    let mut below = move |limit: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % limit
+    };
+    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    for turn in 0..turns {
+        if mappings.len() < MAPPINGS {
+            let pages = 1 + below(16);
+            let at = memory::map(None, pages, READ_WRITE)?;
+            (0..pages).for_each(|page| memory::store(at + page * 4096, page + 1));
+            mappings.push((at, pages));
+        }
+        let index = below(mappings.len() as u64) as usize;
+        let (at, pages) = mappings[index];
+        let to = 1 + below(32);
+        let at = memory::resize(at, pages, to).map_err(|error| {
+            io::Error::other(format!("turn {turn}: resizing {pages} pages at {at:#x} to {to}: {error}"))
+        })?;
+        for page in 0..pages.min(to) {
+            if memory::load(at + page * 4096) != page + 1 {
+                return Err(io::Error::other(format!("turn {turn}: page {page} of {at:#x} is another")));
+            }
+        }
+        (0..to).for_each(|page| memory::store(at + page * 4096, page + 1));
+        mappings[index] = (at, to);
+        if below(4) == 0 {
+            mappings.swap_remove(index);
+            memory::unmap(at, to)?;
+        }
+    }
+    mappings.iter().try_for_each(|&(at, pages)| memory::unmap(at, pages))
+}
+
 /// Every write is of a value that was never written before.
 static NEXT_VALUE: AtomicU64 = AtomicU64::new(1);
 
@@ -278,6 +315,7 @@ impl Program {
                 return Ok(format!("{interrupted}"));
             }
             "interrupted" => return Ok(format!("{}", self.interrupted)),
+            "reshape" => reshape(number(1)?)?,
             "compute" => return Ok(compute(number(1)?)),
             "count-signals" => process::count_signals()?,
             "ignore" => process::ignore(number(1)? as i32),

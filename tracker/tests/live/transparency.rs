@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     ("signals_are_delivered_exactly", signals_are_delivered_exactly),
     ("a_stop_that_arrives_is_not_lost", a_stop_that_arrives_is_not_lost),
     ("registers_survive", registers_survive),
+    ("mappings_that_grow_while_they_are_taken_up_stay_in_one_piece", mappings_stay_in_one_piece),
     ("a_blocked_read_goes_on", a_blocked_read_goes_on),
     ("a_sleep_is_as_long_as_it_was_meant", a_sleep_is_as_long_as_it_was_meant),
     ("epoll_is_interrupted_at_most", epoll_is_interrupted_at_most),
@@ -127,6 +128,22 @@ fn registers_survive(kind: TrackerKind) {
         visit(kind, &subject);
     }
     assert_eq!(subject.answer(), wanted);
+}
+
+/// The kernel cuts a mapping of which only a part is registered, and refuses to resize what lies in two.
+fn mappings_stay_in_one_piece(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let mut tracker = Tracker::attach(subject.target(), kind).expect("attach");
+    let subject = &mut subject;
+    let answer = std::thread::scope(|scope| {
+        let turns = scope.spawn(|| subject.ask("reshape 100000"));
+        while !turns.is_finished() {
+            let collected = collect(&mut tracker);
+            tracker.acknowledge(collected.ticket);
+        }
+        turns.join().expect("the program answers")
+    });
+    assert_eq!(answer, "ok");
 }
 
 fn a_blocked_read_goes_on(kind: TrackerKind) {

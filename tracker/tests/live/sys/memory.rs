@@ -76,6 +76,14 @@ pub fn grow(at: u64, pages: u64, to_pages: u64) -> io::Result<()> {
     if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Grows or shrinks a mapping, wherever it fits; its address afterwards.
+pub fn resize(at: u64, pages: u64, to_pages: u64) -> io::Result<u64> {
+    let length = |pages| (pages * PAGE) as usize;
+    // SAFETY: the range was mapped by `map`, no Rust object lives in it, and the caller goes on with the new address.
+    let address = unsafe { libc::mremap(pointer(at), length(pages), length(to_pages), libc::MREMAP_MAYMOVE) };
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(address as u64) }
+}
+
 /// Gives advice about pages.
 pub fn advise(at: u64, pages: u64, advice: i32) -> io::Result<()> {
     // SAFETY: the range was mapped by `map`, and no Rust object lives in it.
