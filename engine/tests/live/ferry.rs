@@ -267,14 +267,30 @@ impl Ferry {
         told
     }
 
-    /// Ends what the test has started.
-    pub fn clear(&self) {
+    /// Ends what the test has started, and looks that it has ended: what runs on takes the processors away from the next test.
+    pub fn clear(&self) -> anyhow::Result<()> {
         self.begun.set(*self.count.borrow());
-        for pid in self.started.borrow_mut().drain(..) {
-            for host in [Host::Source, Host::Destination] {
-                let _ = self.sh(host, &format!("kill -CONT -- -{pid}; kill -KILL -- -{pid} {pid}"));
-            }
+        let started = self.started.take();
+        if started.is_empty() {
+            return Ok(());
         }
+        let pids: Vec<String> = started.iter().map(i32::to_string).collect();
+        // `-s` and `--`, so that every shell takes a process group for what it is.
+        let script = format!(
+            "for pid in {pids}; do kill -s CONT -- -$pid; kill -s KILL -- -$pid $pid; done 2>/dev/null\n\
+             state() {{ sed 's/.*) //' /proc/$1/stat 2>/dev/null | cut -c1 | tr -d ZX; }}\n\
+             turns=0\n\
+             for pid in {pids}; do\n\
+             while [ -n \"$(state $pid)\" ] && [ $turns -lt 3000 ]; do sleep 0.01; turns=$((turns + 1)); done\n\
+             [ -z \"$(state $pid)\" ] || echo \"process $pid, state $(state $pid)\"\n\
+             done",
+            pids = pids.join(" ")
+        );
+        for host in [Host::Source, Host::Destination] {
+            let left = self.sh(host, &script)?;
+            ensure!(left.is_empty(), "left in the {}: {left}", host.name());
+        }
+        Ok(())
     }
 }
 

@@ -64,8 +64,7 @@ fn run(slot: &Mutex<Option<Ferry>>, test: Test) -> Result<Completion, Failed> {
     };
     let result = test(ferry).and_then(|()| ferry.nothing_is_left());
     let told = if result.is_err() { ferry.told() } else { String::new() };
-    ferry.clear();
-    match result {
+    match result.and(ferry.clear()) {
         Ok(()) => Ok(Completion::Completed),
         Err(error) => match error.downcast_ref::<ferry::Ignored>() {
             Some(ignored) => Ok(Completion::ignored_with(ignored.0.clone())),
