@@ -21,6 +21,8 @@ mod fault;
 mod layout;
 pub mod link;
 pub mod model;
+#[allow(dead_code)]
+pub mod network;
 mod page_bits;
 pub mod policy;
 pub mod predict;

@@ -4,12 +4,13 @@ use crate::digest::SpaceDigest;
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, FrameKind, Sequencer, limit};
 use crate::limits::{
-    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_KEPT_PAGES, MAX_NAME_BYTES, MAX_REGIONS, MAX_RUNS_PER_FRAME,
-    MAX_SPACES, MAX_STREAMS, MAX_TIMINGS, PAGE_SIZE,
+    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_KEPT_PAGES, MAX_MOVED_ADDRESSES, MAX_NAME_BYTES, MAX_REGIONS,
+    MAX_RUNS_PER_FRAME, MAX_SPACES, MAX_STREAMS, MAX_TIMINGS, PAGE_SIZE,
 };
 use crate::page::{PageRun, SpaceId, check_runs};
 use crate::version::{self, Versions};
 use bincode::{Decode, Encode};
+use std::net::IpAddr;
 
 fn config() -> impl bincode::config::Config {
     bincode::config::standard()
@@ -87,6 +88,19 @@ pub struct RestoreChoices {
     pub file_locks: bool,
     /// Unix sockets may have a peer outside of the tree.
     pub ext_unix_sk: bool,
+}
+
+/// An address that moves with the program.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct MovingAddress {
+    /// Which.
+    pub address: IpAddr,
+    /// Bits of its network, from 1 on.
+    pub prefix: u8,
+    /// The destination's device that gets it; `None`: a hook puts it there, and the destination only holds back its packets.
+    pub device: Option<String>,
+    /// Ethernet address of the source's device, for who has to say that the address is there again.
+    pub owner: [u8; 6],
 }
 
 /// A step of the destination in its part of the downtime.
@@ -429,6 +443,35 @@ pub enum ControlMessage {
         /// The longest, in microseconds.
         max_us: u64,
     },
+    /// Source, after the welcome: what of the network moves with the program. Answered by [`ControlMessage::NetworkReady`].
+    Network {
+        /// Its addresses, at most [`MAX_MOVED_ADDRESSES`].
+        addresses: Vec<MovingAddress>,
+        /// Established TCP connections are kept, instead of what [`RestoreChoices::tcp_close`] says.
+        keep_tcp: bool,
+    },
+    /// Destination: the addresses are here, and nobody can tell.
+    NetworkReady,
+    /// Source, just before the freeze: clients are to send to the destination from now on.
+    Announce,
+    /// Destination: they were told.
+    Announced {
+        /// How long it took, in microseconds.
+        us: u64,
+    },
+    /// Destination, before [`ControlMessage::Resumed`]: packets that had waited were delivered.
+    Delivered {
+        /// How many.
+        packets: u64,
+        /// Their bytes.
+        bytes: u64,
+        /// Packets for which there was no room.
+        lost: u64,
+        /// How long it took to let packets in, in microseconds.
+        release_us: u64,
+        /// How long it took to deliver those that had waited, in microseconds.
+        deliver_us: u64,
+    },
 }
 
 impl ControlMessage {
@@ -535,6 +578,7 @@ impl ControlMessage {
                 }
                 limit("an abort's text", detail.len(), MAX_DETAIL_BYTES)
             }
+            Self::Network { addresses, .. } => check_addresses(addresses),
             Self::RoundEnd { .. }
             | Self::RoundAck { .. }
             | Self::SealEnd { .. }
@@ -551,6 +595,10 @@ impl ControlMessage {
             | Self::LateSealEnd { .. }
             | Self::LateSealed { .. }
             | Self::FaultTimes { .. }
+            | Self::NetworkReady
+            | Self::Announce
+            | Self::Announced { .. }
+            | Self::Delivered { .. }
             | Self::Ping { .. } => Ok(()),
         }
     }
@@ -558,6 +606,24 @@ impl ControlMessage {
 
 fn to_usize(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// Each address comes once, with a network that it can have and a device that could be.
+fn check_addresses(addresses: &[MovingAddress]) -> Result<(), DecodeError> {
+    limit("a list of addresses", addresses.len(), MAX_MOVED_ADDRESSES)?;
+    for (n, moving) in addresses.iter().enumerate() {
+        let most = if moving.address.is_ipv4() { 32 } else { 128 };
+        if !(1..=most).contains(&moving.prefix) {
+            return Err(DecodeError::Invalid("an address in a network that it cannot have"));
+        }
+        if addresses[..n].iter().any(|other| other.address == moving.address) {
+            return Err(DecodeError::Invalid("an address that moves twice"));
+        }
+        if let Some(device) = &moving.device {
+            limit("a device's name", device.len(), MAX_NAME_BYTES)?;
+        }
+    }
+    Ok(())
 }
 
 /// Something is asked for, there is one way to ask for it, and the answer can be bounded.

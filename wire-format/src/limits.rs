@@ -20,6 +20,9 @@ pub const MAX_KEPT_PAGES: u64 = 1 << 28;
 /// cores gain nothing.
 pub const MAX_STREAMS: u16 = 256;
 
+/// Addresses that move with a program: a service has a handful.
+pub const MAX_MOVED_ADDRESSES: usize = 64;
+
 /// zstd's window, as the logarithm of bytes, in a payload of pages: as long as the longest batch and the bases it is
 /// coded on top of. A frame that asks for more is refused, whatever its content.
 pub const MAX_ZSTD_WINDOW_LOG: u32 = 21;

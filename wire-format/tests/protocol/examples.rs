@@ -243,6 +243,33 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         ("late-seal", ControlMessage::LateSeal { space: SpaceId(1), pages: 1, digest: sum }),
         ("late-seal-end", ControlMessage::LateSealEnd { spaces: 1 }),
         ("late-sealed", ControlMessage::LateSealed { pages: 1 }),
+        (
+            "network",
+            ControlMessage::Network {
+                addresses: vec![
+                    MovingAddress {
+                        address: "10.0.0.9".parse().unwrap(),
+                        prefix: 24,
+                        device: Some("eth0".into()),
+                        owner: [2, 0, 0, 0, 0, 7],
+                    },
+                    MovingAddress {
+                        address: "2001:db8::9".parse().unwrap(),
+                        prefix: 64,
+                        device: None,
+                        owner: [0; 6],
+                    },
+                ],
+                keep_tcp: true,
+            },
+        ),
+        ("network-ready", ControlMessage::NetworkReady),
+        ("announce", ControlMessage::Announce),
+        ("announced", ControlMessage::Announced { us: 700 }),
+        (
+            "delivered",
+            ControlMessage::Delivered { packets: 12, bytes: 3456, lost: 0, release_us: 300, deliver_us: 150 },
+        ),
         ("fault-times", ControlMessage::FaultTimes { count: 1000, p50_us: 90, p99_us: 400, max_us: 2000 }),
     ]
 }

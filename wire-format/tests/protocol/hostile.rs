@@ -580,3 +580,29 @@ fn a_page_that_is_waited_for_has_to_be_one() {
         assert!(Frame::Control(message.clone()).encode().is_err(), "{message:?}");
     }
 }
+
+#[test]
+fn addresses_that_could_not_move_are_refused() {
+    let moving = |address: &str, prefix| MovingAddress {
+        address: address.parse().unwrap(),
+        prefix,
+        device: Some("eth0".to_owned()),
+        owner: [0; 6],
+    };
+    let writes = |addresses: Vec<MovingAddress>| {
+        ControlMessage::Network { addresses, keep_tcp: true }
+            .encode(&mut Sequencer::default(), &mut Vec::new())
+            .is_ok()
+    };
+    assert!(writes(vec![moving("10.0.0.9", 24), moving("2001:db8::9", 128)]));
+    assert!(!writes(vec![moving("10.0.0.9", 33)]));
+    assert!(!writes(vec![moving("10.0.0.9", 0)]));
+    assert!(!writes(vec![moving("2001:db8::9", 129)]));
+    assert!(!writes(vec![moving("10.0.0.9", 24), moving("10.0.0.9", 32)]), "one address twice");
+    let many = |count: usize| (0..count).map(|n| moving(&format!("10.0.0.{n}"), 24)).collect();
+    assert!(writes(many(limits::MAX_MOVED_ADDRESSES)));
+    assert!(!writes(many(limits::MAX_MOVED_ADDRESSES + 1)));
+    let long =
+        MovingAddress { device: Some("x".repeat(limits::MAX_NAME_BYTES + 1)), ..moving("10.0.0.9", 24) };
+    assert!(!writes(vec![long]));
+}
