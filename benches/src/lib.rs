@@ -5,6 +5,7 @@
 //! `pageferry-bench` moves them between two hosts and measures.
 
 pub mod bench;
+pub mod connections;
 pub mod redis;
 pub mod sys;
 pub mod workload;

@@ -284,6 +284,8 @@ impl Dump {
             ext_unix_sk: Some(request.ext_unix_sk),
             tcp_established: Some(request.tcp == TcpPolicy::Established),
             tcp_close: Some(request.tcp == TcpPolicy::Close),
+            // One that nobody has accepted yet is no reason to fail: its client hears that there is none.
+            tcp_skip_in_flight: (request.tcp == TcpPolicy::Established).then_some(true),
             shell_job: Some(request.shell_job),
             file_locks: Some(request.file_locks),
             link_remap: Some(request.link_remap),

@@ -230,6 +230,11 @@ impl Restore {
         Ok(Self { service, images, options, listener, stop, state: State::Prepared, root: None })
     }
 
+    /// What becomes of TCP connections, if that is known later than the rest. To be said before [`Restore::start`].
+    pub fn set_tcp(&mut self, tcp: TcpPolicy) {
+        self.options.tcp = tcp;
+    }
+
     /// The receiver of the userfaultfds, for a thread of its own. One is enough: two would share the events.
     pub fn lazy(&self) -> Result<LazyListener, RestoreError> {
         let Some(listener) = &self.listener else {

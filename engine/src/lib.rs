@@ -21,7 +21,6 @@ mod fault;
 mod layout;
 pub mod link;
 pub mod model;
-#[allow(dead_code)]
 pub mod network;
 mod page_bits;
 pub mod policy;
@@ -33,7 +32,10 @@ pub use control::Control;
 pub use destination::{Receiver, receive};
 pub use error::{FailureKind, MigrationError};
 pub use kept::{RestorePlan, inspect, restore};
+pub use network::{Hooks, MovedAddress};
 pub use observe::{Event, Observer, Silent};
-pub use plan::{CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo, Strategy};
+pub use plan::{
+    CodingChoice, NoConvergence, PolicyChoice, ReceivePlan, SendPlan, SendTo, Strategy, TcpChoice,
+};
 pub use report::MigrationReport;
 pub use source::{send, send_controlled};

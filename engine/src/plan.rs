@@ -1,10 +1,11 @@
 //! What a migration is asked to do: every knob explicit, validated once.
 
+use crate::network::{Hooks, MovedAddress};
 use crate::policy::estimate::FreezeCost;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
 use serde::Serialize;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -78,6 +79,17 @@ pub enum CodingChoice {
     Raw,
     /// All by zstd; no deltas and no copies of other pages. For comparisons.
     Zstd,
+}
+
+/// What becomes of the program's established TCP connections. Listening sockets are always kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TcpChoice {
+    /// A program that has any is refused.
+    Refuse,
+    /// They are closed at the destination: the program reads their end, and clients have to connect again.
+    Close,
+    /// They are kept. That what clients send reaches the destination is up to [`SendPlan::move_addresses`], or to hooks.
+    Keep,
 }
 
 /// Where a program is sent.
@@ -164,6 +176,12 @@ pub struct SendPlan {
     pub tracker: Option<TrackerKind>,
     /// How CRIU is kept from dumping the engine's pages; `None` chooses by what works here.
     pub hide: Option<HideKind>,
+    /// Addresses that move with the program.
+    pub move_addresses: Vec<MovedAddress>,
+    /// What becomes of established TCP connections; `None`: kept if addresses move, closed in a file, and refused otherwise.
+    pub tcp: Option<TcpChoice>,
+    /// Commands to run at the stages of the handover.
+    pub hooks: Hooks,
     /// Compare the whole restored memory with the frozen source before the commit (inside the downtime).
     pub verify: bool,
     /// CRIU to use; `None` searches for one.
@@ -205,6 +223,9 @@ impl SendPlan {
             nice: 0,
             tracker: None,
             hide: None,
+            move_addresses: Vec::new(),
+            tcp: None,
+            hooks: Hooks::default(),
             verify: false,
             criu: None,
             shell_job: false,
@@ -217,6 +238,15 @@ impl SendPlan {
     /// Whether pages may be left for after the program runs at the destination.
     pub(crate) fn may_owe(&self) -> bool {
         self.strategy.owes() || self.on_no_convergence == NoConvergence::PostCopy
+    }
+
+    /// What becomes of established TCP connections.
+    pub fn tcp(&self) -> TcpChoice {
+        self.tcp.unwrap_or(match self.to {
+            SendTo::Receiver(_) if self.move_addresses.is_empty() => TcpChoice::Refuse,
+            SendTo::Receiver(_) => TcpChoice::Keep,
+            SendTo::File(_) | SendTo::Directory(_) => TcpChoice::Close,
+        })
     }
 
     /// Checks what can be checked without touching anything.
@@ -257,6 +287,16 @@ impl SendPlan {
         if self.incremental && !matches!(self.to, SendTo::Directory(_)) {
             return Err(PlanError::NoEarlier);
         }
+        let network =
+            !self.move_addresses.is_empty() || self.hooks.any() || self.tcp == Some(TcpChoice::Keep);
+        if network && !matches!(self.to, SendTo::Receiver(_)) {
+            return Err(PlanError::NetworkIntoFile);
+        }
+        for (n, moved) in self.move_addresses.iter().enumerate() {
+            if self.move_addresses[..n].iter().any(|other| other.address == moved.address) {
+                return Err(PlanError::MovesTwice(moved.address));
+            }
+        }
         if let SendTo::Receiver(to) = self.to {
             if to.port() == 0 {
                 return Err(PlanError::NoPort(to));
@@ -287,6 +327,8 @@ pub struct ReceivePlan {
     pub criu: Option<PathBuf>,
     /// How long the link or CRIU may make no progress before the migration is given up.
     pub stall_timeout: Duration,
+    /// Commands to run at the stages of the handover of a migration that moves something of the network.
+    pub hooks: Hooks,
     /// How long an ended session can still be asked about by a sender that lost its link.
     pub remember: Duration,
     /// A program that runs here while pages of it are still at the source waits for these so long at most when the source is not heard of.
@@ -304,6 +346,7 @@ impl ReceivePlan {
             keep_store: None,
             criu: None,
             stall_timeout: Duration::from_secs(30),
+            hooks: Hooks::default(),
             remember: Duration::from_secs(600),
             post_copy_timeout: Duration::from_secs(300),
         }
@@ -360,6 +403,14 @@ pub enum PlanError {
     /// What a receiver is given runs there.
     #[error("a program can only be kept running here when it goes into a file (file:PATH or dir:PATH)")]
     TwoCopies,
+    /// What is in a file is nowhere on a network.
+    #[error(
+        "addresses, connections and hooks are for a receiver: a file (file:PATH or dir:PATH) takes none of the network"
+    )]
+    NetworkIntoFile,
+    /// An address goes to one place.
+    #[error("the address {0} is to move twice")]
+    MovesTwice(IpAddr),
     /// Only a directory has earlier checkpoints.
     #[error("only a checkpoint in a directory (dir:PATH) can be on top of an earlier one")]
     NoEarlier,

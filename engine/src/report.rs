@@ -38,7 +38,8 @@ pub struct MigrationReport {
     pub criu: String,
     /// Kernel release of the source.
     pub kernel: String,
-    /// What happened to established TCP connections: `none`, or `closed` (clients have to reconnect).
+    /// What happened to established TCP connections: `none` (there were none, or the program would have been refused), `closed`
+    /// (clients have to reconnect) or `kept`.
     pub tcp: String,
     /// Memory that the engine carried (pages that the destination holds when the tree is frozen).
     pub memory_bytes: u64,
@@ -86,6 +87,9 @@ pub struct MigrationReport {
     /// Pages that came to the destination only after the program ran there; absent if there were none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyReport>,
+    /// What moved of the network, and what it cost; absent if nothing did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkReport>,
     /// Largest resident size of the sending engine.
     pub engine_peak_rss_bytes: u64,
 }
@@ -283,6 +287,31 @@ pub struct FaultReport {
     pub p99_us: u64,
     /// The longest.
     pub max_us: u64,
+}
+
+/// The network's part of a handover.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct NetworkReport {
+    /// Addresses that moved, as they were asked for; those that hooks moved, without a device.
+    pub addresses: Vec<String>,
+    /// Established TCP connections that the program had just before the freeze, and that were kept.
+    pub connections: u64,
+    /// How long the destination took to announce the addresses, hook included, just before the freeze.
+    pub announce_us: u64,
+    /// How long the source took to stop everything in and out of the addresses (inside `downtime_us.seal`).
+    pub block_us: u64,
+    /// How long the destination took to let packets in (inside `downtime_us.commit`).
+    pub release_us: u64,
+    /// How long it took to deliver those that had waited (inside `downtime_us.commit`).
+    pub deliver_us: u64,
+    /// Packets that had waited.
+    pub held_packets: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
+    /// Packets for which there was no room while they waited: their senders send them again.
+    pub lost_packets: u64,
+    /// From when the destination was told to announce the addresses until the source heard that what had waited was delivered.
+    pub away_us: u64,
 }
 
 /// What happened after the program ran again.

@@ -10,7 +10,7 @@ use crate::limits::{
 use crate::page::{PageRun, SpaceId, check_runs};
 use crate::version::{self, Versions};
 use bincode::{Decode, Encode};
-use std::net::IpAddr;
+use core::net::IpAddr;
 
 fn config() -> impl bincode::config::Config {
     bincode::config::standard()

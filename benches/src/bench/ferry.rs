@@ -45,6 +45,22 @@ pub struct Report {
     pub throttle_share: f64,
     /// Pages that came after the program.
     pub post_copy: Option<PostCopy>,
+    /// What became of established TCP connections.
+    pub tcp: String,
+    /// What moved of the network.
+    pub network: Option<Network>,
+}
+
+/// The network in the report.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Network {
+    /// Established connections that were kept.
+    pub connections: u64,
+    /// From the announcement to the delivery of what waited.
+    pub away_us: u64,
+    /// Packets that waited.
+    pub held_packets: u64,
 }
 
 /// Owed pages in the report.
@@ -79,6 +95,8 @@ pub struct Faults {
 pub struct Downtime {
     /// All of it.
     pub total: u64,
+    /// Until the destination was ready to let the program run.
+    pub restore: u64,
 }
 
 /// A round in the report.
@@ -213,6 +231,10 @@ impl Ferry {
             "--json",
         ];
         migrate.extend(options);
+        // Clients of what is measured here connect again, unless their connections are what is measured.
+        if !["--tcp", "--move-address"].iter().any(|own| options.contains(own)) {
+            migrate.extend(["--tcp", "close"]);
+        }
         // What other runs took is nothing to go by, and this one nothing to remember, unless that is what is measured.
         if !options.contains(&CALIBRATION) {
             migrate.extend([CALIBRATION, "none"]);

@@ -5,7 +5,7 @@ use super::hosts::{Host, Hosts};
 use super::workload;
 use crate::redis::verify::VerifyReport;
 use anyhow::{Context, ensure};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Port of redis.
@@ -20,6 +20,8 @@ pub struct MovedRedis {
     pub pid: i32,
     /// What its values are, as options of `redis-fill`.
     family: Vec<String>,
+    /// Where reports of clients go.
+    scratch: PathBuf,
 }
 
 impl MovedRedis {
@@ -38,7 +40,8 @@ impl MovedRedis {
         let address = Self::address(Host::Source);
         let fill = [program.as_str(), "redis-fill", "--address", &address];
         child::output("redis-fill", &mut hosts.exec(Host::Client, fill.iter().chain(family)), LIMIT)?;
-        Ok(Self { pid, family: family.iter().map(|&word| word.to_owned()).collect() })
+        let family = family.iter().map(|&word| word.to_owned()).collect();
+        Ok(Self { pid, family, scratch: scratch.to_owned() })
     }
 
     /// Where it listens while it is in that host.
@@ -51,15 +54,33 @@ impl MovedRedis {
     /// # Errors
     /// What was lost, or what kept it from looking.
     pub fn verify(&self, hosts: &Hosts, more: &[&str]) -> anyhow::Result<()> {
+        let verified = self.look(hosts, more)?;
+        ensure!(verified.lost == 0, "the moved redis lost data: {:?}", verified.first_lost);
+        Ok(())
+    }
+
+    /// The same, and says what was found.
+    ///
+    /// # Errors
+    /// What kept it from looking.
+    pub fn look(&self, hosts: &Hosts, more: &[&str]) -> anyhow::Result<VerifyReport> {
+        let report = self.scratch.join("redis-verify.json");
+        let _ = std::fs::remove_file(&report);
+        let path = report.to_string_lossy().into_owned();
         let program = workload()?.to_string_lossy().into_owned();
         let address = Self::address(Host::Destination);
         let mut verify = vec![program.as_str(), "redis-verify", "--address", &address];
         verify.extend(self.family.iter().map(String::as_str));
         verify.extend(more);
-        let said = child::output("redis-verify", &mut hosts.exec(Host::Client, verify), LIMIT)?;
-        let verified: VerifyReport = serde_json::from_str(&said).context("reading what redis-verify said")?;
+        verify.extend(["--report", &path]);
+        let said = child::output("redis-verify", &mut hosts.exec(Host::Client, verify), LIMIT);
+        // With something lost its exit status says so, and its report how much.
+        let text = match std::fs::read_to_string(&report) {
+            Ok(text) => text,
+            Err(_) => said?,
+        };
+        let verified: VerifyReport = serde_json::from_str(&text).context("reading what redis-verify said")?;
         ensure!(verified.filled > 0, "redis-verify looked at nothing");
-        ensure!(verified.lost == 0, "the moved redis lost data: {:?}", verified.first_lost);
-        Ok(())
+        Ok(verified)
     }
 }

@@ -74,6 +74,10 @@ enum Workload {
     },
     /// One region, written in a known pattern, with a log of every write; the truth for working-set estimates
     Pattern(pattern::Options),
+    /// Serves connections of every kind: busy, idle, bulk, uploads, half-closed
+    Serve(crate::connections::server::Options),
+    /// Uses them, and notices what is lost, repeated, damaged or late
+    Use(crate::connections::client::Options),
     /// Writes numbered keys to redis, and remembers what was acknowledged
     RedisLoad(crate::redis::load::Options),
     /// Fills redis with values that can be computed again
@@ -159,6 +163,8 @@ impl Command {
             Workload::Churn(common) => churn::run(&common),
             Workload::Writer { common, reads, every } => writer::run(&common, reads, every as usize),
             Workload::Pattern(options) => pattern::run(&options),
+            Workload::Serve(options) => crate::connections::server::run(&options),
+            Workload::Use(options) => crate::connections::client::run(&options),
             Workload::RedisLoad(options) => crate::redis::load::run(&options),
             Workload::RedisFill(options) => crate::redis::fill::run(&options),
             Workload::RedisVerify(options) => crate::redis::verify::run(&options),

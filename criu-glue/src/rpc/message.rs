@@ -54,6 +54,8 @@ pub(crate) struct Options {
     pub manage_cgroups_mode: Option<i32>,
     #[prost(string, repeated, tag = "37")]
     pub external: Vec<String>,
+    #[prost(bool, optional, tag = "46")]
+    pub tcp_skip_in_flight: Option<bool>,
     #[prost(bool, optional, tag = "48")]
     pub lazy_pages: Option<bool>,
     #[prost(bool, optional, tag = "52")]

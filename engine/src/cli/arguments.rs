@@ -5,7 +5,7 @@ use super::predict::PredictVerb;
 use super::simulate::SimulateVerb;
 use super::units::{Bytes, Percent, Rate, Share, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry::{CodingChoice, NoConvergence, PolicyChoice, Strategy};
+use pageferry::{CodingChoice, Hooks, MovedAddress, NoConvergence, PolicyChoice, Strategy, TcpChoice};
 use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -79,17 +79,18 @@ pub(super) enum Verb {
     /// Until the receiver has everything and says that it is ready, any failure leaves the program running here as
     /// if nothing had happened; an interruption (Ctrl-C) does the same. After that it never runs here again.
     ///
-    /// Established TCP connections are closed by the move: clients have to connect again, to the other host.
+    /// Established TCP connections move with their address (--move-address), or are closed by the move (--tcp close); a program that
+    /// has any is refused otherwise.
     ///
     /// Instead of to a receiver it can go into a file, from which `pageferry restore` brings it back. The file holds the
     /// memory of the program: it is readable for root only.
     #[command(
         after_help = "Example:\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify",
         after_long_help = with_exit_codes!(
-            "  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --bandwidth 500Mbit --cpu 50%\n  # pageferry migrate --pid 4711 --to dir:/srv/checkpoints --keep-running --incremental"
+            "  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --downtime 50ms --verify\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --bandwidth 500Mbit --cpu 50%\n  # pageferry migrate --pid 4711 --to 10.0.0.2:7077 --move-address 10.0.0.9/24@eth0\n  # pageferry migrate --pid 4711 --to dir:/srv/checkpoints --keep-running --incremental"
         )
     )]
-    Migrate(MigrateVerb),
+    Migrate(Box<MigrateVerb>),
     /// Holds a migration up that runs, changes it, or asks how far it is.
     ///
     /// `pageferry migrate` answers root, and its own user, on a socket for as long as it runs. What cannot be done any more is
@@ -226,6 +227,8 @@ pub(super) struct ReceiveVerb {
     /// end it.
     #[arg(long, value_name = "TIME", default_value = "5min")]
     pub(super) post_copy_timeout: Time,
+    #[command(flatten)]
+    pub(super) hooks: HookArguments,
     /// One JSON object a line for every event.
     #[arg(long)]
     pub(super) json: bool,
@@ -355,6 +358,58 @@ impl CodingName {
             CodingName::Auto => CodingChoice::Auto,
             CodingName::Raw => CodingChoice::Raw,
             CodingName::Zstd => CodingChoice::Zstd,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum TcpName {
+    /// A program that has any does not move.
+    Refuse,
+    /// They are closed by the move: clients have to connect again, to the other host.
+    Close,
+    /// They are kept. Their addresses are moved by --move-address, or by hooks.
+    Keep,
+}
+
+impl TcpName {
+    /// The choice in the words of the library.
+    pub(super) fn choice(self) -> TcpChoice {
+        match self {
+            TcpName::Refuse => TcpChoice::Refuse,
+            TcpName::Close => TcpChoice::Close,
+            TcpName::Keep => TcpChoice::Keep,
+        }
+    }
+}
+
+/// Commands at the stages of the handover, on either side.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Commands for networks whose addresses somebody else moves (docs/NETWORK.md)")]
+pub(super) struct HookArguments {
+    /// Run when both sides have been reached and nothing was sent yet; at the destination the address has to be there, silently,
+    /// when it is over.
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) hook_prepare: Option<String>,
+    /// Run when the program is about to stop: clients have to be sent to the destination from now on.
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) hook_before_freeze: Option<String>,
+    /// Run when the program runs at the destination.
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) hook_after_resume: Option<String>,
+    /// Run when it does not, and never will: everything has to be as before.
+    #[arg(long, value_name = "COMMAND")]
+    pub(super) hook_rollback: Option<String>,
+}
+
+impl HookArguments {
+    /// In the words of the library.
+    pub(super) fn hooks(&self) -> Hooks {
+        Hooks {
+            prepare: self.hook_prepare.clone(),
+            before_freeze: self.hook_before_freeze.clone(),
+            after_resume: self.hook_after_resume.clone(),
+            rollback: self.hook_rollback.clone(),
         }
     }
 }
@@ -508,6 +563,15 @@ pub(super) struct MigrateVerb {
     /// How CRIU is kept from dumping memory that is there already.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) hide: HideName,
+    /// An address that moves with the program, and with it the program's established TCP connections; more than once for several.
+    /// DEV has it here; the receiver puts it on its device of the same name, or on DEVB.
+    #[arg(long, value_name = "ADDR/LEN@DEV[:DEVB]")]
+    pub(super) move_address: Vec<MovedAddress>,
+    /// What becomes of established TCP connections [default: keep with --move-address, close in a file, refuse otherwise].
+    #[arg(long, value_enum)]
+    pub(super) tcp: Option<TcpName>,
+    #[command(flatten)]
+    pub(super) hooks: HookArguments,
     /// Compare the whole restored memory with the frozen source before the commit (inside the downtime). What comes after
     /// it is compared page by page as it comes, with or without this.
     #[arg(long)]

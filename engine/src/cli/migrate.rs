@@ -1,6 +1,6 @@
 //! `pageferry migrate`.
 
-use super::arguments::{HideName, MigrateVerb};
+use super::arguments::{HideName, MigrateVerb, TcpName};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{calibration, render, signals};
@@ -126,6 +126,9 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
         HideName::Shim => Some(HideKind::Shim),
     };
     plan.nice = verb.nice;
+    plan.move_addresses.clone_from(&verb.move_address);
+    plan.tcp = verb.tcp.map(TcpName::choice);
+    plan.hooks = verb.hooks.hooks();
     plan.verify = verb.verify;
     plan.criu = verb.criu.clone();
     plan.shell_job = verb.shell_job;

@@ -24,6 +24,7 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.memory_limit = verb.memory_limit.map(|bytes| bytes.0);
     plan.standby = verb.standby.0;
     plan.keep_store = verb.keep_store;
+    plan.hooks = verb.hooks.hooks();
     plan.criu = verb.criu;
     plan.stall_timeout = verb.stall_timeout.0;
     plan.post_copy_timeout = verb.post_copy_timeout.0;

@@ -155,11 +155,32 @@ pub(super) fn report(report: &MigrationReport) -> String {
         let _ =
             writeln!(text, "verified: {} pages compared before the commit, all equal", report.verified_pages);
     }
-    text += match report.strategy.as_str() {
-        "checkpoint" => {
+    if let Some(network) = &report.network {
+        let _ = writeln!(
+            text,
+            "{} moved with it: announced in {}, let in again in {}, {} packets ({}) had waited and were delivered in {}; away for {}",
+            network.addresses.join(", "),
+            micros(network.announce_us),
+            micros(network.release_us),
+            network.held_packets,
+            Bytes(network.held_bytes),
+            micros(network.deliver_us),
+            micros(network.away_us)
+        );
+    }
+    text += &match (report.strategy.as_str(), report.tcp.as_str(), &report.network) {
+        ("checkpoint", ..) => {
             "established TCP connections are not in it: clients have to connect again after a restore\n"
+                .to_owned()
         }
-        _ => "established TCP connections were closed: clients have to connect again, to the destination\n",
+        (_, "closed", _) => {
+            "established TCP connections were closed: clients have to connect again, to the destination\n"
+                .to_owned()
+        }
+        (_, "kept", Some(network)) => {
+            format!("{} established TCP connections were kept\n", network.connections)
+        }
+        _ => String::new(),
     };
     text
 }
@@ -190,6 +211,7 @@ mod tests {
             tracker: "userfaultfd".into(),
             hide: "shim".into(),
             criu: "4.2.1".into(),
+            tcp: "closed".into(),
             memory_bytes: 67_317_760,
             bytes_sent: 68_538_383,
             image_bytes: 120_714,
@@ -254,6 +276,23 @@ mod tests {
             faults,
         });
         insta::assert_snapshot!(report(&MigrationReport { post_copy, ..example() }));
+    }
+
+    #[test]
+    fn what_moved_of_the_network_is_told() {
+        let network = Some(pageferry::report::NetworkReport {
+            addresses: vec!["10.0.0.9/24@eth0".into()],
+            connections: 204,
+            announce_us: 700,
+            block_us: 900,
+            release_us: 400,
+            deliver_us: 250,
+            held_packets: 31,
+            held_bytes: 4200,
+            lost_packets: 0,
+            away_us: 35_000,
+        });
+        insta::assert_snapshot!(report(&MigrationReport { network, tcp: "kept".into(), ..example() }));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::serve::ServeError;
 use super::sessions::{BeginError, GivenUp};
 use super::store::StoreError;
 use crate::link::{ChannelError, LinkError};
+use crate::network::NetworkError;
 use pageferry_criu_glue as criu;
 use pageferry_tracker as tracker;
 use pageferry_wire_format::{AbortCode, DecodeError, SpaceId};
@@ -84,6 +85,8 @@ pub(crate) enum ReceiveError {
     SourceAborted { code: AbortCode, detail: String },
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
+    #[error("the network could not be handed over")]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Late(#[from] LateError),
     #[error(

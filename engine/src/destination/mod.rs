@@ -5,6 +5,7 @@ mod guard;
 mod hub;
 mod keep;
 pub(crate) mod late;
+mod network;
 mod receive;
 mod restore;
 pub(crate) mod serve;
@@ -22,6 +23,7 @@ use failure::ReceiveError;
 use hub::Hub;
 use keep::Keeper;
 use late::Late;
+use network::Arrival;
 use pageferry_criu_glue::{Criu, ImageDir, Restore, RestoreOptions, TcpPolicy};
 use pageferry_wire_format::{self as wire, AbortCode, ControlMessage, HandoverState, Hello, Welcome};
 use receive::Reception;
@@ -115,6 +117,9 @@ impl Receiver {
     /// With `once`: what became of that session, if the program does not run here. Without: only when the
     /// listening socket fails; failures of sessions are told to the observer.
     pub fn serve(&self, once: bool, observer: &dyn Observer, cancel: &Cancel) -> Result<(), MigrationError> {
+        for text in crate::network::traces::clean() {
+            observer.event(&Event::Warning { text });
+        }
         observer.event(&Event::Listening { on: self.address });
         std::thread::scope(|scope| {
             let (ended, ends) = mpsc::channel::<Option<End>>();
@@ -341,8 +346,14 @@ impl Host {
             ext_unix_sk: choices.ext_unix_sk,
             ..RestoreOptions::default()
         };
-        let restore = Restore::prepare(&self.criu, &images, options)?;
-        let cargo = Reception::new(channel, &hub, &images, observer).run()?;
+        let mut restore = Restore::prepare(&self.criu, &images, options)?;
+        // It outlives what is restored: where that is ended, nobody may be told by the kernel that it is.
+        let peer = channel.link().peer().map_or_else(|_| String::new(), |peer| peer.to_string());
+        let mut network = Arrival::new(&self.plan, observer, hello.session, &hello.program, peer);
+        let cargo = Reception::new(channel, &hub, &images, observer, &mut network).run()?;
+        if network.keeps_tcp() {
+            restore.set_tcp(TcpPolicy::Established);
+        }
         keeper.note(&cargo);
         let store = hub.close().ok_or(ReceiveError::Order("an end twice"))?;
         channel.link_mut().set_alarm(None);
@@ -363,6 +374,7 @@ impl Host {
             channel,
             cargo,
             images: &images,
+            network: &mut network,
         }
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);

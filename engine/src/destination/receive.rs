@@ -2,6 +2,7 @@
 
 use super::failure::ReceiveError;
 use super::hub::{Hub, LAST_WORDS};
+use super::network::Arrival;
 use super::store::StoreError;
 use crate::link::{Channel, ChannelError, Incoming};
 use crate::observe::{Event, Observer};
@@ -53,11 +54,12 @@ pub(super) struct Cargo {
 }
 
 /// Receives everything up to the end of the images.
-pub(super) struct Reception<'a> {
+pub(super) struct Reception<'a, 'b> {
     pub(super) channel: &'a mut Channel,
     pub(super) hub: &'a Hub,
     pub(super) images: &'a ImageDir,
     pub(super) observer: &'a dyn Observer,
+    network: &'a mut Arrival<'b>,
     spaces: BTreeMap<SpaceId, Incomer>,
     all_sealed: bool,
     files: BTreeMap<String, u64>,
@@ -70,18 +72,20 @@ pub(super) struct Reception<'a> {
     sealed_pages: u64,
 }
 
-impl<'a> Reception<'a> {
+impl<'a, 'b> Reception<'a, 'b> {
     pub(super) fn new(
         channel: &'a mut Channel,
         hub: &'a Hub,
         images: &'a ImageDir,
         observer: &'a dyn Observer,
+        network: &'a mut Arrival<'b>,
     ) -> Self {
         Self {
             channel,
             hub,
             images,
             observer,
+            network,
             spaces: BTreeMap::new(),
             all_sealed: false,
             files: BTreeMap::new(),
@@ -250,6 +254,17 @@ impl<'a> Reception<'a> {
                     return Err(ReceiveError::ImageCount { have, announced: files });
                 }
                 return Ok(true);
+            }
+            ControlMessage::Network { addresses, keep_tcp } => {
+                if !self.spaces.is_empty() {
+                    return Err(ReceiveError::Order("what moves of the network after a space"));
+                }
+                self.network.prepare(addresses, keep_tcp)?;
+                self.channel.control(&ControlMessage::NetworkReady)?;
+            }
+            ControlMessage::Announce => {
+                let us = self.network.announce()?;
+                self.channel.control(&ControlMessage::Announced { us })?;
             }
             ControlMessage::Ping { .. } => {}
             ControlMessage::Abort { code, detail } => {

@@ -3,6 +3,7 @@
 use super::failure::ReceiveError;
 use super::guard::Guard;
 use super::late::Late;
+use super::network::Arrival;
 use super::receive::Cargo;
 use super::serve::{Budget, FillStats, ServeError, Server, say_filled};
 use super::sessions::Sessions;
@@ -27,7 +28,7 @@ const PREFILL: Duration = Duration::from_millis(5);
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 /// Restores what was received and hands it over. On an error nothing of it runs, or ever will.
-pub(super) struct Rebirth<'a> {
+pub(super) struct Rebirth<'a, 'b> {
     pub(super) plan: &'a ReceivePlan,
     pub(super) observer: &'a dyn Observer,
     pub(super) cancel: &'a Cancel,
@@ -37,6 +38,7 @@ pub(super) struct Rebirth<'a> {
     pub(super) channel: &'a mut Channel,
     pub(super) cargo: Cargo,
     pub(super) images: &'a pageferry_criu_glue::ImageDir,
+    pub(super) network: &'a mut Arrival<'b>,
 }
 
 /// A program that runs here now.
@@ -50,7 +52,7 @@ pub(super) struct Alive {
     guard: Guard,
 }
 
-impl Rebirth<'_> {
+impl Rebirth<'_, '_> {
     /// Restores, waits for the commit, and lets the program run.
     pub(super) fn run(mut self, restore: Restore, server: Server) -> Result<Alive, ReceiveError> {
         match self.bring_up(restore, &server) {
@@ -148,8 +150,11 @@ impl Rebirth<'_> {
         fault::point("dest-commit");
         self.sessions.commit(self.session, Instant::now())?;
         laps.last = Instant::now();
+        // The sockets leave their repair mode in what follows, and ask their clients how they stand: the answers must get in.
+        self.network.open();
         let pid = restore.wait(Stage::PostResume, patience)?.or(root).unwrap_or(0);
         laps.lap(Part::Run);
+        let delivered = self.network.deliver();
         server.start_background()?;
         self.sessions.resumed(self.session, pid, Instant::now());
         if fault::point("dest-resumed") == Some(Fault::Cut) {
@@ -157,7 +162,10 @@ impl Rebirth<'_> {
         }
         // The program runs, and that is written down: a link that is lost here is the source's to ask about, and
         // no reason to undo anything.
-        let told = self.channel.control(&ControlMessage::Resumed { pid, timings: laps.timings }).is_ok();
+        let told = delivered.is_none_or(|message| self.channel.control(&message).is_ok());
+        let resumed = ControlMessage::Resumed { pid, timings: laps.timings };
+        let told = told && self.channel.control(&resumed).is_ok();
+        self.network.settle();
         self.observer.event(&Event::Resumed { pid });
         Ok((told, pid))
     }

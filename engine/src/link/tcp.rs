@@ -173,6 +173,14 @@ impl TcpLink {
         self.received
     }
 
+    /// This end.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub fn local(&self) -> io::Result<SocketAddr> {
+        self.stream.local_addr()
+    }
+
     /// The other end.
     ///
     /// # Errors

@@ -14,13 +14,15 @@ enum Stage {
     Placed,
     /// Everybody may have been told.
     Announced,
-    /// The program was given to this machine: the address stays.
+    /// Packets may get in.
+    Open,
+    /// The program runs here: the address stays.
     Ours,
     /// Nothing is left to do or to undo.
     Over,
 }
 
-/// Addresses that come with a program. Dropped before [`Arriving::commit`], everything is as it was.
+/// Addresses that come with a program. Dropped before [`Arriving::deliver`], everything is as it was.
 #[derive(Debug)]
 pub(crate) struct Arriving<G: Ground> {
     ground: G,
@@ -44,17 +46,16 @@ impl<G: Ground> Arriving<G> {
         self.ground.take(Step::Announce)
     }
 
-    /// The program is this machine's: whatever happens, the addresses stay. Packets are let in, and those that waited wait
-    /// for [`Arriving::deliver`].
+    /// When the commit has come. Packets are let in, and those that waited wait for [`Arriving::deliver`].
     ///
     /// Before the sockets leave their repair mode: what the kernel says to the clients then has answers, which must get in.
-    pub(crate) fn commit(&mut self) -> Result<(), NetworkError> {
-        self.go(Stage::Ours, Step::Open)
+    pub(crate) fn open(&mut self) -> Result<(), NetworkError> {
+        self.go(Stage::Open, Step::Open)
     }
 
-    /// When the program runs.
+    /// When the program runs here: whatever happens, the addresses stay.
     pub(crate) fn deliver(&mut self) -> Result<(), NetworkError> {
-        self.ground.take(Step::Deliver)
+        self.go(Stage::Ours, Step::Deliver)
     }
 
     /// When there is time: the rules go, and the addresses are like any other.
@@ -78,7 +79,7 @@ impl<G: Ground> Arriving<G> {
             Stage::Holding => &[Step::Lift],
             // First the address: when packets are let in there must be nobody who says that nobody is there.
             Stage::Placed => &[Step::Remove, Step::Lift],
-            Stage::Announced => &[Step::Remove, Step::GiveBack, Step::Lift],
+            Stage::Announced | Stage::Open => &[Step::Remove, Step::GiveBack, Step::Lift],
             Stage::Ours => &[Step::Settle, Step::Lift],
         };
         // Each of them, whatever becomes of the others.
@@ -105,7 +106,7 @@ mod tests {
         let mut arriving = Arriving::new(ground.clone());
         arriving.prepare().unwrap();
         arriving.announce().unwrap();
-        arriving.commit().unwrap();
+        arriving.open().unwrap();
         arriving.deliver().unwrap();
         arriving.settle().unwrap();
         use Step::{Announce, Deliver, Hold, Lift, Open, Place, Settle, Speak};
@@ -113,13 +114,13 @@ mod tests {
     }
 
     #[test]
-    fn what_was_done_is_undone_at_every_point_before_the_commit() {
-        use Step::{Announce, GiveBack, Hold, Lift, Open, Place, Remove, Settle, Speak};
+    fn what_was_done_is_undone_at_every_point_before_the_program_runs() {
+        use Step::{Announce, Deliver, GiveBack, Hold, Lift, Open, Place, Remove, Settle, Speak};
         type Arrival = Arriving<Scripted>;
         let run = |until: usize| {
             let ground = Scripted::default();
             let mut arriving = Arriving::new(ground.clone());
-            let calls = [Arrival::prepare, Arrival::announce, Arrival::commit];
+            let calls = [Arrival::prepare, Arrival::announce, Arrival::open, Arrival::deliver];
             calls.iter().take(until).for_each(|call| call(&mut arriving).unwrap());
             drop(arriving);
             ground.taken()
@@ -127,7 +128,8 @@ mod tests {
         assert_eq!(run(0), []);
         assert_eq!(run(1), [Hold, Place, Remove, Lift]);
         assert_eq!(run(2), [Hold, Place, Speak, Announce, Remove, GiveBack, Lift]);
-        assert_eq!(run(3), [Hold, Place, Speak, Announce, Open, Settle, Lift], "it stays");
+        assert_eq!(run(3), [Hold, Place, Speak, Announce, Open, Remove, GiveBack, Lift]);
+        assert_eq!(run(4), [Hold, Place, Speak, Announce, Open, Deliver, Settle, Lift], "it stays");
     }
 
     #[test]

@@ -141,11 +141,6 @@ fn program(address: IpAddr) -> Vec<Instruction> {
 }
 
 impl Waiting {
-    /// How many, and their bytes.
-    pub(crate) fn count(&self) -> (u64, u64) {
-        (self.packets.len() as u64, self.packets.iter().map(|packet| packet.len() as u64).sum())
-    }
-
     /// Delivers them to this machine, in the order in which they came.
     ///
     /// # Errors

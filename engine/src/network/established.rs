@@ -38,24 +38,65 @@ pub(crate) fn connections(pids: &[i32]) -> io::Result<Vec<Connection>> {
             Err(error) if gone(&error) => continue,
             sockets => sockets?,
         };
-        let mut tables = BTreeMap::new();
-        for file in ["tcp", "tcp6"] {
-            match fs::read_to_string(format!("/proc/{pid}/net/{file}")) {
-                Ok(text) => tables.extend(parse(&text)),
-                // A kernel without IPv6 has no list of it.
-                Err(error) if gone(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let tables = tables(pid)?;
         for inode in sockets {
-            if let Some(&(local, peer)) = tables.get(&inode)
+            if let Some(socket) = tables.get(&inode)
+                && socket.connected()
                 && seen.insert(inode)
             {
-                found.push(Connection { pid, local, peer });
+                found.push(Connection { pid, local: socket.local, peer: socket.peer });
             }
         }
     }
     Ok(found)
+}
+
+/// Connections that clients have made, and that none of these processes has accepted yet.
+///
+/// # Errors
+/// As of [`connections`].
+pub(crate) fn waiting(pids: &[i32]) -> io::Result<u64> {
+    let mut listening = BTreeMap::new();
+    for &pid in pids {
+        let sockets = match sockets(pid) {
+            Err(error) if gone(&error) => continue,
+            sockets => sockets?,
+        };
+        let mut tables = tables(pid)?;
+        tables.retain(|inode, socket| socket.state == LISTENING && sockets.contains(inode));
+        listening.extend(tables);
+    }
+    Ok(listening.values().map(|socket| u64::from(socket.queue)).sum())
+}
+
+/// Every TCP socket of a process's network, by its inode.
+fn tables(pid: i32) -> io::Result<BTreeMap<u64, Socket>> {
+    let mut tables = BTreeMap::new();
+    for file in ["tcp", "tcp6"] {
+        match fs::read_to_string(format!("/proc/{pid}/net/{file}")) {
+            Ok(text) => tables.extend(parse(&text)),
+            // A kernel without IPv6 has no list of it.
+            Err(error) if gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(tables)
+}
+
+/// A line of the kernel's lists.
+#[derive(Clone, Copy, Debug)]
+struct Socket {
+    state: u8,
+    local: SocketAddr,
+    peer: SocketAddr,
+    /// Bytes that wait to be read; of a listening socket, connections that wait to be accepted.
+    queue: u32,
+}
+
+impl Socket {
+    fn connected(&self) -> bool {
+        self.state != CLOSED && self.state != LISTENING
+    }
 }
 
 fn gone(error: &io::Error) -> bool {
@@ -76,20 +117,19 @@ fn socket(target: &Path) -> Option<u64> {
     target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Ends of every connection of a list, by the inode of its socket.
-fn parse(text: &str) -> Vec<(u64, (SocketAddr, SocketAddr))> {
+/// Every socket of a list, by its inode.
+fn parse(text: &str) -> Vec<(u64, Socket)> {
     text.lines().skip(1).filter_map(line).collect()
 }
 
-fn line(line: &str) -> Option<(u64, (SocketAddr, SocketAddr))> {
+fn line(line: &str) -> Option<(u64, Socket)> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let state = u8::from_str_radix(words.get(3)?, 16).ok()?;
-    if state == CLOSED || state == LISTENING {
-        return None;
-    }
+    let queue = u32::from_str_radix(words.get(4)?.split_once(':')?.1, 16).ok()?;
     let inode: u64 = words.get(9)?.parse().ok()?;
+    let (local, peer) = (end(words.get(1)?)?, end(words.get(2)?)?);
     // One that only the kernel has still has no inode.
-    (inode > 0).then_some((inode, (end(words.get(1)?)?, end(words.get(2)?)?)))
+    (inode > 0).then_some((inode, Socket { state, local, peer, queue }))
 }
 
 /// An address as the kernel prints it: words of its memory in hexadecimal, and the port.
@@ -120,15 +160,17 @@ mod tests {
     #[test]
     fn the_lists_of_the_kernel() {
         let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
-             0: 0100007F:1538 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 900 1 0 100 0 0 10 0\n\
+             0: 0100007F:1538 00000000:0000 0A 00000000:00000003 00:00000000 00000000     0        0 900 1 0 100 0 0 10 0\n\
              1: 0100007F:1538 0200000A:B004 01 00000000:00000000 00:00000000 00000000     0        0 901 1 0 20 4 30 10 -1\n\
              2: 0100007F:1538 0200000A:B005 06 00000000:00000000 00:00000000 00000000     0        0 0 1 0 20 4 30 10 -1\n";
         if cfg!(target_endian = "little") {
             let found = parse(text);
-            assert_eq!(found.len(), 1, "neither the listener nor what has no socket any more");
-            assert_eq!(found[0].0, 901);
-            assert_eq!(found[0].1.0.to_string(), "127.0.0.1:5432");
-            assert_eq!(found[0].1.1.to_string(), "10.0.0.2:45060");
+            assert_eq!(found.len(), 2, "and not what has no socket any more");
+            assert_eq!((found[0].0, found[1].0), (900, 901));
+            assert!(!found[0].1.connected() && found[1].1.connected());
+            assert_eq!(found[0].1.queue, 3, "connections that nobody has accepted");
+            assert_eq!(found[1].1.local.to_string(), "127.0.0.1:5432");
+            assert_eq!(found[1].1.peer.to_string(), "10.0.0.2:45060");
             let six = end("B80D0120000000000000000009000000:0050").unwrap();
             assert_eq!(six.to_string(), "[2001:db8::9]:80");
             assert_eq!(end("0000000000000000FFFF00000200000A:0050").unwrap().to_string(), "10.0.0.2:80");
@@ -141,6 +183,12 @@ mod tests {
     fn this_programs_own_connections_are_found_and_its_listeners_are_not() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let own = [std::process::id() as i32];
+        let mut queued = waiting(&own).unwrap();
+        // Other tests of this process may have such connections for a moment too.
+        while queued == 0 {
+            queued = waiting(&own).unwrap();
+        }
         let server = listener.accept().unwrap().0;
         let found = connections(&[std::process::id() as i32, i32::MAX]).unwrap();
         let has = |local: SocketAddr| found.iter().filter(|one| one.local == local).count();

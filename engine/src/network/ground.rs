@@ -1,7 +1,7 @@
 //! The steps of a handover as they are taken on this machine.
 
 use super::NetworkError;
-use super::addresses::{self, Device, Placed, Use};
+use super::addresses::{self, Device, Use};
 use super::capture::{Capture, Delivered, Waiting};
 use super::filter::{Filter, Hold};
 use super::frames::{self, Mac};
@@ -44,12 +44,7 @@ pub(crate) trait Ground: fmt::Debug + Send {
     /// Takes one.
     fn take(&mut self, step: Step) -> Result<(), NetworkError>;
 
-    /// What waited when packets were let in: how many, and their bytes.
-    fn waiting(&self) -> (u64, u64) {
-        (0, 0)
-    }
-
-    /// What came of them.
+    /// What came of the packets that waited.
     fn delivered(&self) -> Delivered {
         Delivered::default()
     }
@@ -77,10 +72,7 @@ pub(crate) struct Machine {
     /// Packet sockets that announcements leave by, one for each place.
     speakers: Vec<Option<OwnedFd>>,
     waiting: Vec<Waiting>,
-    counted: (u64, u64),
     delivered: Delivered,
-    /// Addresses of the devices before ours was taken away.
-    before: Vec<Placed>,
 }
 
 impl Machine {
@@ -103,9 +95,7 @@ impl Machine {
             captures: Vec::new(),
             speakers: Vec::new(),
             waiting: Vec::new(),
-            counted: (0, 0),
             delivered: Delivered::default(),
-            before: Vec::new(),
         }
     }
 
@@ -184,10 +174,6 @@ impl Machine {
         for capture in &self.captures {
             self.waiting.push(capture.end().map_err(NetworkError::Deliver)?);
         }
-        for waiting in &self.waiting {
-            let (packets, bytes) = waiting.count();
-            self.counted = (self.counted.0 + packets, self.counted.1 + bytes);
-        }
         Ok(())
     }
 
@@ -228,7 +214,6 @@ impl Machine {
                     })?;
             }
         }
-        self.before = before;
         Ok(())
     }
 
@@ -265,10 +250,6 @@ impl Ground for Machine {
             Step::Remove => self.remove(),
             Step::Lift => self.lift(),
         }
-    }
-
-    fn waiting(&self) -> (u64, u64) {
-        self.counted
     }
 
     fn delivered(&self) -> Delivered {

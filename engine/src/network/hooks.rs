@@ -2,6 +2,7 @@
 //! overlay, a load balancer, a router).
 
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -43,6 +44,31 @@ impl HookStage {
             Self::Rollback => "rollback",
         }
     }
+}
+
+/// What hooks are told of a migration.
+pub(crate) fn environment(
+    side: &'static str,
+    session: u128,
+    program: &str,
+    pid: Option<i32>,
+    addresses: &[IpAddr],
+    peer: &str,
+) -> Vec<(&'static str, String)> {
+    let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    let mut all = vec![
+        ("PAGEFERRY_SIDE", side.to_owned()),
+        ("PAGEFERRY_SESSION", format!("{session:032x}")),
+        // What a peer says is not to be trusted in a shell's hands.
+        (
+            "PAGEFERRY_PROGRAM",
+            program.chars().filter(|c| c.is_alphanumeric() || "-_.".contains(*c)).collect(),
+        ),
+        ("PAGEFERRY_ADDRESSES", addresses.join(" ")),
+        ("PAGEFERRY_PEER", peer.to_owned()),
+    ];
+    all.extend(pid.map(|pid| ("PAGEFERRY_PID", pid.to_string())));
+    all
 }
 
 /// A hook that did not do what it was to do.

@@ -33,6 +33,8 @@ pub(crate) mod traces;
 pub use hooks::Hooks;
 pub use moved::{MovedAddress, MovedAddressError};
 
+pub(crate) use moved::{is_device_name, stays};
+
 use std::io;
 use std::net::IpAddr;
 

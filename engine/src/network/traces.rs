@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 /// Where it is written down. Of this start of the machine, like what it is about.
-const FOLDER: &str = "/run/pageferry/network";
+const FOLDER: &str = "/run/pageferry-network";
 /// What the names of all tables and traces begin with.
 const PREFIX: &str = "pageferry-";
 /// The line behind the addresses that are to stay.

@@ -3,6 +3,8 @@
 use super::pages::SendPagesError;
 use crate::kept::KeptError;
 use crate::link::{ChannelError, LinkError};
+use crate::network::NetworkError;
+use crate::network::established::Connection;
 use crate::plan::PlanError;
 use pageferry_criu_glue as criu;
 use pageferry_tracker as tracker;
@@ -89,6 +91,18 @@ pub(crate) enum SendError {
     Throttle(#[source] std::io::Error),
     #[error("the receiver asked about something else than it was told: {0}")]
     Protocol(String),
+    #[error("the network could not be handed over")]
+    Network(#[from] NetworkError),
+    #[error("could not list the program's connections")]
+    Connections(#[source] std::io::Error),
+    #[error("the program has {count} established TCP connection{}, such as {example}", if *.count == 1 { "" } else { "s" })]
+    Connected { count: usize, example: Connection },
+    #[error("{count} of the program's TCP connections are not from an address that moves, such as {example}")]
+    NotMoving { count: usize, example: Connection },
+    #[error("the connection to the receiver comes from {0}, which is to move")]
+    LinkMoves(std::net::IpAddr),
+    #[error("the receiver is too old: it does not know that addresses can move")]
+    TooOld,
     #[error("cancelled")]
     Cancelled,
     #[error("could not prepare to send owed pages")]
@@ -143,6 +157,18 @@ impl SendError {
                 format!("this machine has {} (more with modprobe, if the kernel has it)", have.trim())
             }
             SendError::Kept(error) => return error.help(),
+            SendError::Connected { .. } => {
+                "they move with their address (--move-address ADDR/LEN@DEV), or are closed at the destination (--tcp close)"
+                    .to_owned()
+            }
+            SendError::NotMoving { .. } => {
+                "move their addresses too (--move-address, more than once), or close all connections (--tcp close)"
+                    .to_owned()
+            }
+            SendError::LinkMoves(_) => {
+                "reach the receiver by a route that prefers another address of this machine".to_owned()
+            }
+            SendError::TooOld => "use the same version of pageferry on both sides".to_owned(),
             SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {
                 format!("is `pageferry receive --listen {to}` running there?")
             }

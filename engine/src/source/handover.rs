@@ -58,6 +58,8 @@ impl Migration<'_> {
         let pids: Vec<i32> = tracker::tree::discover(&self.root)?.iter().map(tracker::Target::pid).collect();
         self.dump_mut().look_ahead(&pids);
         self.watchman = Some(Watchman::start().map_err(SendError::Watchman)?);
+        self.look_at_connections()?;
+        self.announce_network()?;
         let mut laps = Laps { last: Instant::now() };
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         self.dump_mut().freeze(wait)?;
@@ -82,6 +84,7 @@ impl Migration<'_> {
 
         self.phase = Phase::Sealing;
         crate::fault::point("seal");
+        self.block_network()?;
         self.seal(&collected, round, &mut tally)?;
         // What is left to say goes over the first connection, and what is owed over others.
         self.close_streams();
@@ -162,6 +165,8 @@ impl Migration<'_> {
             self.channel().link().shutdown();
         }
         self.control(&ControlMessage::Commit)?;
+        self.remove_addresses();
+        self.hear_delivered()?;
         match self.answer("the destination to let the program run")? {
             ControlMessage::Resumed { pid, timings } => {
                 self.phase = Phase::Committed;
@@ -339,6 +344,7 @@ impl Migration<'_> {
 
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
+        self.let_network_go();
         let keep = self.store.is_some();
         let owing = self.late.is_some();
         self.post_copy()?;

@@ -7,6 +7,7 @@ mod handover;
 mod keep;
 mod late;
 mod machine;
+mod network;
 mod niceness;
 mod pages;
 mod precopy;
@@ -28,7 +29,7 @@ use crate::kept::{Archive, KeptStore};
 use crate::layout::{Layout, Place};
 use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
-use crate::plan::{SendPlan, SendTo, Strategy};
+use crate::plan::{SendPlan, SendTo, Strategy, TcpChoice};
 use crate::policy::HotPages;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
@@ -72,6 +73,9 @@ pub fn send_controlled(
     observer: &dyn Observer,
     control: &Control,
 ) -> Result<MigrationReport, MigrationError> {
+    for text in crate::network::traces::clean() {
+        observer.event(&Event::Warning { text });
+    }
     let mut session = match Migration::prepare(plan, observer, control) {
         Ok(session) => session,
         Err(error) => return Err(refusal(error)),
@@ -152,6 +156,8 @@ struct Migration<'a> {
     watchman: Option<Watchman>,
     // The order of the fields is the order of undoing: the tree is let go before its tracker is taken away.
     dump: Option<Dump>,
+    /// Addresses that leave with the program, once the receiver is ready for them.
+    network: Option<network::Departure>,
     images: ImageDir,
     tracker: Option<Tracker>,
     channel: Option<Channel>,
@@ -225,7 +231,12 @@ impl<'a> Migration<'a> {
             hide_reason: hide_reason.to_owned(),
             criu: criu.version().to_string(),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            tcp: "closed".to_owned(),
+            tcp: match plan.tcp() {
+                TcpChoice::Refuse => "none",
+                TcpChoice::Close => "closed",
+                TcpChoice::Keep => "kept",
+            }
+            .to_owned(),
             ..MigrationReport::default()
         };
         let peer = match &plan.to {
@@ -257,6 +268,7 @@ impl<'a> Migration<'a> {
             held: Vec::new(),
             watchman: None,
             dump: None,
+            network: None,
             images: ImageDir::new()?,
             tracker: None,
             channel: None,
@@ -301,6 +313,7 @@ impl<'a> Migration<'a> {
     fn connect(&mut self) -> Result<(), SendError> {
         self.phase = Phase::Connecting;
         self.check_cancel()?;
+        let places = self.look_at_network()?;
         let channel = self.open_channel()?;
         self.channel = Some(channel);
         self.control(&ControlMessage::Hello(Hello {
@@ -311,7 +324,7 @@ impl<'a> Migration<'a> {
             verify: self.plan.verify,
             choices: RestoreChoices {
                 shell_job: self.plan.shell_job,
-                tcp_close: true,
+                tcp_close: self.plan.tcp() == TcpChoice::Close,
                 file_locks: true,
                 ext_unix_sk: false,
             },
@@ -324,6 +337,7 @@ impl<'a> Migration<'a> {
         self.hear_of_kept(welcome.kept)?;
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
+        self.prepare_network(places)?;
         self.open_streams(welcome.streams)?;
         if plan.may_owe() {
             self.open_late(welcome.streams)?;
@@ -382,7 +396,11 @@ impl<'a> Migration<'a> {
 
     fn start_dump(&self) -> Result<Dump, DumpError> {
         let mut request = DumpRequest::new(self.plan.pid, &self.images, self.hide);
-        request.tcp = TcpPolicy::Close;
+        request.tcp = match self.plan.tcp() {
+            TcpChoice::Refuse => TcpPolicy::Refuse,
+            TcpChoice::Close => TcpPolicy::Close,
+            TcpChoice::Keep => TcpPolicy::Established,
+        };
         request.shell_job = self.plan.shell_job;
         request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
         Dump::start(&self.criu, request)

@@ -78,6 +78,8 @@ impl Migration<'_> {
         for target in self.held.drain(..) {
             let _ = rustix::process::pidfd_send_signal(target.pidfd(), rustix::process::Signal::CONT);
         }
+        // The sockets are the program's again, and out of CRIU's hands.
+        self.take_network_back();
         if let Some(tracker) = self.tracker.take()
             && let Err(error) = tracker.detach()
         {
@@ -91,6 +93,7 @@ impl Migration<'_> {
 
     /// The destination runs the program: the copy here must not.
     fn end_source(&mut self) {
+        self.let_network_go();
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.commit(self.plan.stall_timeout)
         {
@@ -103,6 +106,15 @@ impl Migration<'_> {
 
     /// Nobody knows: the tree stays, stopped and whole.
     fn hold(&mut self) {
+        // They may be the other's, and only one may have them.
+        let addresses = self.let_network_go();
+        if !addresses.is_empty() {
+            let text = format!(
+                "taken away here, as the receiver may have them: {}. Before the program is let run on here, put them back: `ip address add ADDR/LEN dev DEV`",
+                addresses.join(", ")
+            );
+            self.observer.event(&Event::Warning { text });
+        }
         // CRIU lets the tasks go, and each runs into the SIGSTOP that waits for it.
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.abort()

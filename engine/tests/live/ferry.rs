@@ -225,6 +225,8 @@ impl Ferry {
                 left.extend(bad.map(|line| format!("{}: {line}", host.name())));
                 for (what, script) in [
                     ("mounts", "grep -c pageferry /proc/mounts"),
+                    ("traces of a network", "ls /run/pageferry-network 2>/dev/null | wc -l"),
+                    ("rules", "nft list tables 2>/dev/null | grep -c pageferry-"),
                     (
                         "firewall rules",
                         "iptables -S 2>/dev/null | grep -c CRIU; nft list tables 2>/dev/null | grep -c CRIU",

@@ -8,6 +8,7 @@ mod faults;
 mod ferry;
 mod kept;
 mod late;
+mod network;
 mod policy;
 mod predict;
 mod programs;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         faults::tests(),
         kept::tests(),
         late::tests(),
+        network::tests(),
         swap::tests(),
         tracking::tests(),
     ];

@@ -230,7 +230,9 @@ fn redis(ferry: &Ferry) -> anyhow::Result<()> {
         .spawn()?;
     std::thread::sleep(Duration::from_secs(1));
     let receiver = ferry.receiver(None, &["--once"])?;
-    let outcome = ferry.migrate(server, None, &["--verify"]).and_then(|outcome| outcome.moved().map(drop));
+    let outcome = ferry
+        .migrate(server, None, &["--verify", "--tcp", "close"])
+        .and_then(|outcome| outcome.moved().map(drop));
     if outcome.is_err() {
         load.kill()?;
     }
