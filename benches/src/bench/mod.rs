@@ -23,6 +23,7 @@ pub mod post_copy_faults;
 pub mod prediction;
 pub mod puppet;
 pub mod redis;
+pub mod redis_handover;
 pub mod resident;
 pub mod scan;
 pub mod slowdown;
@@ -67,6 +68,8 @@ enum Bench {
     WwsAccuracy(wws_accuracy::Options),
     /// Programs that write about as fast as the link carries, and faster: what each way of moving them brings
     Convergence(convergence::Options),
+    /// What the clients of a redis see of its move, with their connections, beside plain CRIU
+    RedisHandover(redis_handover::Options),
     /// How near predictions and simulations are to the migrations that follow
     Prediction(prediction::Options),
     /// How fast pages are digested and coded, and into how many bytes
@@ -155,6 +158,7 @@ impl Command {
             Bench::Puppet(options) => puppet::run(&options),
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
             Bench::Convergence(options) => convergence::run(&options),
+            Bench::RedisHandover(options) => redis_handover::run(&options),
             Bench::Prediction(options) => prediction::run(&options),
             Bench::Codings(options) => codings::run(&options),
             Bench::Xbzrle(options) => codings::run_xbzrle(&options),
