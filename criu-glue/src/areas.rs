@@ -3,9 +3,9 @@
 //! criu wants one line of smaps of each area, `VmFlags`, and the kernel counts every page of the area to make the
 //! lines around it: 10 ms for each GiB that is in memory, while the tree stands still. So it is read while the tree
 //! still runs ([`Areas::read`]); in the freeze `/proc/PID/maps`, which costs nothing, says which areas there are, and
-//! criu gets those with the flags of before ([`Areas::as_of`]). That these are the flags of now is compared with the
-//! real smaps when criu is done ([`Areas::differ`]), beside the restore at the other side, and before anybody relies
-//! on it.
+//! criu gets those with the flags of before ([`Areas::as_of`]). That these are the flags of now is what a
+//! [`crate::witness`] says. Where there is none, or it saw something, they are compared with the real smaps when criu is
+//! done ([`Areas::differ`]), beside the restore at the other side, and before anybody relies on it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,6 +15,9 @@ use std::io::{self, Read};
 /// whose lines do not fit into the kernel's buffer of 4096 bytes any more is walked again for the next read. With this
 /// much, and some 800 bytes an area, none is walked twice.
 const READ: usize = 2048;
+
+/// Where the addresses end that a 32-bit system call can name.
+pub(crate) const LOW: u64 = 1 << 32;
 
 /// The areas of one process: the line that maps and smaps begin an area with, and its flags.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +131,27 @@ impl Areas {
         exact.or(same.then_some(overlapping)).map(|area| area.flags.as_str())
     }
 
+    /// Whether these are areas whose flags only such calls can change as a [`crate::witness`] counts.
+    ///
+    /// Not so if a shared one is where a 32-bit `remap_file_pages` reaches, which is not counted; or if any but the main
+    /// stack grows by itself, alone in that: it could grow to where another was, and look like that.
+    pub(crate) fn may_be_witnessed(&self) -> bool {
+        let mut stacks = 0;
+        for area in self.areas.values() {
+            let shared = area.head.rest.as_bytes().get(3) == Some(&b's');
+            if shared && area.head.start < LOW {
+                return false;
+            }
+            if area.flags.split_ascii_whitespace().any(|flag| flag == "gd") {
+                stacks += 1;
+                if stacks > 1 || !area.head.rest.ends_with(" [stack]") {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
     /// A smaps with what criu reads of one.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
@@ -219,6 +243,28 @@ mod tests {
             "1000-2000 rw-p 00000000 00:00 0 ",
         ] {
             assert_eq!(before.carried_over(new), None, "{new}");
+        }
+    }
+
+    #[test]
+    fn a_witness_is_enough_unless_areas_can_change_without_being_seen() {
+        let stack = "7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0                          [stack]";
+        let ours = |more: &str| Areas::parse(&format!("{}{more}", smaps()));
+        assert!(ours("").may_be_witnessed());
+        assert!(ours(&format!("{stack}\nVmFlags: rd wr mr mw me gd ac \n")).may_be_witnessed());
+        let high =
+            "7e0000000000-7e0000001000 rw-s 00000000 00:01 7                          /dev/zero (deleted)";
+        assert!(ours(&format!("{high}\nVmFlags: rd wr sh mr mw me ms \n")).may_be_witnessed());
+        for more in [
+            // One more that grows, or one that is not the stack.
+            format!(
+                "{stack}\nVmFlags: gd \n7ffc00021000-7ffc00022000 rw-p 00000000 00:00 0 \nVmFlags: gd \n"
+            ),
+            "7ffc00021000-7ffc00022000 rw-p 00000000 00:00 0 \nVmFlags: rd wr gd \n".to_owned(),
+            "40000000-40001000 rw-s 00000000 00:01 7          /dev/zero (deleted)\nVmFlags: rd sh \n"
+                .to_owned(),
+        ] {
+            assert!(!ours(&more).may_be_witnessed(), "{more}");
         }
     }
 

@@ -15,6 +15,7 @@ use crate::process::{self, Member};
 use crate::rpc::message::{CGROUPS_IGNORE, NETWORK_LOCK_SKIP};
 use crate::rpc::{Options, Request, RequestKind, Response};
 use crate::service::{CallError, Service, Wait, deadline};
+use crate::witness::Witness;
 
 /// criu's log of a dump, in the image directory.
 pub(crate) const LOG_FILE: &str = "criu-dump.log";
@@ -215,6 +216,11 @@ pub struct Dump {
     tree: Vec<Member>,
     /// What smaps said of the processes before the freeze.
     known: Vec<(i32, Areas)>,
+    /// Counts since then what could have changed it; `None` where that is not possible. Kept to the end, because to close
+    /// it costs more than to keep it.
+    witness: Option<Witness>,
+    /// Whether it has seen nothing until the freeze.
+    witnessed: bool,
     /// Compares what criu was given with what is; `None` when that is done, or was not needed.
     comparison: Option<JoinHandle<Result<(), DumpError>>>,
     decided: bool,
@@ -255,6 +261,8 @@ impl Dump {
             state: State::Running,
             tree: Vec::new(),
             known: Vec::new(),
+            witness: None,
+            witnessed: false,
             comparison: None,
             decided: false,
         };
@@ -303,11 +311,21 @@ impl Dump {
 
     /// Reads, while the tree runs, what criu would have to ask the kernel for inside the freeze: the flags of the areas
     /// of these processes, 10 ms for each GiB in memory. To be called just before [`Dump::freeze`], or not at all: what
-    /// is not known from here, criu asks for itself. After the dump it is compared with what is ([`Dump::confirm`]).
+    /// is not known from here, criu asks for itself.
+    ///
+    /// Until the freeze the system calls of these processes are counted that could change it. If there was one, or they
+    /// cannot be counted, what was read is compared with what is after the dump ([`Dump::confirm`]).
     pub fn look_ahead(&mut self, pids: &[i32]) {
         if !matches!(self.hide, Hide::Shim(_)) {
             return;
         }
+        self.witness = match Witness::open(pids) {
+            Ok(witness) => Some(witness),
+            Err(reason) => {
+                tracing::debug!(%reason, "memory areas have to be read once more after the freeze");
+                None
+            }
+        };
         // One that ends meanwhile, or cannot be read, is left to criu.
         self.known = pids.iter().filter_map(|&pid| Some((pid, Areas::read(pid).ok()?))).collect();
     }
@@ -331,9 +349,30 @@ impl Dump {
                 what: "opening the processes of the tree",
                 source,
             })?;
+            dump.witnessed = dump.ask_witness();
             dump.state = State::Frozen;
             Ok(())
         })
+    }
+
+    /// Whether nothing can have changed since [`Dump::look_ahead`]. The tree is frozen, and nothing of criu is in it.
+    fn ask_witness(&self) -> bool {
+        let Some(witness) = &self.witness else { return false };
+        if let Some((pid, _)) = self.known.iter().find(|(_, areas)| !areas.may_be_witnessed()) {
+            tracing::debug!(pid, "areas of a kind that no witness is enough for are read once more");
+            return false;
+        }
+        let saw = witness.saw();
+        if let Some(saw) = &saw {
+            tracing::debug!(saw, "the flags of memory may have changed; areas are read once more");
+        }
+        saw.is_none()
+    }
+
+    /// Whether it is known since the freeze that what [`Dump::look_ahead`] read is still so. Then [`Dump::confirm`] has
+    /// nothing to do; else it takes as long as to look ahead.
+    pub fn is_witnessed(&self) -> bool {
+        self.witnessed
     }
 
     /// Has criu write its images, without the pages in `owned`, and returns while the tree is still frozen and
@@ -363,7 +402,7 @@ impl Dump {
             let images = &dump.images.0;
             dump.hide.complete(images, owned).map_err(|source| DumpError::Hide { pid, kind, source })?;
             check_hidden(images, owned).map_err(|source| DumpError::Check { pid, source })?;
-            if !areas.is_empty() {
+            if !areas.is_empty() && !dump.witnessed {
                 let compare = move || compare(&areas);
                 let thread = std::thread::Builder::new().name("areas".to_owned()).spawn(compare);
                 dump.comparison = Some(thread.map_err(|source| DumpError::Io {
@@ -386,8 +425,8 @@ impl Dump {
         owned.iter().filter_map(|process| Some((process.pid, of(process.pid)?))).collect()
     }
 
-    /// Waits until what criu was told of memory areas has been compared with what they are. The tree must still be
-    /// frozen; nobody may rely on the images before.
+    /// Waits until what criu was told of memory areas has been compared with what they are, if that is needed
+    /// ([`Dump::is_witnessed`]). The tree must still be frozen; nobody may rely on the images before.
     ///
     /// # Errors
     /// [`DumpError::AreasChanged`]; the dump can only be undone then.

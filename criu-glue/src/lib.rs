@@ -26,6 +26,7 @@ mod restore;
 mod rpc;
 mod service;
 mod sys;
+mod witness;
 
 pub use dump::{Dump, DumpError, DumpRequest, TcpPolicy};
 pub use find::{Criu, ENVIRONMENT, FindError, MINIMUM, PRIVATE_PREFIX, Version};

@@ -1,5 +1,6 @@
 //! The only rooms with `unsafe` in them.
 
+pub(crate) mod perf;
 pub(crate) mod spawn;
 #[path = "shim/table.rs"]
 #[allow(

@@ -1,10 +1,13 @@
 //! With a real CRIU: what `by_trying` tries, each as a test; and that a tree outlives whoever held it.
 
+#[path = "sys/calls.rs"]
+mod calls;
 mod memory;
 mod restores;
 mod server;
 #[path = "../../src/sys/uffd.rs"]
 mod uffd;
+mod witness;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use pageferry_criu_glue::{
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Some(restores::CHANGER) => {
             return restores::change().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
         }
+        Some(witness::CALLER) => return witness::run().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
         _ => {}
     }
     restores::adopt();
@@ -58,6 +62,10 @@ fn main() -> ExitCode {
     add("the shim hides every second page, and no other", restores::exact);
     add("areas that were read ahead are those of the freeze", restores::looks_ahead);
     add("areas that changed are found before the commit", restores::areas_changed);
+    add("what changes no flags is not taken for it", witness::harmless);
+    add("every call that can change flags is seen", witness::seen);
+    add("a call that is under way is seen at its end", witness::under_way);
+    add("a program with an io_uring is not relied on", witness::io_uring);
     add("runs that cannot be hidden are refused", restores::lies);
     add("a wait is cancelled, and has an end", restores::cancelled);
     add("a restored process treats signals as before", signals);
