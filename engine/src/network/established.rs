@@ -1,15 +1,12 @@
-//! The TCP connections that a program has (proc_net_tcp): found before anything is promised about them.
+//! The TCP connections that a program has (sock_diag(7), or proc_net_tcp where its network is another): found before anything is promised about them.
 
+use super::diag::{self, LISTENING, Socket};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-
-/// States of the kernel's `tcp_states.h` in which a socket has a peer: all but closed (7) and listening (10).
-const CLOSED: u8 = 7;
-const LISTENING: u8 = 10;
 
 /// A connection of the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +35,10 @@ pub(crate) fn connections(pids: &[i32]) -> io::Result<Vec<Connection>> {
             Err(error) if gone(&error) => continue,
             sockets => sockets?,
         };
-        let tables = tables(pid)?;
+        let tables = match tables(pid, false) {
+            Err(error) if gone(&error) => continue,
+            tables => tables?,
+        };
         for inode in sockets {
             if let Some(socket) = tables.get(&inode)
                 && socket.connected()
@@ -62,15 +62,26 @@ pub(crate) fn waiting(pids: &[i32]) -> io::Result<u64> {
             Err(error) if gone(&error) => continue,
             sockets => sockets?,
         };
-        let mut tables = tables(pid)?;
+        let mut tables = match tables(pid, true) {
+            Err(error) if gone(&error) => continue,
+            tables => tables?,
+        };
         tables.retain(|inode, socket| socket.state == LISTENING && sockets.contains(inode));
         listening.extend(tables);
     }
     Ok(listening.values().map(|socket| u64::from(socket.queue)).sum())
 }
 
-/// Every TCP socket of a process's network, by its inode.
-fn tables(pid: i32) -> io::Result<BTreeMap<u64, Socket>> {
+/// Every TCP socket of a process's network, by its inode: all, or only those that listen.
+fn tables(pid: i32, listening: bool) -> io::Result<BTreeMap<u64, Socket>> {
+    let network = |who: &str| fs::read_link(format!("/proc/{who}/ns/net"));
+    if network("thread-self")? == network(&pid.to_string())? {
+        match diag::sockets(listening) {
+            Ok(sockets) => return Ok(sockets.into_iter().collect()),
+            // A kernel without it has the lists.
+            Err(error) => tracing::debug!(%error, "sockets are looked for in /proc"),
+        }
+    }
     let mut tables = BTreeMap::new();
     for file in ["tcp", "tcp6"] {
         match fs::read_to_string(format!("/proc/{pid}/net/{file}")) {
@@ -81,22 +92,6 @@ fn tables(pid: i32) -> io::Result<BTreeMap<u64, Socket>> {
         }
     }
     Ok(tables)
-}
-
-/// A line of the kernel's lists.
-#[derive(Clone, Copy, Debug)]
-struct Socket {
-    state: u8,
-    local: SocketAddr,
-    peer: SocketAddr,
-    /// Bytes that wait to be read; of a listening socket, connections that wait to be accepted.
-    queue: u32,
-}
-
-impl Socket {
-    fn connected(&self) -> bool {
-        self.state != CLOSED && self.state != LISTENING
-    }
 }
 
 fn gone(error: &io::Error) -> bool {

@@ -17,6 +17,7 @@ pub(crate) mod addresses;
 pub(crate) mod arriving;
 mod capture;
 mod checksum;
+mod diag;
 pub(crate) mod established;
 mod filter;
 mod frames;

@@ -11,13 +11,20 @@ use std::os::fd::OwnedFd;
 const HEADER: usize = 16;
 /// `NLMSG_ERROR`, which is an acknowledgement when its number is zero.
 const ERROR: u16 = 2;
+/// Bytes of a datagram at most: what the kernel makes of lists.
+const BUFFER: usize = 64 << 10;
 /// A kernel that is asked answers at once; this is against one that does not.
 const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+
+/// `NLMSG_DONE`: the end of a list.
+const DONE: u16 = 3;
 
 /// `NLM_F_REQUEST`.
 const REQUEST: u16 = 1;
 /// `NLM_F_ACK`.
 pub(super) const ACK: u16 = 4;
+/// `NLM_F_ROOT | NLM_F_MATCH`: all that there is.
+const LIST: u16 = 0x300;
 /// `NLM_F_REPLACE`.
 pub(super) const REPLACE: u16 = 0x100;
 /// `NLM_F_EXCL`.
@@ -47,6 +54,11 @@ impl Message {
         let mut message = Self { bytes, answered: flags & ACK != 0 };
         message.pad();
         message
+    }
+
+    /// A request for all that there is of this kind.
+    pub(super) fn list(kind: u16, head: &[u8]) -> Self {
+        Self::new(kind, LIST, head)
     }
 
     /// Adds an attribute.
@@ -111,6 +123,11 @@ impl Netlink {
         Self::open(Some(rustix::net::netlink::NETFILTER))
     }
 
+    /// To what knows sockets.
+    pub(super) fn sockets() -> io::Result<Self> {
+        Self::open(Some(rustix::net::netlink::SOCK_DIAG))
+    }
+
     fn open(protocol: Option<Protocol>) -> io::Result<Self> {
         let socket = rustix::net::socket_with(
             AddressFamily::NETLINK,
@@ -136,12 +153,9 @@ impl Netlink {
             bytes.extend(message.numbered(self.number));
         }
         rustix::net::send(&self.socket, &bytes, SendFlags::empty())?;
-        let mut buffer = vec![0; 64 << 10];
+        let mut buffer = vec![0; BUFFER];
         while open > 0 {
-            if poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&PATIENCE))? == 0 {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            let (got, _) = rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::empty())?;
+            let got = self.receive(&mut buffer)?;
             for (number, verdict) in verdicts(&buffer[..got]) {
                 // What is older is a late answer to somebody who gave up.
                 if number.wrapping_sub(first) > self.number.wrapping_sub(first) {
@@ -155,10 +169,43 @@ impl Netlink {
         }
         Ok(())
     }
+
+    /// Asks for a list, and hands over what stands in each answer.
+    ///
+    /// # Errors
+    /// That there is none.
+    pub(super) fn list(&mut self, message: Message, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+        self.number = self.number.wrapping_add(1);
+        rustix::net::send(&self.socket, &message.numbered(self.number), SendFlags::empty())?;
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let got = self.receive(&mut buffer)?;
+            for (number, kind, content) in messages(&buffer[..got]) {
+                match kind {
+                    _ if number != self.number => {}
+                    DONE => return Ok(()),
+                    ERROR => {
+                        let errno = content.get(..4).and_then(|bytes| bytes.try_into().ok());
+                        return Err(io::Error::from_raw_os_error(
+                            -errno.map_or(-libc::EIO, i32::from_ne_bytes),
+                        ));
+                    }
+                    _ => each(content),
+                }
+            }
+        }
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        if poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&PATIENCE))? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(rustix::net::recv(&self.socket, buffer, RecvFlags::empty())?.0)
+    }
 }
 
-/// Number and verdict (0, or minus an errno) of every answer in a datagram.
-fn verdicts(mut bytes: &[u8]) -> Vec<(u32, i32)> {
+/// Splits a datagram into its messages: number, kind, and what follows the header.
+fn messages(mut bytes: &[u8]) -> Vec<(u32, u16, &[u8])> {
     let word = |at: &[u8]| u32::from_ne_bytes([at[0], at[1], at[2], at[3]]);
     let mut found = Vec::new();
     while bytes.len() >= HEADER {
@@ -166,13 +213,19 @@ fn verdicts(mut bytes: &[u8]) -> Vec<(u32, i32)> {
         if len < HEADER || len > bytes.len() {
             break;
         }
-        let kind = u16::from_ne_bytes([bytes[4], bytes[5]]);
-        if kind == ERROR && len >= HEADER + 4 {
-            found.push((word(&bytes[8..]), word(&bytes[HEADER..]) as i32));
-        }
+        found.push((word(&bytes[8..]), u16::from_ne_bytes([bytes[4], bytes[5]]), &bytes[HEADER..len]));
         bytes = &bytes[len.next_multiple_of(4).min(bytes.len())..];
     }
     found
+}
+
+/// Number and verdict (0, or minus an errno) of every answer in a datagram.
+fn verdicts(bytes: &[u8]) -> Vec<(u32, i32)> {
+    let verdict = |(number, kind, content): (u32, u16, &[u8])| {
+        let errno = content.get(..4)?.try_into().ok()?;
+        (kind == ERROR).then_some((number, i32::from_ne_bytes(errno)))
+    };
+    messages(bytes).into_iter().filter_map(verdict).collect()
 }
 
 #[cfg(test)]
