@@ -219,8 +219,8 @@ pub struct Dump {
     /// Counts since then what could have changed it; `None` where that is not possible. Kept to the end, because to close
     /// it costs more than to keep it.
     witness: Option<Witness>,
-    /// Whether it has seen nothing until the freeze.
-    witnessed: bool,
+    /// Why what is known may not be so any more; `None` if it is, by what the witness says.
+    doubt: Option<String>,
     /// Compares what criu was given with what is; `None` when that is done, or was not needed.
     comparison: Option<JoinHandle<Result<(), DumpError>>>,
     decided: bool,
@@ -262,7 +262,7 @@ impl Dump {
             tree: Vec::new(),
             known: Vec::new(),
             witness: None,
-            witnessed: false,
+            doubt: None,
             comparison: None,
             decided: false,
         };
@@ -319,12 +319,9 @@ impl Dump {
         if !matches!(self.hide, Hide::Shim(_)) {
             return;
         }
-        self.witness = match Witness::open(pids) {
-            Ok(witness) => Some(witness),
-            Err(reason) => {
-                tracing::debug!(%reason, "memory areas have to be read once more after the freeze");
-                None
-            }
+        (self.witness, self.doubt) = match Witness::open(pids) {
+            Ok(witness) => (Some(witness), None),
+            Err(reason) => (None, Some(reason.to_string())),
         };
         // One that ends meanwhile, or cannot be read, is left to criu.
         self.known = pids.iter().filter_map(|&pid| Some((pid, Areas::read(pid).ok()?))).collect();
@@ -349,30 +346,30 @@ impl Dump {
                 what: "opening the processes of the tree",
                 source,
             })?;
-            dump.witnessed = dump.ask_witness();
+            dump.ask_witness();
             dump.state = State::Frozen;
             Ok(())
         })
     }
 
-    /// Whether nothing can have changed since [`Dump::look_ahead`]. The tree is frozen, and nothing of criu is in it.
-    fn ask_witness(&self) -> bool {
-        let Some(witness) = &self.witness else { return false };
-        if let Some((pid, _)) = self.known.iter().find(|(_, areas)| !areas.may_be_witnessed()) {
-            tracing::debug!(pid, "areas of a kind that no witness is enough for are read once more");
-            return false;
+    /// Asks whether anything can have changed since [`Dump::look_ahead`]. The tree is frozen, and nothing of criu is in it.
+    fn ask_witness(&mut self) {
+        if let Some(witness) = &self.witness {
+            let unwatched = self.known.iter().find(|(_, areas)| !areas.may_be_witnessed());
+            self.doubt = match unwatched {
+                Some((pid, _)) => Some(format!("process {pid} has areas that can change without a call")),
+                None => witness.saw(),
+            };
         }
-        let saw = witness.saw();
-        if let Some(saw) = &saw {
-            tracing::debug!(saw, "the flags of memory may have changed; areas are read once more");
+        if let Some(doubt) = &self.doubt {
+            tracing::debug!(doubt, "what was read of memory areas is compared with what is");
         }
-        saw.is_none()
     }
 
-    /// Whether it is known since the freeze that what [`Dump::look_ahead`] read is still so. Then [`Dump::confirm`] has
-    /// nothing to do; else it takes as long as to look ahead.
-    pub fn is_witnessed(&self) -> bool {
-        self.witnessed
+    /// Why it is not known since the freeze that what [`Dump::look_ahead`] read is still so; `None` if it is. Where there
+    /// is a reason, [`Dump::confirm`] may take as long as to look ahead.
+    pub fn doubt(&self) -> Option<&str> {
+        self.doubt.as_deref()
     }
 
     /// Has criu write its images, without the pages in `owned`, and returns while the tree is still frozen and
@@ -402,7 +399,8 @@ impl Dump {
             let images = &dump.images.0;
             dump.hide.complete(images, owned).map_err(|source| DumpError::Hide { pid, kind, source })?;
             check_hidden(images, owned).map_err(|source| DumpError::Check { pid, source })?;
-            if !areas.is_empty() && !dump.witnessed {
+            let witnessed = dump.witness.is_some() && dump.doubt.is_none();
+            if !areas.is_empty() && !witnessed {
                 let compare = move || compare(&areas);
                 let thread = std::thread::Builder::new().name("areas".to_owned()).spawn(compare);
                 dump.comparison = Some(thread.map_err(|source| DumpError::Io {
@@ -426,7 +424,7 @@ impl Dump {
     }
 
     /// Waits until what criu was told of memory areas has been compared with what they are, if that is needed
-    /// ([`Dump::is_witnessed`]). The tree must still be frozen; nobody may rely on the images before.
+    /// ([`Dump::doubt`]). The tree must still be frozen; nobody may rely on the images before.
     ///
     /// # Errors
     /// [`DumpError::AreasChanged`]; the dump can only be undone then.

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// One thing that was tried.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
-    /// What: `criu`, `dump-restore`, `shim`, `synthetic-parent`.
+    /// What: `criu`, `dump-restore`, `shim`, `synthetic-parent`, `flags`.
     pub name: &'static str,
     /// Whether it works.
     pub ok: bool,
@@ -44,7 +44,9 @@ pub fn subject_main() -> ExitCode {
 ///
 /// - `dump-restore`: a dump and a restore of a process with a listening socket;
 /// - `shim`: the same with the process's memory hidden by [`HideKind::Shim`] and restored late;
-/// - `synthetic-parent`: the same with [`HideKind::SyntheticParent`], which needs soft-dirty.
+/// - `synthetic-parent`: the same with [`HideKind::SyntheticParent`], which needs soft-dirty;
+/// - `flags`: whether the kernel says that no memory has changed its flags before a freeze; otherwise they are read again
+///   after it, 10 ms for each GiB, which nothing else needs.
 ///
 /// `subject` makes a command that runs [`subject_main`] in a process of its own: as a rule the program itself
 /// with a hidden argument. While it runs, this process is a subreaper, so that nothing is left to be reaped.
@@ -54,17 +56,21 @@ pub fn by_trying(criu: &Criu, subject: impl Fn() -> Command) -> Vec<Check> {
     let was_subreaper = rustix::process::child_subreaper().ok().flatten();
     let own = rustix::process::getpid();
     let _ = rustix::process::set_child_subreaper(Some(own));
+    let mut tried = |name, outcome: Result<String, String>| {
+        let (ok, detail) = match outcome {
+            Ok(detail) => (true, detail),
+            Err(detail) => (false, detail),
+        };
+        checks.push(Check { name, ok, detail });
+    };
     for (name, hide) in [
         ("dump-restore", None),
         ("shim", Some(HideKind::Shim)),
         ("synthetic-parent", Some(HideKind::SyntheticParent)),
     ] {
-        let (ok, detail) = match try_one(criu, subject(), hide) {
-            Ok(detail) => (true, detail),
-            Err(detail) => (false, detail),
-        };
-        checks.push(Check { name, ok, detail });
+        tried(name, try_one(criu, subject(), hide));
     }
+    tried("flags", try_witness(criu, subject()));
     if was_subreaper.is_none() {
         let _ = rustix::process::set_child_subreaper(None);
     }
@@ -131,6 +137,22 @@ fn try_one(criu: &Criu, command: Command, hide: Option<HideKind>) -> Result<Stri
             served.pages + served.zeroes
         ),
     })
+}
+
+fn try_witness(criu: &Criu, command: Command) -> Result<String, String> {
+    let subject = Subject::start(command)?;
+    subject.ask(1)?;
+    let pid = subject.pid();
+    let images = ImageDir::new().map_err(|e| chain(&e))?;
+    let mut dump =
+        Dump::start(criu, DumpRequest::new(pid, &images, HideKind::Shim)).map_err(|e| chain(&e))?;
+    dump.look_ahead(&[pid]);
+    dump.freeze(PATIENCE).map_err(|e| chain(&e))?;
+    let doubt = dump.doubt().map(|doubt| format!("{doubt}; memory is counted again in the downtime"));
+    dump.abort().map_err(|e| chain(&e))?;
+    let known =
+        "calls that change flags of memory are counted; without any, memory is not counted in the downtime";
+    doubt.map_or_else(|| Ok(known.to_owned()), Err)
 }
 
 fn restore_lazily(restore: &mut Restore, memory: &Memory, subject: &Subject) -> Result<Served, String> {

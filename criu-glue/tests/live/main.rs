@@ -55,6 +55,7 @@ fn main() -> ExitCode {
     };
     add("the shim hides memory, and it comes back", || tried("shim"));
     add("a process with a listening socket is dumped and restored", || tried("dump-restore"));
+    add("the kernel tells whether flags of memory have changed", || tried("flags"));
     add("a tree outlives its holder at every step", outlives);
     add("an aborted dump leaves the tree running", aborted);
     add("a committed dump ends the tree", committed);

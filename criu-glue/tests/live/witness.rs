@@ -146,17 +146,17 @@ impl Subject {
         Ok(self.told.next().ok_or_else(|| format!("it ended at {order}"))??)
     }
 
-    /// Whether a freeze knows that nothing has changed, with `act` between the look ahead and the freeze.
-    fn witnessed(&mut self, act: impl FnOnce(&mut Self) -> Result<(), Failed>) -> Result<bool, Failed> {
+    /// Why a freeze does not know that nothing has changed, with `act` between the look ahead and the freeze.
+    fn doubt(&mut self, act: impl FnOnce(&mut Self) -> Result<(), Failed>) -> Result<Option<String>, Failed> {
         let images = ImageDir::new()?;
         let pid = self.child.id() as i32;
         let mut dump = begin(&images, pid)?;
         dump.look_ahead(&[pid]);
         act(self)?;
         dump.freeze(PATIENCE).map_err(explain)?;
-        let witnessed = dump.is_witnessed();
+        let doubt = dump.doubt().map(str::to_owned);
         dump.abort().map_err(explain)?;
-        Ok(witnessed)
+        Ok(doubt)
     }
 }
 
@@ -177,12 +177,12 @@ pub fn harmless() -> Result<(), Failed> {
     let others = ["write", "protect 1", "protect 3", "unmap", "child 39"].map(str::to_owned);
     for order in advice.iter().chain(&calls).chain(&others) {
         let mut was = String::new();
-        let witnessed = subject.witnessed(|subject| {
+        let doubt = subject.doubt(|subject| {
             was = subject.order(order)?;
             Ok(())
         })?;
-        if !witnessed {
-            return Err(format!("{order} ({was}) was taken for something that changes flags").into());
+        if let Some(doubt) = doubt {
+            return Err(format!("after {order} ({was}): {doubt}").into());
         }
         if was != "done" && others.contains(order) {
             return Err(format!("{order} could not be done").into());
@@ -241,15 +241,13 @@ pub fn seen() -> Result<(), Failed> {
         .chain([format!("child {}", libc::SYS_mlock), format!("64 {x32}"), "exec".to_owned()]);
     let mut subject = Subject::start()?;
     for order in orders {
-        if subject.witnessed(|subject| subject.order(&order).map(drop))? {
-            return Err(format!("{order} was not seen").into());
+        let doubt = subject.doubt(|subject| subject.order(&order).map(drop))?;
+        if !doubt.as_ref().is_some_and(|doubt| doubt.contains("in thread")) {
+            return Err(format!("{order} was not seen: {doubt:?}").into());
         }
     }
     // It is not only always said so.
-    match subject.witnessed(|_| Ok(()))? {
-        true => Ok(()),
-        false => Err("something was seen where nothing happened".into()),
-    }
+    subject.doubt(|_| Ok(()))?.map_or(Ok(()), |doubt| Err(format!("where nothing happened: {doubt}").into()))
 }
 
 /// A call that has begun before anybody looked is seen when it ends.
@@ -258,11 +256,15 @@ pub fn under_way() -> Result<(), Failed> {
     if subject.order("begin")? != "done" {
         return Err("memory could not be locked for a while".into());
     }
-    let ended = subject.witnessed(|subject| match subject.order("end")?.as_str() {
+    let doubt = subject.doubt(|subject| match subject.order("end")?.as_str() {
         "done" => Ok(()),
         other => Err(format!("{other} at the end of a call").into()),
     })?;
-    if ended { Err("the end of a call was not seen".into()) } else { Ok(()) }
+    match doubt {
+        // The thread gives advice on its stack when it ends, or not yet.
+        Some(doubt) if doubt.contains("0 calls, 0 times advice and 0 new names") => Ok(()),
+        other => Err(format!("{other:?} instead of the end of a call").into()),
+    }
 }
 
 /// Who can give advice without a system call is not watched.
@@ -275,5 +277,8 @@ pub fn io_uring() -> Result<(), Failed> {
             _ => Err("an io_uring could not be made".into()),
         };
     }
-    if subject.witnessed(|_| Ok(()))? { Err("an io_uring was not seen".into()) } else { Ok(()) }
+    match subject.doubt(|_| Ok(()))? {
+        Some(doubt) if doubt.contains("io_uring") => Ok(()),
+        other => Err(format!("{other:?} instead of an io_uring").into()),
+    }
 }
