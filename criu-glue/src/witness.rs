@@ -34,6 +34,7 @@
 //!   witness, and the calls that make or drive one are counted.
 //! * Threads and processes that come later inherit the counters from who creates them. Those that come while the counters
 //!   are opened are found by listing again.
+//! * A driver may map memory in an `ioctl` (graphics, virtual machines). criu does not dump a process that has such a device.
 //! * Others than the tree: a tracer makes the tree's threads call, which is counted; `process_madvise` on somebody else
 //!   accepts only advice that sets no flags.
 
