@@ -320,6 +320,11 @@ impl Restore {
         }
     }
 
+    /// criu's pid.
+    pub fn criu(&self) -> i32 {
+        self.service.pid()
+    }
+
     /// The last step: criu ends, the tree stays. To be called at [`Stage::PostResume`]. Returns the root's pid.
     pub fn finish(mut self) -> Result<i32, RestoreError> {
         if self.state != State::Held(Stage::PostResume) {

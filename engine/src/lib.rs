@@ -11,6 +11,7 @@ pub mod cancel;
 pub mod control;
 pub mod destination;
 pub mod error;
+pub mod journal;
 pub mod kept;
 pub mod observe;
 pub mod plan;

@@ -194,6 +194,9 @@ pub struct SendPlan {
     pub stall_timeout: Duration,
     /// After a link that was lost around the commit: how long to try to ask the receiver what became of it.
     pub resolve_timeout: Duration,
+    /// Directory in which each step is written down, so that after the end of this engine it can be said what is where
+    /// ([`crate::journal`]); `None` writes nothing.
+    pub journal: Option<PathBuf>,
 }
 
 impl SendPlan {
@@ -232,6 +235,7 @@ impl SendPlan {
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(30),
             resolve_timeout: Duration::from_secs(20),
+            journal: None,
         }
     }
 
@@ -333,6 +337,9 @@ pub struct ReceivePlan {
     pub remember: Duration,
     /// A program that runs here while pages of it are still at the source waits for these so long at most when the source is not heard of.
     pub post_copy_timeout: Duration,
+    /// Directory in which each step is written down, and in which the sessions of earlier engines are looked up when their source asks
+    /// ([`crate::journal`]); `None` does neither.
+    pub journal: Option<PathBuf>,
 }
 
 impl ReceivePlan {
@@ -349,6 +356,7 @@ impl ReceivePlan {
             hooks: Hooks::default(),
             remember: Duration::from_secs(600),
             post_copy_timeout: Duration::from_secs(300),
+            journal: None,
         }
     }
 

@@ -222,13 +222,20 @@ pub enum HandoverState {
     Receiving,
     /// The commit is being carried out: ask again.
     ReadyToRun,
-    /// The program runs there.
+    /// The program runs there, and not all of its pages are in place: it still needs that engine.
     Resumed {
         /// Its pid.
         pid: i32,
     },
     /// There is no copy, and there will be none.
     Discarded,
+    /// The program ran there, or was about to, and was ended: its pages had gone with the engine that held them.
+    Ended,
+    /// The program runs there, and every page of it is in place.
+    Filled {
+        /// Its pid.
+        pid: i32,
+    },
 }
 
 /// A control message.

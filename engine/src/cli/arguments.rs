@@ -2,9 +2,11 @@
 
 use super::control::ControlVerb;
 use super::predict::PredictVerb;
+use super::recover::RecoverVerb;
 use super::simulate::SimulateVerb;
 use super::units::{Bytes, Percent, Rate, Share, Time};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pageferry::journal;
 use pageferry::{CodingChoice, Hooks, MovedAddress, NoConvergence, PolicyChoice, Strategy, TcpChoice};
 use pageferry_tracker::{Scope, TrackerKind};
 use std::ffi::OsString;
@@ -170,6 +172,27 @@ Exit codes:
                       # pageferry track --interval 100ms --record build.pft -- make -j2\n  \
                       $ pageferry track --replay build.pft --plot build.svg")]
     Track(TrackVerb),
+    /// Says what is where after an engine was killed, and brings it to an end.
+    ///
+    /// Both `migrate` and `receive` write down how far they are (--journal). Of what an engine has left behind, this says where the program
+    /// is: a copy that was stopped for a move which did not come to its commit is let go; one whose program runs at the other side is ended.
+    /// Where only the other side can know it is asked, so a receiver should listen there: any `pageferry receive` at the same address can
+    /// answer for one that was killed. Where nobody knows, nothing is done until you say which copy is the program.
+    ///
+    /// Migrations whose engines live are shown and left alone.
+    #[command(
+        after_help = "Example:\n  # pageferry recover\n  # pageferry recover --session 3fa4c1d2 --run-here",
+        after_long_help = "Example:
+  # pageferry recover
+  # pageferry recover --session 3fa4c1d2 --run-here
+
+Exit codes:
+  0    nothing is left to decide here
+  2    the command line makes no sense
+  3    refused: not root, no such session, a journal that cannot be read
+  4    of some program it is not known which copy is the one: it stays stopped, and whole"
+    )]
+    Recover(RecoverVerb),
     /// Prints a completion script for a shell.
     #[command(after_help = "Example:\n  $ pageferry completions bash > /etc/bash_completion.d/pageferry")]
     Completions {
@@ -223,6 +246,9 @@ pub(super) struct ReceiveVerb {
     /// Give a migration up when nothing moves for so long.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(super) stall_timeout: Time,
+    /// Write down here how far each migration is, for `pageferry recover`, and answer sources for receivers that were killed; or `none`.
+    #[arg(long, value_name = "DIR", default_value = journal::DIRECTORY)]
+    pub(super) journal: MaybeDir,
     /// When the source of a program that runs here is not heard of, and pages of the program are still there: wait so long, then
     /// end it.
     #[arg(long, value_name = "TIME", default_value = "5min")]
@@ -262,6 +288,18 @@ impl ScopeName {
             ScopeName::All => Scope::All,
             ScopeName::Lazy => Scope::Lazy,
         }
+    }
+}
+
+/// A directory, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MaybeDir(pub(super) Option<PathBuf>);
+
+impl std::str::FromStr for MaybeDir {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self((text != "none").then(|| PathBuf::from(text))))
     }
 }
 
@@ -525,6 +563,9 @@ pub(super) struct MigrateVerb {
     /// What earlier migrations took, for predictions; this one is added. `none` uses what the engine was built with.
     #[arg(long, value_name = "FILE", default_value = CALIBRATION)]
     pub(super) calibration: PathBuf,
+    /// Write down here how far the migration is, for `pageferry recover`; or `none`.
+    #[arg(long, value_name = "DIR", default_value = journal::DIRECTORY)]
+    pub(super) journal: MaybeDir,
     /// What to do when the program writes faster than the link carries.
     #[arg(long, value_enum, default_value = "freeze")]
     pub(super) on_no_convergence: NoConvergenceName,

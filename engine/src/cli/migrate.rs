@@ -105,6 +105,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.keep_running = verb.keep_running;
     plan.incremental = verb.incremental;
     plan.keep_store.clone_from(&verb.keep_store);
+    plan.journal.clone_from(&verb.journal.0);
     plan.strategy = verb.strategy.choice();
     plan.post_copy_after = verb.post_copy_after.0;
     plan.post_copy_timeout = verb.post_copy_timeout.0;

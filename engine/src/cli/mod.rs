@@ -10,6 +10,7 @@ mod migrate;
 mod predict;
 mod progress;
 mod receive;
+mod recover;
 mod render;
 mod restore;
 mod signals;
@@ -47,6 +48,7 @@ pub fn run() -> ExitCode {
         Verb::Inspect(verb) => inspect::run(&verb),
         Verb::Restore(verb) => restore::run(verb),
         Verb::Track(verb) => track::run(&verb),
+        Verb::Recover(verb) => recover::run(&verb),
         Verb::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "pageferry", &mut text);

@@ -27,6 +27,7 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.hooks = verb.hooks.hooks();
     plan.criu = verb.criu;
     plan.stall_timeout = verb.stall_timeout.0;
+    plan.journal = verb.journal.0;
     plan.post_copy_timeout = verb.post_copy_timeout.0;
     let cancel = signals::token()?;
     let observer: &dyn Observer = if verb.json { &JsonLines } else { &Plain };

@@ -9,7 +9,7 @@ mod socket;
 
 pub use client::{AskError, ask};
 pub use protocol::{Answer, ErrorKind, MAX_LINE, PROTOCOL, Request};
-pub use socket::{ControlSocket, DIRECTORY, SocketError, path_of};
+pub use socket::{ControlSocket, DIRECTORY, SocketError, path_of, sweep};
 
 use crate::cancel::Cancel;
 use crate::link::SharedShaper;

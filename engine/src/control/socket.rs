@@ -74,6 +74,7 @@ impl ControlSocket {
     pub fn open(path: &Path, control: Control) -> Result<Self, SocketError> {
         if path.parent() == Some(Path::new(DIRECTORY)) {
             make_directory(Path::new(DIRECTORY))?;
+            sweep(Path::new(DIRECTORY));
         }
         let failed = |source| SocketError::Io { path: path.to_owned(), source };
         let stop = Cancel::new().map_err(failed)?;
@@ -99,6 +100,20 @@ impl Drop for ControlSocket {
         }
         if fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.file) {
             let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Takes away the sockets that engines left in a directory when they were killed: those that nobody listens at.
+pub fn sweep(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        // A socket gets this name when somebody listens at it, and not before.
+        let ours = name.starts_with("migrate-") && name.ends_with(".sock") && is_socket(&path);
+        let dead = || UnixStream::connect(&path).is_err_and(|error| error.kind() == Io::ConnectionRefused);
+        if ours && dead() {
+            let _ = fs::remove_file(&path);
         }
     }
 }

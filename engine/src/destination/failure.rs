@@ -4,6 +4,7 @@ use super::late::LateError;
 use super::serve::ServeError;
 use super::sessions::{BeginError, GivenUp};
 use super::store::StoreError;
+use crate::journal::JournalError;
 use crate::link::{ChannelError, LinkError};
 use crate::network::NetworkError;
 use pageferry_criu_glue as criu;
@@ -19,6 +20,8 @@ pub(crate) enum ReceiveError {
     Version { theirs: String, ours: String },
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     #[error("could not keep the pages")]
     Store(#[from] StoreError),
     #[error("the memory of space {} is not what the source sealed", .space.0)]

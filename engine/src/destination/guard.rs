@@ -4,10 +4,14 @@
 //! every page that had not come would read as zeros: the program would run on, silently wrong. So a process of its own
 //! keeps the descriptors open and waits for a word. If that word comes, everything is in place and it ends. If the
 //! engine ends without it, the program's tasks, which can only wait for their pages, are killed.
+//!
+//! It is also who writes down in the journal that everything is in place: so that line is there exactly if the program was not
+//! killed, whenever the engine ends. It holds the journal's lock as long as it lives, and with it whoever reads the journal.
 
+use crate::journal;
 use rustix::io::{FdFlags, fcntl_setfd};
-use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 
@@ -18,19 +22,33 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    /// Watches over the tasks `pids`, whose userfaultfds are `uffds`.
-    pub(super) fn new(pids: &[i32], uffds: Vec<OwnedFd>) -> io::Result<Self> {
-        let mut script = String::from("read word; [ \"$word\" = done ] || kill -KILL");
-        for pid in pids {
-            let _ = write!(script, " {pid}");
-        }
+    /// Watches over the tasks `pids`, whose userfaultfds are `uffds`, and over the process `criu`. What becomes of them is written to
+    /// `journal`.
+    pub(super) fn new(
+        pids: &[i32],
+        uffds: Vec<OwnedFd>,
+        criu: i32,
+        journal: Option<File>,
+    ) -> io::Result<Self> {
+        let pids: Vec<String> = pids.iter().map(i32::to_string).collect();
+        let (filled, pids) = (journal::FILLED_LINE, pids.join(" "));
+        // CRIU tidies up and ends when it notices that the engine has gone, but not where it waits for the tasks that are gone now.
+        let script = format!(
+            "is_criu() {{ grep -q criu /proc/{criu}/cmdline 2>/dev/null; }}\n\
+             read word\n\
+             case $word in filled) echo '{filled}'; exit;; over) exit;; esac\n\
+             kill -s KILL {pids}\n\
+             turns=0\n\
+             while is_criu && [ $turns -lt 30 ]; do sleep 0.1; turns=$((turns + 1)); done\n\
+             ! is_criu || kill -s KILL {criu}"
+        );
         for uffd in &uffds {
             fcntl_setfd(uffd, FdFlags::empty())?;
         }
         let child = Command::new("/bin/sh")
             .args(["-c", &script])
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(journal.map_or_else(Stdio::null, Stdio::from))
             .stderr(Stdio::null())
             .spawn()?;
         // Ours are closed here, so that the server's are the only ones of this process.
@@ -38,11 +56,20 @@ impl Guard {
         Ok(Self { child })
     }
 
-    /// Every page is in place, or the tasks are dead: nothing is left to watch over.
-    pub(super) fn dismiss(mut self) {
+    /// Every page is in place. That is written down when this returns.
+    pub(super) fn filled(self) {
+        self.dismiss(b"filled\n");
+    }
+
+    /// The tasks are dead: nothing is left to watch over.
+    pub(super) fn over(self) {
+        self.dismiss(b"over\n");
+    }
+
+    fn dismiss(mut self, word: &[u8]) {
         if let Some(mut stdin) = self.child.stdin.take() {
             // If it is gone already there is nobody to tell.
-            let _ = stdin.write_all(b"done\n");
+            let _ = stdin.write_all(word);
         }
         let _ = self.child.wait();
     }
@@ -59,12 +86,20 @@ mod tests {
     #[test]
     fn it_kills_only_when_the_word_does_not_come() {
         let mut program = sleeper();
-        Guard::new(&[program.id() as i32], Vec::new()).unwrap().dismiss();
+        let written = tempfile::NamedTempFile::new().unwrap();
+        let pid = program.id() as i32;
+        let guard = || Guard::new(&[pid], Vec::new(), 1, Some(written.reopen().unwrap())).unwrap();
+        guard().over();
+        assert_eq!(std::fs::read(written.path()).unwrap(), b"");
+        guard().filled();
         assert!(program.try_wait().unwrap().is_none(), "dismissed: the program lives");
-        let mut guard = Guard::new(&[program.id() as i32], Vec::new()).unwrap();
+        assert_eq!(std::fs::read_to_string(written.path()).unwrap(), format!("{}\n", journal::FILLED_LINE));
+        std::fs::write(written.path(), "").unwrap();
+        let mut guard = guard();
         drop(guard.child.stdin.take());
         guard.child.wait().unwrap();
         use std::os::unix::process::ExitStatusExt;
         assert_eq!(program.wait().unwrap().signal(), Some(9), "the engine's end of the pipe closed");
+        assert_eq!(std::fs::read(written.path()).unwrap(), b"");
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod sys;
 mod verify;
 
 use crate::error::{CopyState, FailureKind};
+use crate::journal::{self, Journal, Role, Step};
 use crate::kept::{KeptPages, KeptStore};
 use crate::link::{Channel, Incoming, TcpLink};
 use crate::observe::Event;
@@ -272,7 +273,7 @@ impl Host {
             Ok(Incoming::Control(ControlMessage::Query { session })) => {
                 let end = Instant::now() + OUTCOME;
                 let state = loop {
-                    match self.sessions.ask(session, Instant::now()) {
+                    match self.what_became(session) {
                         HandoverState::ReadyToRun if Instant::now() < end => {
                             std::thread::sleep(Duration::from_millis(10));
                         }
@@ -288,14 +289,26 @@ impl Host {
         None
     }
 
+    /// What became of a session, of this receiver or of one before it.
+    fn what_became(&self, session: u128) -> HandoverState {
+        match (self.sessions.ask(session, Instant::now()), &self.plan.journal) {
+            (HandoverState::Unknown, Some(dir)) => journal::recover::remembered(&Journal::new(dir), session),
+            (state, _) => state,
+        }
+    }
+
     fn session(&self, mut channel: Channel, hello: Hello, observer: &dyn Observer, cancel: &Cancel) -> End {
         let id = hello.session;
-        let result = self.receive_one(&mut channel, &hello, observer, cancel);
+        let mut journal = None;
+        let result = self.receive_one(&mut channel, &hello, &mut journal, observer, cancel);
         let end = match result {
             Ok(told) => End { session: id, failure: None, unclear: !told },
             Err(error) => {
                 // Everything is gone by now, so this is true when the source hears it.
-                self.sessions.discarded(id, Instant::now());
+                let ran = self.sessions.discarded(id, Instant::now());
+                if let Some(journal) = &mut journal {
+                    note(journal.step(if ran { Step::Ended } else { Step::Discarded }, &[]), observer);
+                }
                 observer.event(&Event::Discarded { reason: error.chain() });
                 refuse(&mut channel, &error);
                 let unclear = self.sessions.was_ready(id) && error.is_link();
@@ -303,6 +316,11 @@ impl Host {
             }
         };
         self.sessions.end(id);
+        if let Some(journal) = journal.take()
+            && !end.unclear
+        {
+            journal.close();
+        }
         end
     }
 
@@ -310,9 +328,16 @@ impl Host {
         &self,
         channel: &mut Channel,
         hello: &Hello,
+        journal: &mut Option<journal::Writer>,
         observer: &dyn Observer,
         cancel: &Cancel,
     ) -> Result<bool, ReceiveError> {
+        if let Some(dir) = &self.plan.journal {
+            let written = Journal::new(dir);
+            journal::recover::sweep(&written);
+            let peer = channel.link().peer().map_or_else(|_| "unknown".to_owned(), |peer| peer.to_string());
+            *journal = Some(written.begin(Role::Destination, hello.session, &peer, &hello.program, None)?);
+        }
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
         let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -375,13 +400,14 @@ impl Host {
             cargo,
             images: &images,
             network: &mut network,
+            journal: journal.as_mut(),
         }
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);
         let pid = alive.pid;
-        let owing = late.owing();
         let told = match alive.settle(channel, &late, &self.plan) {
             Ok((stats, told)) => {
+                self.sessions.filled(hello.session, pid, Instant::now());
                 observer.event(&Event::Filled {
                     pages: stats.pages,
                     faults: stats.faults,
@@ -389,17 +415,21 @@ impl Host {
                 });
                 told
             }
-            Err(error) if owing => return Err(error),
-            Err(error) => {
-                observer.event(&Event::Warning { text: error.chain() });
-                false
-            }
+            // Without all of its pages it was ended.
+            Err(error) => return Err(error),
         };
         if let Err(error) = keeper.fill(pid) {
             let text = format!("the pages could not be kept: {error}");
             observer.event(&Event::Warning { text });
         }
         Ok(told)
+    }
+}
+
+/// A step that has been taken already could perhaps not be written down.
+fn note(written: Result<(), journal::JournalError>, observer: &dyn Observer) {
+    if let Err(error) = written {
+        observer.event(&Event::Warning { text: error.to_string() });
     }
 }
 

@@ -10,6 +10,7 @@ use super::sessions::Sessions;
 use super::verify;
 use crate::Cancel;
 use crate::fault::{self, Fault};
+use crate::journal::{self, Process, Step};
 use crate::link::Channel;
 use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
@@ -39,6 +40,7 @@ pub(super) struct Rebirth<'a, 'b> {
     pub(super) cargo: Cargo,
     pub(super) images: &'a pageferry_criu_glue::ImageDir,
     pub(super) network: &'a mut Arrival<'b>,
+    pub(super) journal: Option<&'a mut journal::Writer>,
 }
 
 /// A program that runs here now.
@@ -100,7 +102,7 @@ impl Rebirth<'_, '_> {
                 (Ok((restore, told)), Some(guard)) => Ok((restore, told, guard)),
                 (result, guard) => {
                     if let Some(guard) = guard {
-                        guard.dismiss();
+                        guard.over();
                     }
                     Err(result.err().unwrap_or(ReceiveError::NotRestored { vpid: 0 }))
                 }
@@ -136,7 +138,11 @@ impl Rebirth<'_, '_> {
             laps.lap(Part::Verify);
         }
         let uffds = std::mem::take(&mut *kept.lock().unwrap_or_else(PoisonError::into_inner));
-        *guard = Some(Guard::new(&pids_of(root)?, uffds).map_err(ReceiveError::Guard)?);
+        let tree = tree_of(root)?;
+        let file =
+            self.journal.as_ref().map(|journal| journal.file()).transpose().map_err(ReceiveError::Guard)?;
+        *guard = Some(Guard::new(&pids(&tree), uffds, restore.criu(), file).map_err(ReceiveError::Guard)?);
+        self.write_down(Step::Ready, &Process::of(&tree))?;
         // Here, and not at CRIU's later stages: it is the last one at which the end of this engine takes the
         // restored tree with it.
         fault::point("dest-ready");
@@ -149,6 +155,7 @@ impl Rebirth<'_, '_> {
         }
         fault::point("dest-commit");
         self.sessions.commit(self.session, Instant::now())?;
+        self.write_down(Step::Committing, &[])?;
         laps.last = Instant::now();
         // The sockets leave their repair mode in what follows, and ask their clients how they stand: the answers must get in.
         self.network.open();
@@ -156,6 +163,10 @@ impl Rebirth<'_, '_> {
         laps.lap(Part::Run);
         let delivered = self.network.deliver();
         server.start_background()?;
+        // It runs: without this line it would be said of it, after a crash, that it never did.
+        if let Err(error) = self.write_down(Step::Resumed, &[]) {
+            self.observer.event(&Event::Warning { text: error.chain() });
+        }
         self.sessions.resumed(self.session, pid, Instant::now());
         if fault::point("dest-resumed") == Some(Fault::Cut) {
             self.channel.link().shutdown();
@@ -168,6 +179,12 @@ impl Rebirth<'_, '_> {
         self.network.settle();
         self.observer.event(&Event::Resumed { pid });
         Ok((told, pid))
+    }
+}
+
+impl Rebirth<'_, '_> {
+    fn write_down(&mut self, step: Step, processes: &[Process]) -> Result<(), ReceiveError> {
+        Ok(self.journal.as_mut().map_or(Ok(()), |journal| journal.step(step, processes))?)
     }
 }
 
@@ -186,12 +203,15 @@ impl Laps {
 }
 
 /// The restored tasks as this process sees them.
-fn pids_of(root: Option<i32>) -> Result<Vec<i32>, ReceiveError> {
+fn tree_of(root: Option<i32>) -> Result<Vec<Target>, ReceiveError> {
     let root = root.ok_or(ReceiveError::NotRestored { vpid: 0 })?;
     let look = |source: Box<dyn std::error::Error + Send + Sync>| ReceiveError::Look { pid: root, source };
     let target = Target::open(root).map_err(|error| look(error.into()))?;
-    let tree = tracker::tree::discover(&target).map_err(|error| look(error.into()))?;
-    Ok(tree.iter().map(Target::pid).collect())
+    tracker::tree::discover(&target).map_err(|error| look(error.into()))
+}
+
+fn pids(tree: &[Target]) -> Vec<i32> {
+    tree.iter().map(Target::pid).collect()
 }
 
 /// Hands every task's userfaultfd to the server as CRIU makes it.
@@ -225,7 +245,10 @@ impl Alive {
     ) -> Result<(FillStats, bool), ReceiveError> {
         let Self { server, restore, pid, told, guard } = self;
         let owing = late.owing();
-        let finished = restore.finish();
+        if let Err(error) = restore.finish() {
+            // The tree runs, and no word of CRIU's changes that.
+            tracing::warn!(%error, "CRIU did not end cleanly");
+        }
         // A sign of life now and then: large memories take longer than a silent link is believed in.
         let stats = loop {
             match server.wait_filled_for(SIGN_OF_LIFE) {
@@ -237,7 +260,9 @@ impl Alive {
             }
             if owing {
                 let silence = late.silence();
-                let lost = (silence > plan.post_copy_timeout && late.left() > 0)
+                // What nobody waits for any more is not missing; but who has ended gets nothing settled.
+                let in_vain = || late.left() > 0 || Target::open(pid).is_err();
+                let lost = (silence > plan.post_copy_timeout && in_vain())
                     .then(|| ReceiveError::SourceLost { left: late.left(), silence });
                 if let Some(error) = late.failure().or(lost) {
                     // Without its pages it cannot go on, and must not go on with others.
@@ -251,18 +276,16 @@ impl Alive {
             }
         };
         if stats.is_ok() {
-            guard.dismiss();
+            guard.filled();
         }
         let stats = stats?;
         if owing {
             late.end_taker();
             let told = say_filled(late, server.take_demand(), &stats, plan.stall_timeout);
-            finished?;
             return Ok((stats, told));
         }
         let _ = channel.control(&stats.message());
         let closed = channel.link_mut().close_gently(Duration::from_secs(2));
-        finished?;
         Ok((stats, told && closed))
     }
 }

@@ -22,8 +22,12 @@ enum State {
     Committed,
     /// The program runs.
     Resumed(i32),
+    /// It does, and every page of it is in place.
+    Filled(i32),
     /// There is no copy here, and there will be none.
     Discarded,
+    /// It ran here, and was ended because its pages did not come.
+    Ended,
 }
 
 /// The registry of a receiver.
@@ -110,13 +114,18 @@ impl Sessions {
         self.lock().states.insert(id, (State::Resumed(pid), now));
     }
 
-    /// Nothing of the session is alive here any more. Called after that has become true.
-    pub(crate) fn discarded(&self, id: u128, now: Instant) {
+    /// Every page of the program is in place: it needs neither this engine nor the source.
+    pub(crate) fn filled(&self, id: u128, pid: i32, now: Instant) {
+        self.lock().states.insert(id, (State::Filled(pid), now));
+    }
+
+    /// Nothing of the session is alive here any more. Called after that has become true. Says whether the program ran: that it has
+    /// ended is no leave to let another run.
+    pub(crate) fn discarded(&self, id: u128, now: Instant) -> bool {
         let mut inner = self.lock();
-        // One that ran here, and was ended because its pages did not come, was here: that is no leave to let another run.
-        if !matches!(inner.states.get(&id), Some((State::Resumed(_), _))) {
-            inner.states.insert(id, (State::Discarded, now));
-        }
+        let ran = matches!(inner.states.get(&id), Some((State::Resumed(_) | State::Ended, _)));
+        inner.states.insert(id, (if ran { State::Ended } else { State::Discarded }, now));
+        ran
     }
 
     /// Answers a sender that lost its link.
@@ -131,10 +140,12 @@ impl Sessions {
                 }
                 State::Committed => HandoverState::ReadyToRun,
                 State::Resumed(pid) => HandoverState::Resumed { pid },
+                State::Filled(pid) => HandoverState::Filled { pid },
                 State::Discarded => HandoverState::Discarded,
+                State::Ended => HandoverState::Ended,
             },
         };
-        if matches!(state, HandoverState::Resumed { .. } | HandoverState::Discarded) {
+        if matches!(state, HandoverState::Filled { .. } | HandoverState::Discarded | HandoverState::Ended) {
             inner.asked.insert(id);
         }
         state
@@ -186,6 +197,17 @@ mod tests {
         sessions.begin(1, t0, LONG).unwrap();
         assert_eq!(sessions.ask(1, t0), HandoverState::Discarded);
         assert_eq!(sessions.commit(1, t0), Err(GivenUp), "the late commit must not start a second copy");
+    }
+
+    #[test]
+    fn one_that_ran_and_was_ended_is_not_one_that_never_was() {
+        let (sessions, t0) = (Sessions::default(), Instant::now());
+        sessions.begin(1, t0, LONG).unwrap();
+        sessions.commit(1, t0).unwrap();
+        sessions.resumed(1, 7, t0);
+        assert!(!sessions.was_asked(1) && sessions.discarded(1, t0));
+        assert_eq!(sessions.ask(1, t0), HandoverState::Ended);
+        assert!(sessions.was_asked(1));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Everything that can go wrong at the source, in one place; the phase is added where it is known.
 
 use super::pages::SendPagesError;
+use crate::journal::{Entry, JournalError};
 use crate::kept::KeptError;
 use crate::link::{ChannelError, LinkError};
 use crate::network::NetworkError;
@@ -105,6 +106,10 @@ pub(crate) enum SendError {
     TooOld,
     #[error("cancelled")]
     Cancelled,
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("{}", left_behind(.0))]
+    LeftBehind(Box<Entry>),
     #[error("could not prepare to send owed pages")]
     LateThread(#[source] std::io::Error),
     #[error("of process {pid}, {pages} pages came late at the receiver, and they are not what is here")]
@@ -147,6 +152,16 @@ impl SendError {
             SendError::Tracker(_) | SendError::FindCriu(_) => {
                 "`pageferry check` shows what is missing here".to_owned()
             }
+            SendError::Journal(_) => {
+                "name a directory that can be written (--journal DIR), or go without (--journal none): then nothing tells what is where after a crash"
+                    .to_owned()
+            }
+            SendError::LeftBehind(entry) if entry.live => {
+                format!("wait for it, or end it: its engine is process {}", entry.begin.engine)
+            }
+            SendError::LeftBehind(entry) => {
+                format!("`pageferry recover --session {}` says what is where, and brings it to an end", &entry.begin.session[..8])
+            }
             SendError::NoConvergence { .. } => {
                 "allow a longer --downtime, give it more --bandwidth, or let it freeze all the same (--on-no-convergence freeze)"
                     .to_owned()
@@ -175,4 +190,13 @@ impl SendError {
             _ => return None,
         })
     }
+}
+
+fn left_behind(entry: &Entry) -> String {
+    let what = if entry.live {
+        "is being moved"
+    } else {
+        "was left here, stopped, by an engine that ended while it was moving it"
+    };
+    format!("the program {what} to {} (session {})", entry.begin.peer, &entry.begin.session[..8])
 }

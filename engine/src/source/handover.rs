@@ -8,6 +8,7 @@ use super::tally::Tally;
 use super::watchman::Watchman;
 use super::{Migration, Peer, Phase};
 use crate::fault::Fault;
+use crate::journal::{Process, Step};
 use crate::layout::split_at_regions;
 use crate::observe::Event;
 use crate::policy::Decision;
@@ -62,6 +63,7 @@ impl Migration<'_> {
         self.announce_network()?;
         let mut laps = Laps { last: Instant::now() };
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
+        self.write_down(Step::Frozen, &[])?;
         self.dump_mut().freeze(wait)?;
         self.report.downtime_us.freeze = laps.lap(self.observer, "freeze");
 
@@ -160,6 +162,10 @@ impl Migration<'_> {
         if stake != Stake::Image {
             self.watchman().leave().map_err(SendError::Watchman)?;
         }
+        let owes = stake == Stake::Part;
+        if stake != Stake::Image {
+            self.journal.as_mut().map_or(Ok(()), |journal| journal.committing(owes))?;
+        }
         self.phase = Phase::Committing;
         if crate::fault::point("commit") == Some(Fault::Cut) {
             self.channel().link().shutdown();
@@ -170,6 +176,9 @@ impl Migration<'_> {
         match self.answer("the destination to let the program run")? {
             ControlMessage::Resumed { pid, timings } => {
                 self.phase = Phase::Committed;
+                if stake != Stake::Image {
+                    self.note_down(Step::Resumed);
+                }
                 self.report.destination_pid = Some(pid).filter(|pid| *pid > 0);
                 self.add_parts(timings);
             }
@@ -328,6 +337,7 @@ impl Migration<'_> {
     /// the source runs another instruction of the program unless it is told to.
     fn hold_tree(&mut self) -> Result<(), SendError> {
         let tree = tracker::tree::discover(&self.root)?;
+        self.write_down(Step::Held, &Process::of(&tree))?;
         self.watchman().hold(tree.iter().map(tracker::Target::pid)).map_err(SendError::Watchman)?;
         for target in tree {
             let pid = target.pid();
@@ -345,12 +355,8 @@ impl Migration<'_> {
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
         self.let_network_go();
-        let keep = self.store.is_some();
         let owing = self.late.is_some();
         self.post_copy()?;
-        if !keep {
-            self.end_tree()?;
-        }
         if owing {
             // Everything is there, and this is only how it went.
             if let Some(channel) = self.late_last.take()
@@ -359,26 +365,27 @@ impl Migration<'_> {
                 let text = format!("the destination has everything, and did not say how it went: {error}");
                 self.observer.event(&Event::Warning { text });
             }
-            return self.keep_and_end(keep);
-        }
-        match self.answer("the destination to have every page in place")? {
-            ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => {}
-            ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
-                self.observer.event(&Event::Filled { pages, faults, max_fault_us });
-                self.report.fill =
-                    Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
+        } else {
+            // Until then the engine there is the only one that has the rest of its pages, and what is here the only other copy.
+            match self.answer("the destination to have every page in place")? {
+                ControlMessage::Filled { .. } if matches!(self.peer, Peer::Archive(_)) => {}
+                ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
+                    self.observer.event(&Event::Filled { pages, faults, max_fault_us });
+                    self.report.fill =
+                        Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
+                }
+                other => return Err(SendError::Protocol(format!("{other:?} instead of filled"))),
             }
-            other => return Err(SendError::Protocol(format!("{other:?} instead of filled"))),
         }
-        self.keep_and_end(keep)
-    }
-
-    fn keep_and_end(&mut self, keep: bool) -> Result<(), SendError> {
-        if keep {
+        self.phase = Phase::Filled;
+        if self.stake() != Stake::Image {
+            self.note_down(Step::Filled);
+        }
+        crate::fault::point("filled");
+        if self.store.is_some() {
             self.keep_pages();
-            self.end_tree()?;
         }
-        Ok(())
+        self.end_tree()
     }
 
     /// Ends the frozen tree. Of a program that runs on here there is none any more.

@@ -30,8 +30,10 @@ pub(crate) enum Phase {
     Committing,
     /// The program runs at the destination, and pages of it are still here.
     PostCopy,
-    /// The destination has said that the program runs there.
+    /// The destination has said that the program runs there. Not every page is in place yet, and the engine there has the rest.
     Committed,
+    /// Every page is in place there.
+    Filled,
 }
 
 impl std::fmt::Display for Phase {
@@ -50,6 +52,7 @@ impl std::fmt::Display for Phase {
             Phase::Committing => f.write_str("committing"),
             Phase::PostCopy => f.write_str("post-copy"),
             Phase::Committed => f.write_str("the time after the commit"),
+            Phase::Filled => f.write_str("ending the copy here"),
         }
     }
 }
@@ -87,9 +90,9 @@ pub(crate) enum Stake {
 /// Where only an image is at stake, nobody else ever has the program: it runs on whatever becomes of the image.
 pub(crate) fn after_failure(phase: Phase, stake: Stake) -> Aftermath {
     match (phase, stake) {
-        (Phase::Committed, Stake::Program) => Aftermath::End,
-        (Phase::PostCopy | Phase::Committed, Stake::Part) => Aftermath::Hold,
-        (Phase::Committing, Stake::Program | Stake::Part) => Aftermath::Ask,
+        (_, Stake::Image) => Aftermath::RunOn,
+        (Phase::Filled, _) => Aftermath::End,
+        (Phase::Committing | Phase::PostCopy | Phase::Committed, _) => Aftermath::Ask,
         _ => Aftermath::RunOn,
     }
 }
@@ -97,12 +100,16 @@ pub(crate) fn after_failure(phase: Phase, stake: Stake) -> Aftermath {
 /// What to do when the destination was asked, and answered `state` (`None`: it could not be reached in time).
 pub(crate) fn after_answer(state: Option<&HandoverState>, stake: Stake) -> Aftermath {
     match state {
+        Some(HandoverState::Filled { .. }) => Aftermath::End,
         Some(HandoverState::Resumed { .. }) if stake == Stake::Part => Aftermath::Serve,
-        Some(HandoverState::Resumed { .. }) => Aftermath::End,
+        // Should that engine end too, its pages go with it, and those that are here are the only ones.
+        Some(HandoverState::Resumed { .. }) => Aftermath::Hold,
         // It has given its copy up and will never let it run.
         Some(HandoverState::Discarded) => Aftermath::RunOn,
         // A receiver that was started anew knows nothing of the session: its predecessor may have died after
         // letting the copy run. `Receiving` and `ReadyToRun` are passing states that are asked again.
+        // What it did there happened, and what is here is older: a person has to say whether that may run.
+        Some(HandoverState::Ended) => Aftermath::Hold,
         Some(HandoverState::Unknown | HandoverState::Receiving | HandoverState::ReadyToRun) | None => {
             Aftermath::Hold
         }
@@ -131,7 +138,11 @@ mod tests {
             assert_eq!(after_failure(phase, Stake::Image), Aftermath::RunOn, "{phase}");
         }
         assert_eq!(after_failure(Phase::Committing, Stake::Program), Aftermath::Ask);
-        assert_eq!(after_failure(Phase::Committed, Stake::Program), Aftermath::End);
+        for phase in [Phase::PostCopy, Phase::Committed] {
+            assert_eq!(after_failure(phase, Stake::Program), Aftermath::Ask, "{phase}");
+        }
+        assert_eq!(after_failure(Phase::Filled, Stake::Program), Aftermath::End);
+        assert_eq!(after_failure(Phase::Filled, Stake::Part), Aftermath::End);
     }
 
     #[test]
@@ -143,9 +154,15 @@ mod tests {
 
     #[test]
     fn only_a_certain_answer_lets_either_copy_go() {
-        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 }), Stake::Program), Aftermath::End);
+        assert_eq!(after_answer(Some(&HandoverState::Filled { pid: 5 }), Stake::Program), Aftermath::End);
+        assert_eq!(after_answer(Some(&HandoverState::Resumed { pid: 5 }), Stake::Program), Aftermath::Hold);
         assert_eq!(after_answer(Some(&HandoverState::Discarded), Stake::Program), Aftermath::RunOn);
-        for state in [HandoverState::Unknown, HandoverState::Receiving, HandoverState::ReadyToRun] {
+        for state in [
+            HandoverState::Unknown,
+            HandoverState::Receiving,
+            HandoverState::ReadyToRun,
+            HandoverState::Ended,
+        ] {
             assert_eq!(after_answer(Some(&state), Stake::Program), Aftermath::Hold);
         }
         assert_eq!(after_answer(None, Stake::Program), Aftermath::Hold);
@@ -154,7 +171,7 @@ mod tests {
     #[test]
     fn a_copy_that_the_other_needs_is_neither_ended_nor_let_go() {
         for phase in [Phase::PostCopy, Phase::Committed] {
-            assert_eq!(after_failure(phase, Stake::Part), Aftermath::Hold, "{phase}");
+            assert_eq!(after_failure(phase, Stake::Part), Aftermath::Ask, "{phase}");
         }
         assert_eq!(after_failure(Phase::Restoring, Stake::Part), Aftermath::RunOn);
         assert_eq!(after_failure(Phase::Committing, Stake::Part), Aftermath::Ask);

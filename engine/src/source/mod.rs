@@ -25,6 +25,7 @@ mod watchman;
 use crate::cancel::Cancel;
 use crate::control::{Control, Stage};
 use crate::error::{CopyState, FailureKind, MigrationError};
+use crate::journal::{self, Journal, Process, Role};
 use crate::kept::{Archive, KeptStore};
 use crate::layout::{Layout, Place};
 use crate::link::{Channel, TcpLink};
@@ -154,6 +155,8 @@ struct Migration<'a> {
     held: Vec<Target>,
     /// Lets them go if this engine dies before the commit.
     watchman: Option<Watchman>,
+    /// What is found of this migration if this engine dies.
+    journal: Option<journal::Writer>,
     // The order of the fields is the order of undoing: the tree is let go before its tracker is taken away.
     dump: Option<Dump>,
     /// Addresses that leave with the program, once the receiver is ready for them.
@@ -202,6 +205,11 @@ impl<'a> Migration<'a> {
             return Err(SendError::NotRoot);
         }
         let root = Target::open(plan.pid)?;
+        if let Some(dir) = &plan.journal
+            && let Some(entry) = journal::recover::left_behind(&Journal::new(dir), &root)?
+        {
+            return Err(SendError::LeftBehind(Box::new(entry)));
+        }
         let criu = Criu::find(plan.criu.as_deref())?;
         let kernel = tracker::probe::Kernel::probe();
         let (tracker_choice, tracker_reason) = kernel.choose(plan.tracker)?;
@@ -267,6 +275,7 @@ impl<'a> Migration<'a> {
             throttle: None,
             held: Vec::new(),
             watchman: None,
+            journal: None,
             dump: None,
             network: None,
             images: ImageDir::new()?,
@@ -314,6 +323,13 @@ impl<'a> Migration<'a> {
         self.phase = Phase::Connecting;
         self.check_cancel()?;
         let places = self.look_at_network()?;
+        if let Some(dir) = &self.plan.journal {
+            let journal = Journal::new(dir);
+            journal::recover::sweep(&journal);
+            let root = Process::of(std::slice::from_ref(&self.root)).pop();
+            let (to, program) = (self.plan.to.to_string(), self.root.name());
+            self.journal = Some(journal.begin(Role::Source, self.session, &to, &program, root)?);
+        }
         let channel = self.open_channel()?;
         self.channel = Some(channel);
         self.control(&ControlMessage::Hello(Hello {
@@ -436,6 +452,11 @@ impl<'a> Migration<'a> {
             (false, Some(_)) => Stake::Part,
             (false, None) => Stake::Program,
         }
+    }
+
+    /// Writes down how far this side is.
+    fn write_down(&mut self, step: journal::Step, processes: &[Process]) -> Result<(), SendError> {
+        Ok(self.journal.as_mut().map_or(Ok(()), |journal| journal.step(step, processes))?)
     }
 
     fn check_cancel(&self) -> Result<(), SendError> {

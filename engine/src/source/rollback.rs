@@ -5,6 +5,7 @@ use super::handover::ASK_AGAIN;
 use super::machine::{Aftermath, Phase, after_answer, after_failure};
 use super::{Migration, Peer, peak_resident_bytes, states};
 use crate::error::{FailureKind, MigrationError};
+use crate::journal::{Step, ask};
 use crate::observe::Event;
 use crate::report::MigrationReport;
 use pageferry_wire_format::{AbortCode, ControlMessage, HandoverState};
@@ -24,36 +25,45 @@ impl Migration<'_> {
         self.report.bytes_sent = self.sent_bytes();
         let Err(mut error) = result else {
             self.report.outcome = "completed".to_owned();
+            self.close_journal();
             return Ok(self.report);
         };
         let mut failed_in = self.phase;
         let mut aftermath = after_failure(failed_in, self.stake());
         if aftermath == Aftermath::Ask {
             // An abort in answer to the commit is the receiver's word that its copy is gone.
-            aftermath = if error.is_peers_abort() {
+            // Later it says that it has ended what had run.
+            aftermath = if failed_in == Phase::Committing && error.is_peers_abort() {
                 Aftermath::RunOn
             } else {
                 let stake = self.stake();
                 after_answer(self.ask_what_became().as_ref(), stake)
             };
         }
-        if aftermath == Aftermath::Serve {
+        if aftermath == Aftermath::Serve && failed_in == Phase::Committing {
             // The program runs there, as was meant, and needs what is here.
             error = match self.after_commit() {
                 Ok(()) => {
                     self.report.bytes_sent = self.sent_bytes();
                     self.report.outcome = "completed".to_owned();
+                    self.close_journal();
                     return Ok(self.report);
                 }
                 Err(error) => error,
             };
             failed_in = self.phase;
-            aftermath = after_failure(failed_in, self.stake());
+            aftermath = match after_failure(failed_in, self.stake()) {
+                Aftermath::Ask => after_answer(self.ask_what_became().as_ref(), self.stake()),
+                aftermath => aftermath,
+            };
         }
         match aftermath {
             Aftermath::RunOn => self.run_on(&error),
             Aftermath::End => self.end_source(),
             Aftermath::Ask | Aftermath::Hold | Aftermath::Serve => self.hold(),
+        }
+        if matches!(aftermath, Aftermath::RunOn | Aftermath::End) {
+            self.close_journal();
         }
         self.describe(error, failed_in, aftermath)
     }
@@ -91,6 +101,20 @@ impl Migration<'_> {
         self.observer.event(&Event::RolledBack { reason: error.to_string() });
     }
 
+    fn close_journal(&mut self) {
+        if let Some(journal) = self.journal.take() {
+            journal.close();
+        }
+    }
+
+    /// Writes a step down that has been taken already: without that line, what is found after a crash is asked about.
+    pub(super) fn note_down(&mut self, step: Step) {
+        if let Err(error) = self.write_down(step, &[]) {
+            let text = format!("{error}");
+            self.observer.event(&Event::Warning { text });
+        }
+    }
+
     /// The destination runs the program: the copy here must not.
     fn end_source(&mut self) {
         self.let_network_go();
@@ -115,6 +139,7 @@ impl Migration<'_> {
             );
             self.observer.event(&Event::Warning { text });
         }
+        self.note_down(Step::InDoubt);
         // CRIU lets the tasks go, and each runs into the SIGSTOP that waits for it.
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.abort()
@@ -133,18 +158,20 @@ impl Migration<'_> {
         }
         if let Peer::Archive(archive) = &mut self.peer {
             let kept = archive.is_kept();
-            return Some(if kept { HandoverState::Resumed { pid: 0 } } else { HandoverState::Discarded });
+            return Some(if kept { HandoverState::Filled { pid: 0 } } else { HandoverState::Discarded });
         }
         let end = Instant::now() + self.plan.resolve_timeout;
+        let mut last = None;
         loop {
             match self.ask_once() {
-                Ok(state @ (HandoverState::Resumed { .. } | HandoverState::Discarded)) => return Some(state),
+                Ok(HandoverState::ReadyToRun | HandoverState::Receiving) | Err(_) => {}
+                // Its pages are being put in place.
+                Ok(state @ HandoverState::Resumed { .. }) if self.late.is_none() => last = Some(state),
                 // A receiver that was started anew does not know the session. Asking again does not help.
-                Ok(HandoverState::Unknown) => return Some(HandoverState::Unknown),
-                Ok(_) | Err(_) => {}
+                Ok(state) => return Some(state),
             }
             if Instant::now() >= end {
-                return None;
+                return last;
             }
             std::thread::sleep(ASK_AGAIN);
         }
@@ -153,16 +180,11 @@ impl Migration<'_> {
     fn ask_once(&mut self) -> Result<HandoverState, SendError> {
         let mut channel = self.open_channel()?;
         channel.link_mut().set_cancel(None);
-        channel.control(&ControlMessage::Query { session: self.session })?;
-        match channel.answer("the state of the session")? {
-            ControlMessage::State(state) => {
-                if let HandoverState::Resumed { pid } = state {
-                    self.report.destination_pid = Some(pid);
-                }
-                Ok(state)
-            }
-            other => Err(SendError::Protocol(format!("{other:?} instead of a state"))),
+        let state = ask(&mut channel, self.session)?;
+        if let Some(HandoverState::Resumed { pid } | HandoverState::Filled { pid }) = state {
+            self.report.destination_pid = Some(pid);
         }
+        state.ok_or_else(|| SendError::Protocol("no state of the session".to_owned()))
     }
 
     fn describe(
@@ -189,8 +211,13 @@ impl Migration<'_> {
                 pids(&self.held)
             )),
             Aftermath::Hold | Aftermath::Ask | Aftermath::Serve => Some(format!(
-                "look at the receiver {}: if the program runs there, end the copy here with `kill -KILL {}`; \
+                "{}look at the receiver {}: if the program runs there, end the copy here with `kill -KILL {}`; \
                  if it does not and never will, let this one run on with `kill -CONT {}`",
+                match self.plan.journal {
+                    Some(_) =>
+                        "`pageferry recover` asks the receiver again, and does what the answer says; or ",
+                    None => "",
+                },
                 self.plan.to,
                 pids(&self.held),
                 pids(&self.held)

@@ -165,8 +165,11 @@ impl Ferry {
         let script = "echo $$; exec \"$@\"";
         let mut command: Vec<&str> = vec!["sh", "-c", script, "sh", "env", &fault];
         command.extend([env!("CARGO_BIN_EXE_pageferry"), "migrate", "--pid", &pid, "--to", to]);
-        command.extend(["--report", &report_text, "--resolve-timeout", "2s"]);
+        command.extend(["--report", &report_text]);
         command.extend(options);
+        if !options.contains(&"--resolve-timeout") {
+            command.extend(["--resolve-timeout", "2s"]);
+        }
         if !options.contains(&"--calibration") {
             command.extend(["--calibration", "none"]);
         }

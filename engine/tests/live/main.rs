@@ -12,6 +12,7 @@ mod network;
 mod policy;
 mod predict;
 mod programs;
+mod recover;
 mod refusals;
 mod streams;
 mod swap;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         predict::tests(),
         control::tests(),
         faults::tests(),
+        recover::tests(),
         kept::tests(),
         late::tests(),
         network::tests(),

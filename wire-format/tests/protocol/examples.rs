@@ -224,6 +224,8 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         ("state-receiving", ControlMessage::State(HandoverState::Receiving)),
         ("state-ready-to-run", ControlMessage::State(HandoverState::ReadyToRun)),
         ("state-discarded", ControlMessage::State(HandoverState::Discarded)),
+        ("state-filled", ControlMessage::State(HandoverState::Filled { pid: 42 })),
+        ("state-ended", ControlMessage::State(HandoverState::Ended)),
         ("ping", ControlMessage::Ping { n: 1 }),
         ("join", ControlMessage::Join { session: 0x0123_4567_89ab_cdef, stream: 1 }),
         ("joined", ControlMessage::Joined),

@@ -207,10 +207,10 @@ impl Migration<'_> {
 
     /// The program runs at the destination: sends what is owed, until the destination has everything.
     pub(in crate::source) fn post_copy(&mut self) -> Result<(), SendError> {
+        let Some(mut late) = self.late.take() else { return Ok(()) };
         self.phase = Phase::PostCopy;
         crate::fault::point("post-copy");
         let started = Instant::now();
-        let Some(mut late) = self.late.take() else { return Ok(()) };
         self.control.enter(Stage::PostCopy);
         let served = self.serve(&mut late);
         let last = late.stop(served.is_ok());
@@ -228,7 +228,7 @@ impl Migration<'_> {
             self.late = Some(late);
             return Err(SendError::Owing { left, total, source: Box::new(error) });
         }
-        self.phase = Phase::Committed;
+        self.phase = Phase::Filled;
         self.control.enter(Stage::Committed);
         self.late_last = last;
         Ok(())

@@ -1,0 +1,467 @@
+//! What each side of a migration writes down while it goes, so that after the end of an engine it can be said what is where.
+//!
+//! Each side keeps a file for each session: one JSON object a line, one line for each step, appended before the step's effect
+//! can be seen by anybody. The engine holds a lock on the file (`flock`), which the kernel takes away with the engine: a file
+//! without a lock is what an engine left behind. At an end that leaves nothing open the file is removed.
+//!
+//! The directory is on `/run`: it is gone after a restart of the machine, as are the processes that it speaks of.
+//!
+//! [`recover`] reads what was left behind and brings it to an end.
+
+mod ask;
+pub mod recover;
+mod verdict;
+
+pub(crate) use ask::ask;
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Where the journals are unless something else is asked for.
+pub const DIRECTORY: &str = "/run/pageferry/journal";
+/// What the first line says of the rest.
+const VERSION: u32 = 1;
+/// The line of the step `filled`, for who cannot tell the time.
+pub(crate) const FILLED_LINE: &str = r#"{"step":"filled","at_us":0}"#;
+/// More than any journal has: two lines for each step, and the processes of a large tree.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Which side wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// The one that the program leaves.
+    Source,
+    /// The one that it comes to.
+    Destination,
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        })
+    }
+}
+
+/// How far a side has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Memory travels; the program runs at the source.
+    PreCopy,
+    /// Source: the tree is frozen by CRIU.
+    Frozen,
+    /// Source: a SIGSTOP waits in every process.
+    Held,
+    /// Destination: the tree is restored, and does not run yet.
+    Ready,
+    /// Source: the commit may have been sent. Destination: it has come, and the tree is let go.
+    Committing,
+    /// The program runs at the destination, and pages of it may be on their way.
+    Resumed,
+    /// Every page is in place at the destination: the program needs nobody any more.
+    Filled,
+    /// Source: it could not be found out what became of the commit.
+    InDoubt,
+    /// Destination: there is no copy here, and there will be none.
+    Discarded,
+    /// Destination: it ran here, and was ended because its pages did not come.
+    Ended,
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Step::PreCopy => "pre-copy",
+            Step::Frozen => "frozen",
+            Step::Held => "held",
+            Step::Ready => "ready",
+            Step::Committing => "committing",
+            Step::Resumed => "resumed",
+            Step::Filled => "filled",
+            Step::InDoubt => "in doubt",
+            Step::Discarded => "discarded",
+            Step::Ended => "ended",
+        })
+    }
+}
+
+/// A process, such that another one of the same number is not taken for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Process id, as the engine saw it.
+    pub pid: i32,
+    /// When it started, in clock ticks after the machine: field 22 of `/proc/PID/stat`.
+    pub start: u64,
+}
+
+impl Process {
+    /// The processes that targets stand for.
+    pub(crate) fn of(targets: &[pageferry_tracker::Target]) -> Vec<Self> {
+        targets.iter().map(|target| Self { pid: target.pid(), start: target.start_time() }).collect()
+    }
+}
+
+/// The first line of a journal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begin {
+    /// Version of the format.
+    pub journal: u32,
+    /// Who writes.
+    pub role: Role,
+    /// Identity of the session: 32 hexadecimal digits.
+    pub session: String,
+    /// Process id of the engine.
+    pub engine: i32,
+    /// The other side: at the source where the program goes to, at the destination who connected.
+    pub peer: String,
+    /// Name of the program.
+    pub program: String,
+    /// Source: the root of the tree.
+    pub root: Option<Process>,
+    /// When it began, in microseconds of Unix time.
+    pub began_us: u64,
+}
+
+/// A further line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Line {
+    step: Step,
+    at_us: u64,
+    /// The tree, where the step made it known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    processes: Vec<Process>,
+    /// Source, with the commit: pages of the program stay here for a while after it runs there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    owes: bool,
+}
+
+/// A journal as it was read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Entry {
+    /// Its file.
+    pub path: PathBuf,
+    /// The first line.
+    #[serde(flatten)]
+    pub begin: Begin,
+    /// The last step that was written down.
+    pub step: Step,
+    /// When, in microseconds of Unix time.
+    pub at_us: u64,
+    /// The processes of the tree, as far as they were written down.
+    pub processes: Vec<Process>,
+    /// Whether the program at the destination needs pages that are at the source.
+    pub owes: bool,
+    /// Whether its engine lives.
+    pub live: bool,
+}
+
+/// Why a journal cannot be kept or read.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file system said no.
+    #[error("the journal {path} cannot be {what}")]
+    Io {
+        /// Which file or directory.
+        path: PathBuf,
+        /// Done what to.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not what this version writes.
+    #[error("{path} is no journal that this version can read: {why}")]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// A directory of journals.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Journal {
+    dir: PathBuf,
+}
+
+/// A journal that is being written. Dropping it leaves the file as it is.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    file: File,
+    path: PathBuf,
+}
+
+fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+impl Journal {
+    /// The journals in a directory, which need not exist.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> JournalError {
+        let path = path.to_owned();
+        move |source| JournalError::Io { path, what, source }
+    }
+
+    /// Begins one. Makes the directory, for root alone.
+    ///
+    /// # Errors
+    /// [`JournalError::Io`].
+    pub(crate) fn begin(
+        &self,
+        role: Role,
+        session: u128,
+        peer: &str,
+        program: &str,
+        root: Option<Process>,
+    ) -> Result<Writer, JournalError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.dir)
+            .map_err(Self::failed(&self.dir, "made"))?;
+        let path = self.path(role, session);
+        let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path);
+        let file = file.map_err(Self::failed(&path, "made"))?;
+        let mut writer = Writer { file, path };
+        // Nobody else knows the file yet, but whoever lists the directory may try the lock just now.
+        flock(&writer.file, FlockOperation::LockExclusive)
+            .map_err(|errno| Self::failed(&writer.path, "locked")(errno.into()))?;
+        writer.line(&Begin {
+            journal: VERSION,
+            role,
+            session: format!("{session:032x}"),
+            engine: std::process::id() as i32,
+            peer: peer.to_owned(),
+            program: program.to_owned(),
+            root,
+            began_us: now_us(),
+        })?;
+        writer.step(Step::PreCopy, &[])?;
+        Ok(writer)
+    }
+
+    fn path(&self, role: Role, session: u128) -> PathBuf {
+        self.dir.join(format!("{session:032x}.{role}.jsonl"))
+    }
+
+    /// All of them, oldest first, and those that cannot be read.
+    ///
+    /// # Errors
+    /// When the directory cannot be read. That there is none is no error: nothing was left behind.
+    pub fn entries(&self) -> Result<(Vec<Entry>, Vec<JournalError>), JournalError> {
+        let (mut entries, mut broken) = (Vec::new(), Vec::new());
+        let listing = match std::fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((entries, broken)),
+            listing => listing.map_err(Self::failed(&self.dir, "read"))?,
+        };
+        for file in listing {
+            let path = file.map_err(Self::failed(&self.dir, "read"))?.path();
+            if path.extension().is_none_or(|extension| extension != "jsonl") {
+                continue;
+            }
+            match read(&path) {
+                Ok(Some(entry)) => entries.push(entry),
+                Ok(None) => {}
+                Err(error) => broken.push(error),
+            }
+        }
+        entries.sort_by_key(|entry| entry.begin.began_us);
+        Ok((entries, broken))
+    }
+
+    /// What a side wrote of a session.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub(crate) fn find(&self, role: Role, session: u128) -> Result<Option<Entry>, JournalError> {
+        read(&self.path(role, session))
+    }
+
+    /// Removes what destinations' engines left behind and nobody will ask about any more.
+    pub(crate) fn forget_older_than(&self, age: Duration) {
+        let (entries, _) = self.entries().unwrap_or_default();
+        let oldest = now_us().saturating_sub(age.as_micros() as u64);
+        for entry in entries {
+            if entry.begin.role == Role::Destination && !entry.live && entry.at_us < oldest {
+                let _ = std::fs::remove_file(&entry.path);
+            }
+        }
+    }
+}
+
+impl Writer {
+    fn line(&mut self, line: &impl Serialize) -> Result<(), JournalError> {
+        let mut text = serde_json::to_vec(line).expect("numbers and texts become JSON");
+        text.push(b'\n');
+        // One call: what an engine that is killed in it leaves is the whole line, or none of it.
+        self.file.write_all(&text).map_err(Journal::failed(&self.path, "written"))
+    }
+
+    /// Writes a step down. `processes`: the tree, where it is known from now on.
+    pub(crate) fn step(&mut self, step: Step, processes: &[Process]) -> Result<(), JournalError> {
+        self.line(&Line { step, at_us: now_us(), processes: processes.to_vec(), owes: false })
+    }
+
+    /// The commit is about to be sent, or has come.
+    pub(crate) fn committing(&mut self, owes: bool) -> Result<(), JournalError> {
+        self.line(&Line { step: Step::Committing, at_us: now_us(), processes: Vec::new(), owes })
+    }
+
+    /// The file, for a process that writes to it and holds its lock when the engine has ended.
+    pub(crate) fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Nothing is open any more: both sides know what became of the program.
+    pub(crate) fn close(self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a journal that is over could not be removed");
+        }
+    }
+}
+
+/// Reads a journal; `None` if it is not there, or was being begun when its engine ended.
+fn read(path: &Path) -> Result<Option<Entry>, JournalError> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(Journal::failed(path, "read"))?,
+    };
+    let live = match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => false,
+        Err(rustix::io::Errno::WOULDBLOCK) => true,
+        Err(errno) => return Err(Journal::failed(path, "locked")(errno.into())),
+    };
+    let mut text = Vec::new();
+    // The lock goes with the file, which is closed at the end of this function.
+    (&file).take(MAX_BYTES).read_to_end(&mut text).map_err(Journal::failed(path, "read"))?;
+    parse(path, &text, live)
+}
+
+fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalError> {
+    let wrong = |why: String| JournalError::Format { path: path.to_owned(), why };
+    // What has no end was being written.
+    let Some(end) = text.iter().rposition(|byte| *byte == b'\n') else { return Ok(None) };
+    let mut lines = text[..end].split(|byte| *byte == b'\n');
+    let first = lines.next().unwrap_or_default();
+    let version = serde_json::from_slice::<serde_json::Value>(first).ok();
+    match version.as_ref().and_then(|line| line.get("journal")).and_then(serde_json::Value::as_u64) {
+        Some(version) if version == u64::from(VERSION) => {}
+        Some(version) => return Err(wrong(format!("it is of version {version}"))),
+        None => return Err(wrong("its first line is another".to_owned())),
+    }
+    let begin: Begin = serde_json::from_slice(first).map_err(|error| wrong(error.to_string()))?;
+    let mut entry = Entry {
+        path: path.to_owned(),
+        step: Step::PreCopy,
+        at_us: begin.began_us,
+        begin,
+        processes: Vec::new(),
+        owes: false,
+        live,
+    };
+    for line in lines {
+        let line: Line = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+        (entry.step, entry.at_us) = (line.step, line.at_us.max(entry.at_us));
+        entry.owes |= line.owes;
+        if !line.processes.is_empty() {
+            entry.processes = line.processes;
+        }
+    }
+    Ok(Some(entry))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOT: Process = Process { pid: 7, start: 99 };
+
+    /// Waits until nobody holds the lock. A process that another test is just starting has a copy of the descriptor until its exec.
+    fn left_behind(journal: &Journal, role: Role, session: u128) {
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        while journal.find(role, session).unwrap().unwrap().live {
+            assert!(std::time::Instant::now() < until, "the lock outlives its owner");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_journal_is_read_as_it_was_written_and_knows_whether_its_engine_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(&dir.path().join("not/yet"));
+        assert_eq!(journal.entries().unwrap().0, []);
+        let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
+        writer.step(Step::Held, &[ROOT, Process { pid: 8, start: 100 }]).unwrap();
+        writer.committing(true).unwrap();
+        let entry = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert!(entry.live && entry.owes && entry.step == Step::Committing && entry.processes.len() == 2);
+        assert_eq!((entry.begin.peer.as_str(), entry.begin.root), ("10.0.0.2:7077", Some(ROOT)));
+        assert_eq!(journal.find(Role::Destination, 5).unwrap(), None);
+        drop(writer);
+        left_behind(&journal, Role::Source, 5);
+        assert!(journal.begin(Role::Source, 5, "", "", None).is_err(), "a session is written once");
+        journal.begin(Role::Destination, 5, "", "", None).unwrap().close();
+        assert_eq!(journal.entries().unwrap().0.len(), 1, "what is closed is gone");
+    }
+
+    #[test]
+    fn an_engine_that_ended_in_the_middle_of_a_line_leaves_the_lines_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        let mut writer = journal.begin(Role::Source, 1, "peer", "a", Some(ROOT)).unwrap();
+        writer.step(Step::Held, &[ROOT]).unwrap();
+        let whole = std::fs::read(&writer.path).unwrap();
+        let line = whole[..whole.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
+        for end in 0..whole.len() {
+            let entry = parse(&writer.path, &whole[..end], false).unwrap();
+            match end < line {
+                true => assert!(entry.is_none_or(|entry| entry.step == Step::PreCopy)),
+                false => assert_eq!(entry.unwrap().step, Step::PreCopy, "{end}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_journal_is_named_and_hides_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        drop(journal.begin(Role::Source, 1, "peer", "a", Some(ROOT)).unwrap());
+        for (name, text) in [("a", "{\"journal\":2}\n"), ("b", "nonsense\n"), ("c", "{\"journal\":1}\n")] {
+            std::fs::write(dir.path().join(name).with_extension("jsonl"), text).unwrap();
+        }
+        std::fs::write(dir.path().join("notes.txt"), "mine").unwrap();
+        let (entries, broken) = journal.entries().unwrap();
+        assert_eq!((entries.len(), broken.len()), (1, 3));
+        assert!(broken.iter().any(|error| error.to_string().contains("version 2")), "{broken:?}");
+    }
+
+    #[test]
+    fn what_a_destination_left_is_forgotten_after_a_time_and_what_a_source_left_never() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        drop(journal.begin(Role::Destination, 1, "", "", None).unwrap());
+        drop(journal.begin(Role::Source, 2, "", "", None).unwrap());
+        left_behind(&journal, Role::Destination, 1);
+        let live = journal.begin(Role::Destination, 3, "", "", None).unwrap();
+        journal.forget_older_than(Duration::from_secs(60));
+        assert_eq!(journal.entries().unwrap().0.len(), 3);
+        journal.forget_older_than(Duration::ZERO);
+        assert!(journal.find(Role::Destination, 1).unwrap().is_none());
+        assert!(journal.find(Role::Source, 2).unwrap().is_some());
+        assert!(journal.find(Role::Destination, 3).unwrap().is_some());
+        drop(live);
+    }
+}

@@ -1,0 +1,414 @@
+//! What engines left behind when they were killed, and bringing it to an end.
+//!
+//! While an engine lives it decides alone. What a dead one left is judged by what it wrote down last ([`super::Step`]), by the processes
+//! that are still there, and where only the other side can know, by its answer. Where nobody can know, nothing is done until a person says
+//! which copy is the program ([`Choice`]).
+
+use super::ask::ask_until;
+use super::verdict::{self, Tree, Verdict};
+use super::{Entry, Journal, JournalError, Process, Role, Step};
+use pageferry_tracker::{self as tracker, Target};
+use pageferry_wire_format::HandoverState;
+use rustix::process::{Signal, pidfd_send_signal};
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// What a person says where nobody else can know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The copy here is the program: let it run. The other side has none, and never will.
+    RunHere,
+    /// The program runs at the other side: end the copy here.
+    EndHere,
+}
+
+/// What to recover.
+#[derive(Clone, Debug)]
+pub struct RecoverPlan {
+    /// Directory of the journals.
+    pub journal: PathBuf,
+    /// Only the session whose identity begins with this.
+    pub session: Option<String>,
+    /// What to do where it is unclear. Asks for one session.
+    pub choice: Option<Choice>,
+    /// Say what is where, and change nothing. The other side is asked all the same, and its answer binds it: a commit that has not
+    /// arrived will not be taken any more.
+    pub dry_run: bool,
+    /// How long to try to ask the other side.
+    pub patience: Duration,
+}
+
+/// Why nothing could be recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// Other people's processes.
+    #[error("letting processes run, or ending them, needs root")]
+    NotRoot,
+    /// The journals cannot be read.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// No journal is of that session.
+    #[error("there is no session {0} here")]
+    NoSession(String),
+    /// More than one is.
+    #[error("{count} sessions begin with {session}: say more of it")]
+    Ambiguous {
+        /// What was given.
+        session: String,
+        /// How many.
+        count: usize,
+    },
+    /// A choice is for one session.
+    #[error("say for which session (--session): a choice is about one")]
+    NoneChosen,
+    /// Its engine lives.
+    #[error("the engine of session {session} lives (process {engine}): it decides alone")]
+    UnderWay {
+        /// Which.
+        session: String,
+        /// Its engine.
+        engine: i32,
+    },
+    /// Ending the copy here would lose the program, and letting it run would make two.
+    #[error(
+        "the program of session {session} runs at {peer}, and not all of its pages are in place there: ask again when they are, or, where pages \
+         are only here, when it was ended there after the receiver's --post-copy-timeout"
+    )]
+    Needed {
+        /// Which.
+        session: String,
+        /// Where it runs.
+        peer: String,
+    },
+    /// A signal could not be sent.
+    #[error("process {pid} could not be signalled")]
+    Signal {
+        /// Which.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It was killed and goes on.
+    #[error("process {0} does not end")]
+    Immortal(i32),
+}
+
+/// What was found of a session, and what was done about it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// What was written down.
+    #[serde(flatten)]
+    pub entry: Entry,
+    /// The processes of the tree here, before anything was done.
+    pub tree: Tree,
+    /// What the other side said, if it was asked.
+    pub answer: Option<String>,
+    /// What it comes to.
+    pub verdict: Verdict,
+    /// What was done, or would be; or what a person can do.
+    pub text: String,
+    /// Whether nothing is left to decide.
+    pub settled: bool,
+}
+
+/// Looks at every session that an engine of this machine left behind, and ends what can be ended.
+///
+/// # Errors
+/// [`RecoverError`]; what was done before stays done, and is found done by the next call.
+pub fn recover(plan: &RecoverPlan) -> Result<(Vec<Finding>, Vec<JournalError>), RecoverError> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(RecoverError::NotRoot);
+    }
+    let journal = Journal::new(&plan.journal);
+    let (mut entries, broken) = when_guards_are_done(&journal)?;
+    if let Some(session) = &plan.session {
+        entries.retain(|entry| entry.begin.session.starts_with(session.as_str()));
+        match entries.len() {
+            0 => return Err(RecoverError::NoSession(session.clone())),
+            1 => {}
+            // Both sides may be this machine.
+            2 if plan.choice.is_none() && entries[0].begin.session == entries[1].begin.session => {}
+            count => return Err(RecoverError::Ambiguous { session: session.clone(), count }),
+        }
+    } else if plan.choice.is_some() {
+        return Err(RecoverError::NoneChosen);
+    }
+    // What comes to its end at a destination here can be asked about by a source here.
+    entries.sort_by_key(|entry| entry.begin.role == Role::Source);
+    let findings = entries.into_iter().map(|entry| settle(plan, entry)).collect::<Result<_, _>>()?;
+    Ok((findings, broken))
+}
+
+/// Reads the journals. A guard or a watchman that an engine has left behind holds the lock for as long as it has to do something
+/// (milliseconds), and then says what.
+fn when_guards_are_done(journal: &Journal) -> Result<(Vec<Entry>, Vec<JournalError>), JournalError> {
+    let until = Instant::now() + GUARDS;
+    loop {
+        let (entries, broken) = journal.entries()?;
+        let waits = entries.iter().any(|entry| entry.live && !is_process(entry.begin.engine));
+        if !waits || Instant::now() > until {
+            return Ok((entries, broken));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Longest wait for what an engine has left behind to watch over a program.
+const GUARDS: Duration = Duration::from_secs(10);
+
+fn is_process(pid: i32) -> bool {
+    rustix::process::Pid::from_raw(pid).is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
+}
+
+fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Finding, RecoverError> {
+    let begin = &entry.begin;
+    let tree = Copy::find(&entry);
+    let state = tree.state();
+    let mut verdict = verdict::judge(begin.role, entry.step, entry.live, state);
+    if let (Verdict::UnderWay, Some(_)) = (verdict, plan.choice) {
+        return Err(RecoverError::UnderWay { session: begin.session.clone(), engine: begin.engine });
+    }
+    let mut answer = None;
+    if verdict == Verdict::Ask {
+        answer = ask(plan, &entry);
+        verdict = verdict::answered(answer.as_ref());
+    }
+    if verdict == Verdict::Unclear && plan.choice.is_some() && needed_there(answer.as_ref()) {
+        return Err(RecoverError::Needed { session: begin.session.clone(), peer: begin.peer.clone() });
+    }
+    let chosen = match (verdict, plan.choice) {
+        (Verdict::Unclear, Some(Choice::RunHere)) => Verdict::RunHere,
+        (Verdict::Unclear, Some(Choice::EndHere)) => Verdict::EndHere,
+        (verdict, _) => verdict,
+    };
+    if !plan.dry_run {
+        act(chosen, &entry, &tree)?;
+    }
+    let text = describe(chosen, &entry, state, answer.as_ref(), plan.dry_run);
+    let settled = chosen != Verdict::Unclear;
+    let answer = answer.map(|answer| format!("{answer:?}"));
+    Ok(Finding { tree: state, answer, verdict: chosen, text, settled, entry })
+}
+
+/// Whether the program runs at the other side, and has not all of its pages yet.
+fn needed_there(answer: Option<&HandoverState>) -> bool {
+    matches!(answer, Some(HandoverState::Resumed { .. }))
+}
+
+fn ask(plan: &RecoverPlan, entry: &Entry) -> Option<HandoverState> {
+    // Nobody can be asked about a file.
+    let to: SocketAddr = entry.begin.peer.parse().ok()?;
+    ask_until(to, session_of(entry)?, plan.patience)
+}
+
+fn session_of(entry: &Entry) -> Option<u128> {
+    u128::from_str_radix(&entry.begin.session, 16).ok()
+}
+
+/// Does what a verdict says, and takes the journal away where nobody will ask about it.
+fn act(verdict: Verdict, entry: &Entry, tree: &Copy) -> Result<(), RecoverError> {
+    match verdict {
+        Verdict::UnderWay | Verdict::Ask | Verdict::Unclear => return Ok(()),
+        Verdict::Over => {}
+        // Before that step nobody but its user has stopped it.
+        Verdict::RunHere if entry.step >= Step::Held => tree.signal(Signal::CONT)?,
+        Verdict::RunHere => {}
+        Verdict::EndHere => tree.end()?,
+    }
+    if entry.begin.role == Role::Source
+        && let Err(source) = std::fs::remove_file(&entry.path)
+    {
+        return Err(JournalError::Io { path: entry.path.clone(), what: "removed", source }.into());
+    }
+    // A destination's stays: the source may ask.
+    Ok(())
+}
+
+fn describe(
+    verdict: Verdict,
+    entry: &Entry,
+    tree: Tree,
+    answer: Option<&HandoverState>,
+    dry_run: bool,
+) -> String {
+    let Entry { begin, step, .. } = entry;
+    let (would, short) = (if dry_run { "would be " } else { "" }, &begin.session[..8]);
+    let root = entry.processes.first().or(begin.root.as_ref()).map_or(0, |process| process.pid);
+    match (begin.role, verdict) {
+        (_, Verdict::UnderWay) => format!("goes on: its engine is process {}", begin.engine),
+        (Role::Source, Verdict::Over) if tree == Tree::Running => {
+            format!("runs here as process {root}: somebody has let it go")
+        }
+        (Role::Source, Verdict::Over) => "no process of it is left here".to_owned(),
+        (Role::Destination, Verdict::Over) if *step == Step::Filled && tree != Tree::Gone => {
+            format!("runs here, complete, as process {root}; whoever asks is told so")
+        }
+        (Role::Destination, Verdict::Over) if *step == Step::Filled => {
+            format!("ran here, complete, as process {root}, and has ended since")
+        }
+        (Role::Destination, Verdict::Over) if *step >= Step::Committing && *step != Step::Discarded => {
+            "ran here, or was about to, and was ended with its engine, which had pages of it; the source has it as it was when it moved"
+                .to_owned()
+        }
+        (Role::Destination, Verdict::Over) => "nothing of it is here, and the source is told so".to_owned(),
+        (Role::Source, Verdict::RunHere) if *step < Step::Held => {
+            "runs here as before; it was not stopped".to_owned()
+        }
+        (_, Verdict::RunHere) => format!("{would}let go: it runs here as process {root}"),
+        (Role::Source, Verdict::EndHere) => format!("{would}ended here: it runs at {}", begin.peer),
+        (Role::Destination, Verdict::EndHere) => {
+            format!("{would}ended here: pages of it had gone with the engine; the source has it")
+        }
+        (_, Verdict::Ask | Verdict::Unclear) => {
+            let heard = match answer {
+                None if begin.peer.parse::<SocketAddr>().is_err() => {
+                    format!("whether {} is complete is not known (`pageferry inspect` tells)", begin.peer)
+                }
+                None => format!("{} does not answer (`pageferry receive` there does)", begin.peer),
+                Some(HandoverState::Unknown) => format!("{} does not know the session", begin.peer),
+                Some(HandoverState::Ended) => format!(
+                    "it ran at {}, or was about to, and was ended there with its engine; the copy here is as it was when it moved",
+                    begin.peer
+                ),
+                Some(HandoverState::Resumed { .. }) if !entry.owes => {
+                    return format!(
+                        "stopped here, and whole; it runs at {}, where its pages are being put in place. Call this again: when they are, it is ended here",
+                        begin.peer
+                    );
+                }
+                Some(HandoverState::Resumed { .. }) => {
+                    return format!(
+                        "stopped here, and whole; it runs at {} and waits for pages that are only here. They do not come any more: it is ended there after the \
+                         receiver's --post-copy-timeout. Then `pageferry recover --session {short} --run-here` lets it run here as it was when it moved",
+                        begin.peer
+                    );
+                }
+                Some(_) => format!("{} is not done with it", begin.peer),
+            };
+            format!(
+                "stopped here, and whole; {heard}. If there is none there: `pageferry recover --session {short} --run-here`; if it runs \
+                 there: `pageferry recover --session {short} --end-here`"
+            )
+        }
+    }
+}
+
+/// The processes of a tree that are still those that were written down.
+struct Copy(Vec<Target>);
+
+impl Copy {
+    fn find(entry: &Entry) -> Self {
+        let open = |process: &Process| {
+            Target::open(process.pid).ok().filter(|target| target.start_time() == process.start)
+        };
+        if !entry.processes.is_empty() {
+            return Self(entry.processes.iter().filter_map(open).collect());
+        }
+        let root = entry.begin.root.as_ref().and_then(open);
+        Self(root.and_then(|root| tracker::tree::discover(&root).ok()).unwrap_or_default())
+    }
+
+    fn state(&self) -> Tree {
+        let states: Vec<char> = self.0.iter().filter_map(Self::letter).collect();
+        if states.is_empty() {
+            Tree::Gone
+        } else if states.iter().all(|state| matches!(state, 'T' | 't')) {
+            Tree::Stopped
+        } else {
+            Tree::Running
+        }
+    }
+
+    /// Its state in `/proc`, unless it has ended.
+    fn letter(target: &Target) -> Option<char> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", target.pid())).ok()?;
+        let state = stat.rsplit(") ").next()?.chars().next()?;
+        (target.is_alive() && !matches!(state, 'Z' | 'X')).then_some(state)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), RecoverError> {
+        for target in &self.0 {
+            match pidfd_send_signal(target.pidfd(), signal) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+                Err(errno) => {
+                    return Err(RecoverError::Signal { pid: target.pid(), source: errno.into() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), RecoverError> {
+        self.signal(Signal::KILL)?;
+        let until = Instant::now() + Duration::from_secs(10);
+        for target in &self.0 {
+            while Self::letter(target).is_some() {
+                if Instant::now() > until {
+                    return Err(RecoverError::Immortal(target.pid()));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a receiver answers about a session that it has not had itself.
+pub(crate) fn remembered(journal: &Journal, session: u128) -> HandoverState {
+    let until = Instant::now() + GUARDS;
+    let entry = loop {
+        match journal.find(Role::Destination, session) {
+            Ok(Some(entry)) if entry.live && !is_process(entry.begin.engine) && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(Some(entry)) => break entry,
+            Ok(None) => return HandoverState::Unknown,
+            Err(error) => {
+                tracing::warn!(%error, "asked about a session whose journal cannot be read");
+                return HandoverState::Unknown;
+            }
+        }
+    };
+    let copy = Copy::find(&entry);
+    let mut tree = copy.state();
+    if verdict::judge(Role::Destination, entry.step, entry.live, tree) == Verdict::EndHere {
+        // The guard does it too; what is said here has to be true when it is said.
+        if let Err(error) = copy.end() {
+            tracing::warn!(%error, "what is left of a session could not be ended");
+        }
+        tree = copy.state();
+    }
+    let pid = entry.processes.first().map_or(0, |process| process.pid);
+    verdict::state_of(entry.step, entry.live, tree, pid)
+}
+
+/// What says that `target` is not to be moved now: it is being moved, or an engine has left it here stopped.
+pub(crate) fn left_behind(journal: &Journal, target: &Target) -> Result<Option<Entry>, JournalError> {
+    let (entries, _) = journal.entries()?;
+    let process = Process { pid: target.pid(), start: target.start_time() };
+    Ok(entries.into_iter().find(|entry| {
+        let of_it = entry.begin.root == Some(process) || entry.processes.contains(&process);
+        let stopped = || entry.step >= Step::Held && Copy::find(entry).state() == Tree::Stopped;
+        entry.begin.role == Role::Source && of_it && (entry.live || stopped())
+    }))
+}
+
+/// Removes journals of dead engines that leave nothing to decide.
+pub(crate) fn sweep(journal: &Journal) {
+    let (entries, _) = journal.entries().unwrap_or_default();
+    for entry in entries {
+        let tree = Copy::find(&entry).state();
+        let verdict = verdict::judge(entry.begin.role, entry.step, entry.live, tree);
+        let untouched = verdict == Verdict::RunHere && (entry.step < Step::Held || tree == Tree::Running);
+        if entry.begin.role == Role::Source && (verdict == Verdict::Over || untouched) {
+            let _ = std::fs::remove_file(&entry.path);
+        }
+    }
+    journal.forget_older_than(REMEMBERED);
+}
+
+/// How long a destination's journal of a dead engine can be asked about.
+const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 3600);
