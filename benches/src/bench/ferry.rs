@@ -283,7 +283,7 @@ fn resident(pid: u32) -> u64 {
 }
 
 /// A process by its program and one of its arguments.
-fn find(program: &str, argument: &str) -> Option<u32> {
+pub(super) fn find(program: &str, argument: &str) -> Option<u32> {
     fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         let command = fs::read(entry.path().join("cmdline")).ok()?;

@@ -10,6 +10,7 @@ pub mod attach;
 pub mod bare;
 pub mod baseline;
 pub mod bytes;
+pub mod chaos;
 pub mod child;
 pub mod codings;
 pub mod convergence;
@@ -70,6 +71,8 @@ enum Bench {
     Convergence(convergence::Options),
     /// What the clients of a redis see of its move, with their connections, beside plain CRIU
     RedisHandover(redis_handover::Options),
+    /// What becomes of a program when something that takes part in its migration is killed
+    Chaos(chaos::Options),
     /// How near predictions and simulations are to the migrations that follow
     Prediction(prediction::Options),
     /// How fast pages are digested and coded, and into how many bytes
@@ -159,6 +162,7 @@ impl Command {
             Bench::WwsAccuracy(options) => wws_accuracy::run(&options),
             Bench::Convergence(options) => convergence::run(&options),
             Bench::RedisHandover(options) => redis_handover::run(&options),
+            Bench::Chaos(options) => chaos::run(&options),
             Bench::Prediction(options) => prediction::run(&options),
             Bench::Codings(options) => codings::run(&options),
             Bench::Xbzrle(options) => codings::run_xbzrle(&options),
