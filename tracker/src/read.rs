@@ -55,11 +55,12 @@ impl PageReader {
     /// When the process has ended, or may not be read.
     pub fn new(target: &Target) -> Result<Self, ReadError> {
         let pid = target.pid();
-        let memory = File::open(format!("/proc/{pid}/mem")).map_err(|source| ReadError::Io {
-            pid,
-            page: 0,
-            source,
-        })?;
+        let memory =
+            File::open(format!("/proc/{pid}/mem")).map_err(|source| match source.raw_os_error() {
+                // It is ending: its memory goes a moment before it has ended for everybody else.
+                Some(libc::ESRCH | libc::ENOENT) => ReadError::Gone(pid),
+                _ => ReadError::Io { pid, page: 0, source },
+            })?;
         if !target.is_alive() {
             return Err(ReadError::Gone(pid));
         }

@@ -8,7 +8,7 @@ use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
 use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
 use crate::report::RoundReport;
-use pageferry_tracker::{Collected, PageReader, PageSet, SpaceScan, Throttle, TreeState};
+use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
 use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
@@ -256,7 +256,8 @@ impl Migration<'_> {
         for scan in &collected.spaces {
             match self.adopt(scan) {
                 Ok(info) => fresh.extend(info),
-                // It has ended since the scan, which is no failure of a tree that runs.
+                // It has ended since the scan, or is about to, which is no failure of a tree that runs.
+                Err(SendError::Reader { source: ReadError::Gone(_), .. }) if !frozen => continue,
                 Err(_) if !frozen && !scan.target.is_alive() => continue,
                 Err(error) => return Err(error),
             }

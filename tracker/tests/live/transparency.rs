@@ -136,7 +136,7 @@ fn mappings_stay_in_one_piece(kind: TrackerKind) {
     let mut tracker = Tracker::attach(subject.target(), kind).expect("attach");
     let subject = &mut subject;
     let answer = std::thread::scope(|scope| {
-        let turns = scope.spawn(|| subject.ask("reshape 100000"));
+        let turns = scope.spawn(|| subject.ask("reshape 8000"));
         while !turns.is_finished() {
             let collected = collect(&mut tracker);
             tracker.acknowledge(collected.ticket);
