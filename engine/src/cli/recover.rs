@@ -5,7 +5,7 @@ use super::render;
 use super::units::Time;
 use clap::Args;
 use pageferry::control;
-use pageferry::journal::recover::{Choice, Finding, RecoverPlan, recover};
+use pageferry::journal::recover::{Choice, Finding, RecoverPlan, Recovered, recover};
 use pageferry::journal::{self, Role};
 use std::path::{Path, PathBuf};
 
@@ -51,12 +51,15 @@ pub(super) fn run(verb: &RecoverVerb) -> anyhow::Result<u8> {
         dry_run: verb.dry_run,
         patience: verb.timeout.0,
     };
-    let (findings, broken) = recover(&plan)?;
+    let Recovered { findings, broken, cleaned } = recover(&plan)?;
     if !verb.dry_run {
         control::sweep(Path::new(control::DIRECTORY));
     }
+    for text in &cleaned {
+        eprintln!("{text}");
+    }
     for error in &broken {
-        eprintln!("warning: {:#}", anyhow::anyhow!("{error}"));
+        eprintln!("warning: {error}");
     }
     if verb.json {
         for finding in &findings {

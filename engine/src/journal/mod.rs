@@ -141,6 +141,9 @@ struct Line {
     /// Source, with the commit: pages of the program stay here for a while after it runs there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     owes: bool,
+    /// Source, with the commit: addresses that are taken away here with it, as `--move-address` names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    addresses: Vec<String>,
 }
 
 /// A journal as it was read.
@@ -159,6 +162,8 @@ pub struct Entry {
     pub processes: Vec<Process>,
     /// Whether the program at the destination needs pages that are at the source.
     pub owes: bool,
+    /// Addresses that may have been taken away at the source, as `--move-address` names them.
+    pub addresses: Vec<String>,
     /// Whether its engine lives.
     pub live: bool,
 }
@@ -312,12 +317,14 @@ impl Writer {
 
     /// Writes a step down. `processes`: the tree, where it is known from now on.
     pub(crate) fn step(&mut self, step: Step, processes: &[Process]) -> Result<(), JournalError> {
-        self.line(&Line { step, at_us: now_us(), processes: processes.to_vec(), owes: false })
+        let processes = processes.to_vec();
+        self.line(&Line { step, at_us: now_us(), processes, owes: false, addresses: Vec::new() })
     }
 
-    /// The commit is about to be sent, or has come.
-    pub(crate) fn committing(&mut self, owes: bool) -> Result<(), JournalError> {
-        self.line(&Line { step: Step::Committing, at_us: now_us(), processes: Vec::new(), owes })
+    /// The commit is about to be sent: pages may be owed from then on, and these addresses not be here any more.
+    pub(crate) fn committing(&mut self, owes: bool, addresses: Vec<String>) -> Result<(), JournalError> {
+        let (step, at_us) = (Step::Committing, now_us());
+        self.line(&Line { step, at_us, processes: Vec::new(), owes, addresses })
     }
 
     /// The file, for a process that writes to it and holds its lock when the engine has ended.
@@ -370,12 +377,14 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         begin,
         processes: Vec::new(),
         owes: false,
+        addresses: Vec::new(),
         live,
     };
     for line in lines {
         let line: Line = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
         (entry.step, entry.at_us) = (line.step, line.at_us.max(entry.at_us));
         entry.owes |= line.owes;
+        entry.addresses.extend(line.addresses);
         if !line.processes.is_empty() {
             entry.processes = line.processes;
         }
@@ -405,8 +414,9 @@ mod tests {
         assert_eq!(journal.entries().unwrap().0, []);
         let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
         writer.step(Step::Held, &[ROOT, Process { pid: 8, start: 100 }]).unwrap();
-        writer.committing(true).unwrap();
+        writer.committing(true, vec!["10.0.0.9/24@eth0".to_owned()]).unwrap();
         let entry = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert_eq!(entry.addresses, ["10.0.0.9/24@eth0"]);
         assert!(entry.live && entry.owes && entry.step == Step::Committing && entry.processes.len() == 2);
         assert_eq!((entry.begin.peer.as_str(), entry.begin.root), ("10.0.0.2:7077", Some(ROOT)));
         assert_eq!(journal.find(Role::Destination, 5).unwrap(), None);

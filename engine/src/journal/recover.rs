@@ -7,6 +7,7 @@
 use super::ask::ask_until;
 use super::verdict::{self, Tree, Verdict};
 use super::{Entry, Journal, JournalError, Process, Role, Step};
+use crate::network::{self, MovedAddress, traces};
 use pageferry_tracker::{self as tracker, Target};
 use pageferry_wire_format::HandoverState;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -114,11 +115,22 @@ pub struct Finding {
     pub settled: bool,
 }
 
+/// What became of a call.
+#[derive(Debug)]
+pub struct Recovered {
+    /// One for each session that an engine of this machine has written of.
+    pub findings: Vec<Finding>,
+    /// Journals that cannot be read.
+    pub broken: Vec<JournalError>,
+    /// What dead engines had left of rules and addresses, and is taken away now.
+    pub cleaned: Vec<String>,
+}
+
 /// Looks at every session that an engine of this machine left behind, and ends what can be ended.
 ///
 /// # Errors
 /// [`RecoverError`]; what was done before stays done, and is found done by the next call.
-pub fn recover(plan: &RecoverPlan) -> Result<(Vec<Finding>, Vec<JournalError>), RecoverError> {
+pub fn recover(plan: &RecoverPlan) -> Result<Recovered, RecoverError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(RecoverError::NotRoot);
     }
@@ -139,7 +151,9 @@ pub fn recover(plan: &RecoverPlan) -> Result<(Vec<Finding>, Vec<JournalError>), 
     // What comes to its end at a destination here can be asked about by a source here.
     entries.sort_by_key(|entry| entry.begin.role == Role::Source);
     let findings = entries.into_iter().map(|entry| settle(plan, entry)).collect::<Result<_, _>>()?;
-    Ok((findings, broken))
+    // Afterwards: an address that is still announced here may be that of a program that is let go above.
+    let cleaned = if plan.dry_run { Vec::new() } else { traces::clean() };
+    Ok(Recovered { findings, broken, cleaned })
 }
 
 /// Reads the journals. A guard or a watchman that an engine has left behind holds the lock for as long as it has to do something
@@ -184,13 +198,33 @@ fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Finding, RecoverError> {
         (Verdict::Unclear, Some(Choice::EndHere)) => Verdict::EndHere,
         (verdict, _) => verdict,
     };
+    let mut text = describe(chosen, &entry, state, answer.as_ref(), plan.dry_run);
+    if chosen == Verdict::RunHere && !entry.addresses.is_empty() {
+        let addresses = entry.addresses.join(", ");
+        text += &match plan.dry_run {
+            true => format!("; its addresses would be put back: {addresses}"),
+            // The program is worth more than its addresses: that these could not be put back is said, and it runs.
+            false => put_back(&entry).map_or_else(
+                |error| format!("; its addresses ({addresses}) could not be put back here: {error}"),
+                |()| format!("; its addresses are here: {addresses}"),
+            ),
+        };
+    }
     if !plan.dry_run {
         act(chosen, &entry, &tree)?;
     }
-    let text = describe(chosen, &entry, state, answer.as_ref(), plan.dry_run);
     let settled = chosen != Verdict::Unclear;
     let answer = answer.map(|answer| format!("{answer:?}"));
     Ok(Finding { tree: state, answer, verdict: chosen, text, settled, entry })
+}
+
+fn put_back(entry: &Entry) -> Result<(), String> {
+    let moved: Result<Vec<MovedAddress>, _> = entry.addresses.iter().map(|text| text.parse()).collect();
+    let moved = moved.map_err(|error| error.to_string())?;
+    network::ground::put_back(session_of(entry).unwrap_or_default(), &moved).map_err(|error| {
+        let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+        format!("{error}{cause}")
+    })
 }
 
 /// Whether the program runs at the other side, and has not all of its pages yet.

@@ -1,12 +1,12 @@
 //! The steps of a handover as they are taken on this machine.
 
-use super::NetworkError;
 use super::addresses::{self, Device, Use};
 use super::capture::{Capture, Delivered, Waiting};
 use super::filter::{Filter, Hold};
 use super::frames::{self, Mac};
 use super::netlink::Netlink;
 use super::sys::packet;
+use super::{MovedAddress, NetworkError};
 use rustix::net::{SendFlags, SocketType};
 use std::fmt;
 use std::net::IpAddr;
@@ -277,6 +277,23 @@ pub(crate) fn of_source(address: IpAddr, prefix: u8, device: &str) -> Result<Pla
         return Err(NetworkError::NoEthernet(device.to_owned()));
     }
     Ok(Place { address, prefix, device: Some((device.to_owned(), found)), owner: None })
+}
+
+/// Puts addresses back on their devices, which had them before, and tells everybody that they are here.
+///
+/// # Errors
+/// That there is no such device, or what the kernel says.
+pub(crate) fn put_back(session: u128, moved: &[MovedAddress]) -> Result<(), NetworkError> {
+    let place = |moved: &MovedAddress| -> Result<Place, NetworkError> {
+        let device = addresses::device(&moved.device).map_err(NetworkError::List)?;
+        let device = device.ok_or_else(|| NetworkError::NoDevice(moved.device.clone()))?;
+        let device = Some((moved.device.clone(), device));
+        Ok(Place { address: moved.address, prefix: moved.prefix, device, owner: None })
+    };
+    let places = moved.iter().map(place).collect::<Result<_, _>>()?;
+    let mut machine = Machine::source(super::traces::name(session), places);
+    machine.take(Step::PutBack)?;
+    machine.take(Step::Announce)
 }
 
 /// Finds the device that is to get an address.

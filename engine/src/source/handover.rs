@@ -164,7 +164,8 @@ impl Migration<'_> {
         }
         let owes = stake == Stake::Part;
         if stake != Stake::Image {
-            self.journal.as_mut().map_or(Ok(()), |journal| journal.committing(owes))?;
+            let addresses = self.plan.move_addresses.iter().map(ToString::to_string).collect();
+            self.journal.as_mut().map_or(Ok(()), |journal| journal.committing(owes, addresses))?;
         }
         self.phase = Phase::Committing;
         if crate::fault::point("commit") == Some(Fault::Cut) {
@@ -354,7 +355,7 @@ impl Migration<'_> {
 
     /// After the commit: ends the frozen tree here, and waits until the destination has every page in place.
     pub(super) fn after_commit(&mut self) -> Result<(), SendError> {
-        self.let_network_go();
+        self.let_network_go(true);
         let owing = self.late.is_some();
         self.post_copy()?;
         if owing {

@@ -208,15 +208,15 @@ impl Migration<'_> {
         }
     }
 
-    /// The addresses do not come back. Says which have been taken away.
-    pub(super) fn let_network_go(&mut self) -> Vec<String> {
+    /// The addresses do not come back; `resumed`: because the program runs there. Says which have been taken away.
+    pub(super) fn let_network_go(&mut self, resumed: bool) -> Vec<String> {
         let Some(network) = self.network.as_mut().filter(|network| !network.over) else { return Vec::new() };
         network.over = true;
         let names = network.names.clone();
         if let Err(error) = network.leaving.let_go() {
             self.warn("an address could not be let go cleanly", &error);
         }
-        if let Err(error) = self.hook(HookStage::AfterResume) {
+        if resumed && let Err(error) = self.hook(HookStage::AfterResume) {
             self.warn("after the program has moved", &error);
         }
         names

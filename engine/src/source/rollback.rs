@@ -117,7 +117,7 @@ impl Migration<'_> {
 
     /// The destination runs the program: the copy here must not.
     fn end_source(&mut self) {
-        self.let_network_go();
+        self.let_network_go(true);
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.commit(self.plan.stall_timeout)
         {
@@ -131,10 +131,10 @@ impl Migration<'_> {
     /// Nobody knows: the tree stays, stopped and whole.
     fn hold(&mut self) {
         // They may be the other's, and only one may have them.
-        let addresses = self.let_network_go();
+        let addresses = self.let_network_go(false);
         if !addresses.is_empty() {
             let text = format!(
-                "taken away here, as the receiver may have them: {}. Before the program is let run on here, put them back: `ip address add ADDR/LEN dev DEV`",
+                "taken away here, as the receiver may have them: {}. `pageferry recover` puts them back when it lets the program run on here; by hand: `ip address add ADDR/LEN dev DEV`",
                 addresses.join(", ")
             );
             self.observer.event(&Event::Warning { text });

@@ -3,6 +3,7 @@
 
 use super::Test;
 use super::ferry::{Ferry, Ignored, LIMIT, Receiver, succeed};
+use super::recover::{finds, forget, kill_engine, writes};
 use anyhow::{Context, bail, ensure};
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::connections::client::Seen;
@@ -16,6 +17,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("connections of every kind move with their addresses, there and back", there_and_back),
         ("connections go on when the receiving engine dies before the commit", destination_dies),
         ("connections go on when the sending engine dies before the commit", source_dies),
+        ("connections go on when the sending engine dies and has taken the address away", recovered),
         ("connections go on after an interrupted migration", interrupted),
         ("connections that nobody moves are refused, or closed when that is asked for", refused),
         ("addresses that cannot move are refused", cannot_move),
@@ -242,6 +244,29 @@ fn source_dies(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.migrate(service.pid, None, &MOVE_V4)?.moved()?;
     service.goes_on()?;
     receiver.stop()?;
+    service.end(5)
+}
+
+/// The commit is on its way, and the address has gone with it: `pageferry recover` gives it back with the program.
+fn recovered(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let mut service = Service::start(ferry, &[V4], 5)?;
+    let receiver = ferry.receiver(Some("dest-commit=delay:10000"), &[])?;
+    let migration = ferry.migrate_start(service.pid, None, &MOVE_V4)?;
+    writes(ferry, Host::Source, "committing")?;
+    let until = Instant::now() + LIMIT;
+    while service.has(V4)?.contains(&"source") {
+        ensure!(Instant::now() < until, "the address is not taken away");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    kill_engine(ferry, Host::Source)?;
+    ensure!(migration.wait()?.code == 137, "the engine was not killed");
+    let says = "its addresses are here: 10.77.0.9/24@eth0";
+    finds(ferry, Host::Source, "--timeout 30s", 0, says)?;
+    service.goes_on()?;
+    receiver.stop()?;
+    ensure!(service.has(V4)? == ["source"], "it is at {:?}", service.has(V4)?);
+    ferry.nothing_is_left()?;
     service.end(5)
 }
 

@@ -36,7 +36,13 @@ fn recover(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, Vec
 }
 
 /// The one session of a host, which must be found so.
-fn finds(ferry: &Ferry, host: Host, options: &str, code: i32, says: &str) -> anyhow::Result<Value> {
+pub(super) fn finds(
+    ferry: &Ferry,
+    host: Host,
+    options: &str,
+    code: i32,
+    says: &str,
+) -> anyhow::Result<Value> {
     let (got, mut findings) = recover(ferry, host, options)?;
     ensure!(got == code && findings.len() == 1, "{}: exit code {got}, {findings:#?}", host.name());
     let text = findings[0]["text"].as_str().unwrap_or_default().to_owned();
@@ -45,7 +51,7 @@ fn finds(ferry: &Ferry, host: Host, options: &str, code: i32, says: &str) -> any
 }
 
 /// Waits until that is the last line of the host's only journal.
-fn writes(ferry: &Ferry, host: Host, step: &str) -> anyhow::Result<()> {
+pub(super) fn writes(ferry: &Ferry, host: Host, step: &str) -> anyhow::Result<()> {
     wait_for(&format!("the step {step}"), LIMIT, || {
         let last = ferry.sh(host, "tail -q -n 1 /run/pageferry/journal/*.jsonl 2>/dev/null")?;
         Ok(last.contains(&format!("\"step\":\"{step}\"")).then_some(()))
@@ -62,7 +68,7 @@ fn nothing_is_left(ferry: &Ferry, host: Host) -> anyhow::Result<()> {
 }
 
 /// So that the journals of one test are not those of the next.
-fn forget(ferry: &Ferry) -> anyhow::Result<()> {
+pub(super) fn forget(ferry: &Ferry) -> anyhow::Result<()> {
     for host in [Host::Source, Host::Destination] {
         ferry.sh(host, "rm -rf /run/pageferry/journal")?;
     }
@@ -221,7 +227,7 @@ fn refused(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, Str
 }
 
 /// By SIGKILL, and by the process id that its journal names.
-fn kill_engine(ferry: &Ferry, host: Host) -> anyhow::Result<()> {
+pub(super) fn kill_engine(ferry: &Ferry, host: Host) -> anyhow::Result<()> {
     let (_, findings) = recover(ferry, host, "--dry-run")?;
     let engine = findings.first().and_then(|found| found["engine"].as_i64()).context("an engine")?;
     ferry.hosts.kill(host, engine as i32)
