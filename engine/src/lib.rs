@@ -26,6 +26,7 @@ pub mod network;
 mod page_bits;
 pub mod policy;
 pub mod predict;
+mod urgency;
 mod verify;
 
 pub use cancel::Cancel;

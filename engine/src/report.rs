@@ -264,7 +264,10 @@ pub struct PostCopyReport {
     pub demanded_pages: u64,
     /// Pages that were sent before anybody asked for them.
     pub pushed_pages: u64,
-    /// Of these two, pages of zeros. What is neither was given back by the program before it came.
+    /// Pages that were sent a second time, because a thread waited for them while they were under way.
+    #[serde(default)]
+    pub repeated_pages: u64,
+    /// Of the first two, pages of zeros. What is neither was given back by the program before it came.
     pub zero_pages: u64,
     /// Bytes on the wire for them, frames included.
     pub sent_bytes: u64,

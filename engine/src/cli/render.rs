@@ -269,6 +269,7 @@ mod tests {
             owed_pages: 16_000,
             demanded_pages: 400,
             pushed_pages: 15_590,
+            repeated_pages: 3,
             zero_pages: 12,
             sent_bytes: 65_900_000,
             duration_us: 210_000,

@@ -42,6 +42,24 @@ pub(super) fn keep_shallow(stream: &TcpStream, bytes: u32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Has the system send no more than so many bytes a second over a TCP connection, spread evenly; `None` is as fast as it goes.
+/// (`SO_MAX_PACING_RATE` of socket(7); the kernel takes eight bytes since 4.20, and all ones for no limit.)
+pub(super) fn set_pace(stream: &TcpStream, bytes_per_second: Option<u64>) -> io::Result<()> {
+    let rate = bytes_per_second.unwrap_or(u64::MAX);
+    // SAFETY: the option's value is eight bytes, which live on this frame until the call returns, and the kernel only reads
+    // them; the descriptor is open as long as `stream` is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const rate).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

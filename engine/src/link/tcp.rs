@@ -111,6 +111,12 @@ impl TcpLink {
         let _ = super::sys::keep_shallow(&self.stream, AHEAD);
     }
 
+    /// Bytes a second that go over this connection at most, evenly; `None` is as fast as it goes.
+    pub(crate) fn set_pace(&self, bytes_per_second: Option<u64>) {
+        // Between two ends in one process there is no link to keep free.
+        let _ = super::sys::set_pace(&self.stream, bytes_per_second);
+    }
+
     /// How long not a byte may move.
     pub fn set_stall(&mut self, stall: Duration) {
         self.stall = stall;

@@ -4,6 +4,7 @@ pub mod adaptive;
 pub(crate) mod bubbling;
 pub mod estimate;
 pub mod fixed;
+pub(crate) mod headroom;
 pub mod hot;
 pub mod throttle;
 

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 /// Why late pages, or what is said of them, cannot be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum LateError {
-    /// A page came that is not owed: it was never, or has come before.
-    #[error("page {page:#x} of space {} came late and is not owed", space.0)]
+    /// A page came that never was owed.
+    #[error("page {page:#x} of space {} came late and was never owed", space.0)]
     NotOwed {
         /// Whose.
         space: SpaceId,
@@ -37,6 +37,8 @@ pub(crate) enum LateError {
 #[derive(Debug, Default)]
 pub(crate) struct LateSpace {
     pub(crate) vpid: i32,
+    /// All that was to come.
+    all: PageBits,
     /// Still to come.
     pub(crate) owed: PageBits,
     /// Need not come any more; may be under way.
@@ -46,6 +48,15 @@ pub(crate) struct LateSpace {
     /// Digest over them.
     pub(crate) digest: SpaceDigest,
     seal: Option<(u64, SpaceDigest)>,
+}
+
+/// Pages of a batch that nobody was waiting for any more.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needless {
+    /// The program gave them back.
+    pub(crate) unwanted: Vec<u64>,
+    /// They have come before: a page that is waited for while it is under way is sent a second time, by the quicker way.
+    pub(crate) repeated: Vec<u64>,
 }
 
 /// Late pages of all spaces.
@@ -60,7 +71,8 @@ impl LateBooks {
     pub(crate) fn owe(&mut self, space: SpaceId, vpid: i32, runs: impl Iterator<Item = Run>) {
         let owed: PageBits = runs.collect();
         if !owed.is_empty() {
-            self.spaces.insert(space, LateSpace { vpid, owed, ..LateSpace::default() });
+            let all = owed.clone();
+            self.spaces.insert(space, LateSpace { vpid, all, owed, ..LateSpace::default() });
         }
     }
 
@@ -84,7 +96,7 @@ impl LateBooks {
         self.spaces.values().map(|late| late.pages).sum()
     }
 
-    /// A batch has come, and its pages are what it says. Gives those of them that nobody wants any more.
+    /// A batch has come, and its pages are what it says. Each counts when it comes first.
     ///
     /// # Errors
     /// [`LateError::NotOwed`]; then none of the batch counts.
@@ -92,24 +104,24 @@ impl LateBooks {
         &mut self,
         space: SpaceId,
         pages: &[(u64, PageDigest)],
-    ) -> Result<Vec<u64>, LateError> {
+    ) -> Result<Needless, LateError> {
         let late = self.spaces.get_mut(&space).ok_or(LateError::Space(space))?;
-        // A batch's pages ascend, so none is in it twice.
-        if let Some((page, _)) =
-            pages.iter().find(|(page, _)| !late.owed.has(*page) && !late.unwanted.has(*page))
-        {
+        if let Some((page, _)) = pages.iter().find(|(page, _)| !late.all.has(*page)) {
             return Err(LateError::NotOwed { space, page: *page });
         }
-        let mut unwanted = Vec::new();
+        let mut needless = Needless::default();
         for (page, digest) in pages {
             if !late.owed.remove(*page) {
-                late.unwanted.remove(*page);
-                unwanted.push(*page);
+                if !late.unwanted.remove(*page) {
+                    needless.repeated.push(*page);
+                    continue;
+                }
+                needless.unwanted.push(*page);
             }
             late.pages += 1;
             late.digest.insert(pageferry_wire_format::PageNo(*page), digest);
         }
-        Ok(unwanted)
+        Ok(needless)
     }
 
     /// The program gave memory back. Gives the pages of it that were owed: they need not come.
@@ -194,7 +206,7 @@ mod tests {
     #[test]
     fn it_is_complete_when_all_came_and_is_what_was_sent() {
         let mut books = books();
-        assert_eq!(books.arrive(A, &[page(10), page(11)]), Ok(vec![]));
+        assert_eq!(books.arrive(A, &[page(10), page(11)]), Ok(Needless::default()));
         books.seal(A, 4, sum(&[10, 11, 12, 13])).unwrap();
         books.end_seals(1).unwrap();
         assert_eq!(books.is_complete(), Ok(false), "two pages are under way");
@@ -211,7 +223,8 @@ mod tests {
     fn what_was_given_back_may_come_or_not() {
         let mut books = books();
         assert_eq!(books.forget(A, &[Run { start: 0, len: 12 }]), [Run { start: 10, len: 2 }]);
-        assert_eq!(books.arrive(A, &[page(11), page(12)]), Ok(vec![11]), "it was under way");
+        let needless = Needless { unwanted: vec![11], repeated: vec![] };
+        assert_eq!(books.arrive(A, &[page(11), page(12)]), Ok(needless), "it was under way");
         books.arrive(A, &[page(13)]).unwrap();
         books.seal(A, 3, sum(&[11, 12, 13])).unwrap();
         books.end_seals(1).unwrap();
@@ -219,16 +232,23 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_twice_counts_once() {
+        let mut books = books();
+        books.forget(A, &[Run { start: 10, len: 1 }]);
+        books.arrive(A, &[page(10), page(12)]).unwrap();
+        let needless = Needless { unwanted: vec![], repeated: vec![10, 12] };
+        assert_eq!(books.arrive(A, &[page(10), page(11), page(12), page(13)]), Ok(needless));
+        books.seal(A, 4, sum(&[10, 11, 12, 13])).unwrap();
+        books.end_seals(1).unwrap();
+        assert_eq!((books.is_complete(), books.left(), books.came()), (Ok(true), 0, 4));
+    }
+
+    #[test]
     fn what_is_not_owed_is_refused_and_changes_nothing() {
         let mut books = books();
         assert_eq!(books.arrive(A, &[page(12), page(14)]), Err(LateError::NotOwed { space: A, page: 14 }));
         assert_eq!(books.arrive(SpaceId(9), &[page(1)]), Err(LateError::Space(SpaceId(9))));
-        books.arrive(A, &[page(12)]).unwrap();
-        assert_eq!(
-            books.arrive(A, &[page(12)]),
-            Err(LateError::NotOwed { space: A, page: 12 }),
-            "it came before"
-        );
+        assert_eq!((books.left(), books.came()), (4, 0));
         assert_eq!(books.end_seals(1), Err(LateError::Seals { sealed: 0, owed: 1 }));
         assert_eq!(LateBooks::default().is_complete(), Ok(true), "nothing is owed");
     }

@@ -7,11 +7,11 @@
 
 mod books;
 
-pub(crate) use books::{LateBooks, LateError, LateSpace};
+pub(crate) use books::{LateBooks, LateError, LateSpace, Needless};
 
 use super::failure::ReceiveError;
 use super::hub::MOST_STREAMS;
-use super::store::PageStore;
+use super::store::{PageState, PageStore};
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::page_bits::PageBits;
 use pageferry_tracker::Run;
@@ -259,7 +259,15 @@ impl Late {
 
     /// Receives a late batch whose head has just arrived, checks it, and leaves it in the store.
     pub(crate) fn pages(&self, channel: &mut Channel, payload: usize) -> Result<Arrived, ReceiveError> {
-        let store = self.lock().store.clone().ok_or(ReceiveError::Order("late pages before the seal"))?;
+        let store = {
+            let state = self.lock();
+            match (&state.store, state.closed) {
+                (Some(store), _) => Arc::clone(store),
+                // A second copy of a page whose first was the last that was owed.
+                (None, true) => return Err(LinkError::Closed.into()),
+                (None, false) => return Err(ReceiveError::Order("late pages before the seal")),
+            }
+        };
         let lock = || store.lock().unwrap_or_else(PoisonError::into_inner);
         let (batch, link) = channel.batch_and_link();
         let space = batch.space();
@@ -276,17 +284,29 @@ impl Late {
         let contents = landing.digests().iter().copied();
         let zeros = arrived.zeros.iter().map(|page| (*page, digest::ZERO_PAGE));
         let all: Vec<_> = arrived.pages.iter().copied().zip(contents).chain(zeros).collect();
-        let unwanted = {
+        let Needless { unwanted, repeated } = {
             let mut state = self.lock();
             state.heard = Instant::now();
             state.books.arrive(space, &all)?
         };
         let mut store = lock();
+        // Read under the lock under which the first copy is put away: it is either there whole, or comes after this.
+        let before: Vec<_> = repeated.iter().map(|page| store.state_of(space, PageNo(*page))).collect();
         store.finish_batch(landing)?;
-        for page in unwanted {
-            store.discard(space, &[PageRun { start: PageNo(page), len: 1 }]);
-            arrived.pages.retain(|arrived| *arrived != page);
+        for page in &unwanted {
+            store.discard(space, &[PageRun { start: PageNo(*page), len: 1 }]);
         }
+        for (page, before) in repeated.iter().zip(before) {
+            match before {
+                Some(PageState::Held) => {}
+                Some(PageState::Delivered) => store.deliver(space, PageNo(*page)),
+                None => store.discard(space, &[PageRun { start: PageNo(*page), len: 1 }]),
+            }
+        }
+        drop(store);
+        let needless = |page: &u64| unwanted.contains(page) || repeated.contains(page);
+        arrived.pages.retain(|page| !needless(page));
+        arrived.zeros.retain(|page| !needless(page));
         Ok(arrived)
     }
 

@@ -120,6 +120,41 @@ fn what_a_thread_waits_for_is_asked_for_and_what_is_unmapped_is_not_wanted() {
 }
 
 #[test]
+fn what_comes_twice_is_put_in_place_once() {
+    let _guard = together();
+    let (late, server, memory) = owing(30);
+    let mut source = Source::connect(&late, memory);
+    source.send(0..20);
+    assert!((0..20).all(|page| as_sent(memory, page)), "they are in place");
+    // The program goes on with them, and gives some back.
+    (0..10).for_each(|page| memory.set_word(page, 0, 77));
+    memory.remove(12, 4);
+    let (pages, digest) = (source.pages, source.digest);
+    source.send(0..20);
+    // The first and the second right behind each other, over one connection: the first may not be in place yet.
+    (source.pages, source.digest) = (pages, digest);
+    source.send(20..30);
+    let (pages, digest) = (source.pages, source.digest);
+    source.send(20..30);
+    (source.pages, source.digest) = (pages, digest);
+    source.seal();
+    loop {
+        match source.hear() {
+            // What was read before it had come.
+            ControlMessage::Want { .. } => {}
+            message => {
+                assert_eq!(message, ControlMessage::LateSealed { pages: 30 });
+                break;
+            }
+        }
+    }
+    filled(&server);
+    assert!((0..10).all(|page| memory.word(page, 0) == 77), "what the program wrote is not written over");
+    assert!((12..16).all(|page| is_zero(memory, page)), "what it gave back does not come back");
+    assert!((16..30).all(|page| as_sent(memory, page)));
+}
+
+#[test]
 fn a_lost_connection_is_taken_up_where_it_was() {
     let _guard = together();
     let (late, server, memory) = owing(30);

@@ -37,9 +37,6 @@ use worker::{Command, Worker};
 /// How long putting a page in place may fail before [`Server::wait_filled_for`] says so.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Niceness of the server's thread while pages are owed.
-const URGENT: i32 = -10;
-
 /// How much to put in place before the program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Budget {
@@ -184,8 +181,7 @@ impl Server {
         let watched = Arc::clone(&status);
         let run = move || {
             if owing {
-                // Threads of the program wait for this one. Not being allowed to is no failure.
-                let _ = rustix::process::setpriority_process(None, URGENT);
+                worker.hurry();
             }
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
             if ended.is_err() {

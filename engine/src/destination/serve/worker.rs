@@ -13,6 +13,7 @@ use super::{Budget, FillStats, Status};
 use crate::destination::late::{Arrived, Late};
 use crate::destination::store::PageStore;
 use crate::link::Channel;
+use crate::urgency::{self, Turns};
 use pageferry_tracker::Run;
 use pageferry_tracker::uffd::{Event, Uffd, UffdError};
 use pageferry_wire_format::{PageNo, SpaceId};
@@ -92,6 +93,8 @@ pub(super) struct Worker {
     failure: Option<Failure>,
     stats: FillStats,
     events: Vec<Event>,
+    /// Of a thread that leaves nobody else its processor, when it has to.
+    turns: Option<Turns>,
 }
 
 /// Whether the thread goes on.
@@ -123,7 +126,13 @@ impl Worker {
             failure: None,
             stats: FillStats::default(),
             events: Vec::new(),
+            turns: None,
         }
+    }
+
+    /// Threads of the program wait for pages that are far away.
+    pub(super) fn hurry(&mut self) {
+        self.turns = urgency::hurry().then(Turns::default);
     }
 
     pub(super) fn run(&mut self) {
@@ -137,7 +146,7 @@ impl Worker {
             self.serve_faults();
             self.demand.speak();
             self.probe();
-            self.step();
+            self.step_in_turn();
             if self.finish() {
                 return;
             }
@@ -152,12 +161,14 @@ impl Worker {
                 .views
                 .iter()
                 .any(|v| !v.faults.is_empty() || (self.background.is_some() && v.pending.pages() > 0));
+        let faults = self.views.iter().any(|view| !view.faults.is_empty());
         let unreadable = self.views.iter().any(|view| view.unreadable.is_some());
         let timeout = match &self.failure {
             Some(failure) if busy || unreadable => {
                 Some(failure.next.saturating_duration_since(Instant::now()))
             }
-            _ if busy || unreadable => Some(Duration::ZERO),
+            _ if faults || unreadable => Some(Duration::ZERO),
+            _ if busy => Some(self.rest()),
             _ => None,
         };
         let owing = self.views.iter().any(|view| !view.owed.is_empty()).then_some(PROBE);
@@ -485,6 +496,24 @@ impl Worker {
             if !self.views.iter().any(|view| view.space == space && view.pending.has(page)) {
                 store.deliver(space, PageNo(page));
             }
+        }
+    }
+
+    /// How long work for which nobody waits has to rest yet.
+    fn rest(&mut self) -> Duration {
+        self.turns.as_mut().and_then(|turns| turns.rest(Instant::now())).unwrap_or_default()
+    }
+
+    /// One piece of work beside the faults, if it is not to rest.
+    fn step_in_turn(&mut self) {
+        if !self.rest().is_zero() {
+            return;
+        }
+        let start = self.turns.is_some().then(Instant::now);
+        self.step();
+        if let (Some(start), Some(turns)) = (start, &mut self.turns) {
+            let now = Instant::now();
+            turns.worked(now - start, now);
         }
     }
 

@@ -182,7 +182,6 @@ impl SpaceIndex {
     }
 
     /// Whether a page that is held was delivered.
-    #[cfg(test)]
     pub(super) fn is_delivered(&self, page: PageNo) -> bool {
         let (number, at) = split(page);
         self.table(number).is_some_and(|table| table.held.has(at) && table.places[at] == DELIVERED)

@@ -42,6 +42,15 @@ pub struct PageStore {
     kept: Arc<KeptPages>,
 }
 
+/// Where the bytes of a page are that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageState {
+    /// Here, or it is zeros.
+    Held,
+    /// In the restored program.
+    Delivered,
+}
+
 /// The bytes of a page.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -351,6 +360,13 @@ impl PageStore {
             index.remove(number, &mask, |slot| self.slots.free(slot));
         }
         Ok(SealOutcome { pages: index.pages(), stored: index.stored(), dropped, digest: index.digest() })
+    }
+
+    /// Where a page's bytes are. `None` when the page is not known.
+    pub fn state_of(&self, space: SpaceId, page: PageNo) -> Option<PageState> {
+        let index = self.spaces.get(&space)?;
+        index.digest_of(page)?;
+        Some(if index.is_delivered(page) { PageState::Delivered } else { PageState::Held })
     }
 
     /// The bytes of a page. `None` when it is not held.

@@ -1,6 +1,6 @@
 //! The thread that answers what the destination asks for.
 
-use super::{Debt, End, end_of};
+use super::{Debt, End, Wanted, end_of};
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::source::failure::SendError;
 use pageferry_tracker::Run;
@@ -17,15 +17,11 @@ const ANSWER: usize = 8;
 /// How often the destination hears that this side lives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
-/// Before the threads of the program, and after nothing.
-const URGENT: i32 = -10;
-
 /// Starts it. It gives the connection back when the destination has everything.
 pub(super) fn start(debt: &Arc<Debt>, channel: Channel) -> std::io::Result<JoinHandle<Option<Channel>>> {
     let debt = Arc::clone(debt);
     std::thread::Builder::new().name("owed-pages".into()).spawn(move || {
-        // Of this thread alone, as the system counts. Not being allowed to is no failure.
-        let _ = rustix::process::setpriority_process(None, URGENT);
+        crate::urgency::hurry();
         channel.link().set_urgent();
         debt.prepare();
         let mut answers = Answers::new(&debt, channel);
@@ -142,20 +138,30 @@ impl<'a> Answers<'a> {
         Ok(false)
     }
 
-    /// Sends those of the pages that did not go yet.
+    /// Sends those of the pages that did not go by this way yet.
     fn answer(&mut self, space: SpaceId, runs: &[PageRun]) -> Result<(), SendError> {
         let wanted: Vec<u64> = runs.iter().flat_map(PageRun::pages).collect();
         for pages in wanted.chunks(ANSWER) {
-            let mut now: Vec<Run> = Vec::with_capacity(pages.len());
-            for page in pages.iter().filter(|page| self.debt.take_wanted(space, **page)) {
-                match now.last_mut() {
+            let (mut first, mut again) = (Vec::with_capacity(pages.len()), Vec::new());
+            for page in pages {
+                let runs: &mut Vec<Run> = match self.debt.take_wanted(space, *page) {
+                    Wanted::First => &mut first,
+                    Wanted::Again => &mut again,
+                    Wanted::No => continue,
+                };
+                match runs.last_mut() {
                     Some(run) if run.end() == *page => run.len += 1,
-                    _ => now.push(Run { start: *page, len: 1 }),
+                    _ => runs.push(Run { start: *page, len: 1 }),
                 }
             }
-            if !now.is_empty() {
+            if !first.is_empty() {
                 self.debt.hold_one();
-                self.send(space, &now)?;
+                let sent = self.send(space, &first)?;
+                self.debt.note_sent(space, &self.pages, sent, true);
+            }
+            if !again.is_empty() {
+                let sent = self.send(space, &again)?;
+                self.debt.note_repeated(&self.pages, sent);
             }
         }
         // Perhaps these were the last.
@@ -163,7 +169,7 @@ impl<'a> Answers<'a> {
         Ok(())
     }
 
-    fn send(&mut self, space: SpaceId, runs: &[Run]) -> Result<(), SendError> {
+    fn send(&mut self, space: SpaceId, runs: &[Run]) -> Result<usize, SendError> {
         self.debt.read(space, runs, &mut self.bytes, &mut self.pages)?;
         self.batch.clear(space, super::ROUND, Coding::Raw);
         let mut slices = Vec::with_capacity(self.pages.len());
@@ -177,8 +183,7 @@ impl<'a> Answers<'a> {
             self.channel.link().shutdown();
         }
         let sent = self.channel.pages(&self.batch, &slices)?;
-        self.debt.note_sent(space, &self.pages, sent, true);
         self.said = Instant::now();
-        Ok(())
+        Ok(sent)
     }
 }

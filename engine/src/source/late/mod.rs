@@ -53,6 +53,8 @@ pub(super) struct Counts {
     pub(super) demanded: u64,
     /// That nobody had asked for.
     pub(super) pushed: u64,
+    /// That went a second time, because somebody waited for them while they were under way.
+    pub(super) repeated: u64,
     /// Of either, those of zeros.
     pub(super) zero: u64,
     pub(super) bytes: u64,
@@ -67,6 +69,17 @@ enum End {
     Lost(SendError),
     /// Making them anew would not help.
     Failed(SendError),
+}
+
+/// What is to be done about a page that is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// It goes now.
+    First,
+    /// It was handed out before, and goes once more.
+    Again,
+    /// It went by the quickest way, or was never owed.
+    No,
 }
 
 /// What the threads share.
@@ -87,6 +100,8 @@ struct State {
     /// What was not handed out yet; made by the thread that answers when it begins.
     order: Option<Bubbling>,
     sent: BTreeMap<SpaceId, Sent>,
+    /// What went over the connection over which pages are asked for.
+    hurried: BTreeMap<SpaceId, PageBits>,
     counts: Counts,
     /// Batches that were handed out and are not sent.
     in_hand: u32,
@@ -154,6 +169,7 @@ impl Debt {
         let mut state = self.lock();
         state.order = Some(order);
         state.sent = self.spaces.keys().map(|id| (*id, Sent::default())).collect();
+        state.hurried.clear();
         state.recounting = true;
         (state.in_hand, state.end, state.stop) = (0, None, false);
     }
@@ -214,9 +230,21 @@ impl Debt {
             .then(|| state.sent.iter().map(|(id, sent)| (*id, sent.pages, sent.digest)).collect())
     }
 
-    /// The destination waits for a page: hands it out, unless it went already.
-    fn take_wanted(&self, space: SpaceId, page: u64) -> bool {
-        self.lock().order.as_mut().is_some_and(|order| order.want(space, page))
+    /// The destination waits for a page: hands it out. One that another thread has handed out is in its hands, or in
+    /// the queue of its connection, behind many that nobody waits for: it goes a second time.
+    fn take_wanted(&self, space: SpaceId, page: u64) -> Wanted {
+        let mut state = self.lock();
+        let State { order: Some(order), hurried, .. } = &mut *state else { return Wanted::No };
+        let here = order.want(space, page);
+        if !here && !self.spaces.get(&space).is_some_and(|space| space.owed.contains(page)) {
+            return Wanted::No;
+        }
+        let hurried = hurried.entry(space).or_default();
+        if hurried.has(page) {
+            return Wanted::No;
+        }
+        hurried.insert(page, 1);
+        if here { Wanted::First } else { Wanted::Again }
     }
 
     /// A batch of wanted pages was handed out.
@@ -244,6 +272,13 @@ impl Debt {
         let space = state.order.as_mut()?.next(most, runs)?;
         state.in_hand += 1;
         Some(space)
+    }
+
+    /// A batch of pages that another thread counts has gone out.
+    fn note_repeated(&self, pages: &[(u64, bool, PageDigest)], bytes: usize) {
+        let counts = &mut self.lock().counts;
+        counts.repeated += pages.len() as u64;
+        counts.bytes += bytes as u64;
     }
 
     /// A batch has gone out.
@@ -304,5 +339,46 @@ fn end_of(error: SendError) -> End {
     match error {
         SendError::Channel(ChannelError::Link(_) | ChannelError::Frame(_)) => End::Lost(error),
         error => End::Failed(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_tracker::Target;
+
+    const A: SpaceId = SpaceId(1);
+
+    #[test]
+    fn what_is_in_other_hands_goes_once_more_when_somebody_waits_for_it() {
+        let mut program = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let me = Target::open(program.id() as i32).unwrap();
+        let owed = [Run { start: 100, len: 64 }].into_iter().collect();
+        let space = DebtSpace { pid: me.pid(), reader: PageReader::new(&me).unwrap(), owed };
+        let debt = Debt::new(BTreeMap::from([(A, space)])).unwrap();
+        debt.prepare();
+        let mut runs = Vec::new();
+        assert_eq!(debt.next(32, &mut runs), Some(A));
+        let in_hand = runs[0].start;
+        let other =
+            (100..164).find(|page| !runs.iter().any(|run| (run.start..run.end()).contains(page))).unwrap();
+        assert_eq!(debt.take_wanted(A, other), Wanted::First);
+        assert_eq!(debt.take_wanted(A, other), Wanted::No, "it goes by this way already");
+        assert_eq!(debt.take_wanted(A, in_hand), Wanted::Again);
+        assert_eq!(debt.take_wanted(A, in_hand), Wanted::No);
+        assert_eq!(debt.take_wanted(A, 99), Wanted::No, "it is not owed");
+        assert_eq!(debt.take_wanted(SpaceId(2), 100), Wanted::No);
+        assert_eq!(debt.left(), 64 - 32 - 1, "what goes twice is handed out once");
+        debt.begin_anew(Bubbling::new(BTreeMap::from([(
+            A,
+            [Run { start: in_hand, len: 1 }].into_iter().collect(),
+        )])));
+        assert_eq!(
+            debt.take_wanted(A, in_hand),
+            Wanted::First,
+            "over new connections everything begins anew"
+        );
+        program.kill().unwrap();
+        program.wait().unwrap();
     }
 }

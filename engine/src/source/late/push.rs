@@ -4,6 +4,7 @@
 
 use super::{Debt, end_of};
 use crate::link::Channel;
+use crate::policy::headroom::{Carried, Headroom, Pace};
 use crate::source::failure::SendError;
 use pageferry_tracker::Run;
 use pageferry_wire_format::{
@@ -54,6 +55,8 @@ struct Push {
     pages: Vec<(u64, bool, PageDigest)>,
     runs: Vec<Run>,
     batch: PageBatch,
+    headroom: Headroom,
+    began: Instant,
 }
 
 impl Push {
@@ -68,14 +71,31 @@ impl Push {
             pages: Vec::new(),
             runs: Vec::new(),
             batch: PageBatch::default(),
+            headroom: Headroom::default(),
+            began: Instant::now(),
         }
     }
 
     fn run(&mut self, debt: &Debt) -> Result<(), SendError> {
         while let Some(space) = debt.next(BATCH, &mut self.runs) {
+            self.keep_headroom();
             self.send(debt, space)?;
         }
+        // The end of a message that says what was sent must not wait for its turn.
+        self.channel.link().set_pace(None);
         Ok(())
+    }
+
+    /// Leaves room on the link for what is waited for.
+    fn keep_headroom(&mut self) {
+        let link = self.channel.link();
+        let Some((_, unacknowledged)) = link.left() else { return };
+        let acknowledged = link.sent().saturating_sub(unacknowledged);
+        match self.headroom.look(self.began.elapsed(), Carried { acknowledged, queued: unacknowledged }) {
+            Some(Pace::Free) => link.set_pace(None),
+            Some(Pace::Limit(rate)) => link.set_pace(Some(rate)),
+            None => {}
+        }
     }
 
     fn send(&mut self, debt: &Debt, space: SpaceId) -> Result<(), SendError> {

@@ -219,6 +219,7 @@ impl Migration<'_> {
         if let Some(report) = &mut self.report.post_copy {
             report.demanded_pages = counts.demanded;
             report.pushed_pages = counts.pushed;
+            report.repeated_pages = counts.repeated;
             report.zero_pages = counts.zero;
             report.sent_bytes = counts.bytes;
             report.duration_us = started.elapsed().as_micros() as u64;
