@@ -1,13 +1,15 @@
 //! The cold messages, written with bincode (little-endian, fixed-width integers) under a limit.
 
+mod abort;
+mod check;
+
+pub use abort::AbortCode;
+
 use crate::digest::SpaceDigest;
 use crate::error::{DecodeError, EncodeError};
 use crate::frame::{self, FrameKind, Sequencer, limit};
-use crate::limits::{
-    MAX_CONTROL_BYTES, MAX_DETAIL_BYTES, MAX_KEPT_PAGES, MAX_MOVED_ADDRESSES, MAX_NAME_BYTES, MAX_REGIONS,
-    MAX_RUNS_PER_FRAME, MAX_SPACES, MAX_STREAMS, MAX_TIMINGS, PAGE_SIZE,
-};
-use crate::page::{PageRun, SpaceId, check_runs};
+use crate::limits::{MAX_CONTROL_BYTES, MAX_DETAIL_BYTES};
+use crate::page::{PageRun, SpaceId};
 use crate::version::{self, Versions};
 use bincode::{Decode, Encode};
 use core::net::IpAddr;
@@ -45,9 +47,9 @@ pub struct Welcome {
     pub engine: String,
     /// Bytes that its store can take.
     pub memory: u64,
-    /// Connections that it takes for this session, at least 1 and at most [`MAX_STREAMS`].
+    /// Connections that it takes for this session, at least 1 and at most [`MAX_STREAMS`](crate::limits::MAX_STREAMS).
     pub streams: u16,
-    /// Pages of a store that it kept, at most [`MAX_KEPT_PAGES`]: their digests follow in frames of
+    /// Pages of a store that it kept, at most [`MAX_KEPT_PAGES`](crate::limits::MAX_KEPT_PAGES): their digests follow in frames of
     /// [`SpaceId::KEPT`], as many as these.
     pub kept: u64,
 }
@@ -129,89 +131,6 @@ impl std::fmt::Display for Part {
         })
     }
 }
-
-/// Why one side gives up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AbortCode {
-    /// Another migration is being received.
-    Busy,
-    /// No common version.
-    VersionMismatch,
-    /// The pages do not fit.
-    OutOfMemory,
-    /// A frame that is not valid, or came at the wrong time.
-    BadFrame,
-    /// Bytes that do not match their digest.
-    DigestMismatch,
-    /// The two sides do not agree on the memory.
-    SealMismatch,
-    /// CRIU could not restore.
-    RestoreFailed,
-    /// The restored memory is not that of the frozen source.
-    VerifyFailed,
-    /// Somebody asked to stop.
-    Cancelled,
-    /// The source failed.
-    SourceFailed,
-    /// Anything else.
-    Internal,
-    /// A code of a later version.
-    Unknown(u16),
-}
-
-impl AbortCode {
-    const KNOWN: [(AbortCode, u16, &'static str); 11] = [
-        (AbortCode::Busy, 1, "busy"),
-        (AbortCode::VersionMismatch, 2, "version mismatch"),
-        (AbortCode::OutOfMemory, 3, "out of memory"),
-        (AbortCode::BadFrame, 4, "bad frame"),
-        (AbortCode::DigestMismatch, 5, "digest mismatch"),
-        (AbortCode::SealMismatch, 6, "seal mismatch"),
-        (AbortCode::RestoreFailed, 7, "restore failed"),
-        (AbortCode::VerifyFailed, 8, "verify failed"),
-        (AbortCode::Cancelled, 9, "cancelled"),
-        (AbortCode::SourceFailed, 10, "source failed"),
-        (AbortCode::Internal, 11, "internal"),
-    ];
-
-    /// The number on the wire.
-    pub fn number(self) -> u16 {
-        match self {
-            AbortCode::Unknown(number) => number,
-            known => Self::KNOWN.iter().find(|(code, ..)| *code == known).map_or(0, |(_, number, _)| *number),
-        }
-    }
-
-    /// The code of a number.
-    pub fn from_number(number: u16) -> Self {
-        Self::KNOWN.iter().find(|(_, n, _)| *n == number).map_or(Self::Unknown(number), |(code, ..)| *code)
-    }
-}
-
-impl std::fmt::Display for AbortCode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match Self::KNOWN.iter().find(|(code, ..)| code == self) {
-            Some((_, _, name)) => f.write_str(name),
-            None => write!(f, "code {}", self.number()),
-        }
-    }
-}
-
-impl Encode for AbortCode {
-    fn encode<E: bincode::enc::Encoder>(&self, encoder: &mut E) -> Result<(), bincode::error::EncodeError> {
-        self.number().encode(encoder)
-    }
-}
-
-impl<Context> Decode<Context> for AbortCode {
-    fn decode<D: bincode::de::Decoder<Context = Context>>(
-        decoder: &mut D,
-    ) -> Result<Self, bincode::error::DecodeError> {
-        Ok(Self::from_number(u16::decode(decoder)?))
-    }
-}
-
-bincode::impl_borrow_decode!(AbortCode);
 
 /// What became of a session, as its destination says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
@@ -371,7 +290,7 @@ pub enum ControlMessage {
     /// They have to be sent whole.
     Again {
         /// The pages of each space; spaces in ascending order, each once and with at least one page. At most
-        /// [`MAX_RUNS_PER_FRAME`] runs in all: more come in further messages.
+        /// [`MAX_RUNS_PER_FRAME`](crate::limits::MAX_RUNS_PER_FRAME) runs in all: more come in further messages.
         spaces: Vec<(SpaceId, Vec<PageRun>)>,
     },
     /// Destination, instead of [`ControlMessage::Sealed`]: pages that it asked for again are missing. The source
@@ -452,7 +371,7 @@ pub enum ControlMessage {
     },
     /// Source, after the welcome: what of the network moves with the program. Answered by [`ControlMessage::NetworkReady`].
     Network {
-        /// Its addresses, at most [`MAX_MOVED_ADDRESSES`].
+        /// Its addresses, at most [`MAX_MOVED_ADDRESSES`](crate::limits::MAX_MOVED_ADDRESSES).
         addresses: Vec<MovingAddress>,
         /// Established TCP connections are kept, instead of what [`RestoreChoices::tcp_close`] says.
         keep_tcp: bool,
@@ -479,6 +398,39 @@ pub enum ControlMessage {
         /// How long it took to deliver those that had waited, in microseconds.
         deliver_us: u64,
     },
+    /// Source, after the welcome: how long the session is to be held when its connections are lost from now on, because the source
+    /// will try to make them anew. 0, as before the first of these messages: not at all.
+    Hold {
+        /// Milliseconds from when the loss is noticed, at most [`MAX_HOLD_MS`](crate::limits::MAX_HOLD_MS).
+        ms: u64,
+    },
+    /// Source, first on a new connection: the connections of this session were lost, and this one takes the place of the first.
+    Rejoin {
+        /// Which.
+        session: u128,
+    },
+    /// Destination: it does. All connections that there were are ended.
+    Rejoined,
+    /// Source, after [`ControlMessage::Rejoined`], for every space that there is: what it is sure that the destination holds of it.
+    /// The pages came before, as owned ones; those of which it is not sure, as owed ones.
+    Standing {
+        /// The space, as in [`ControlMessage::Spaces`]: the destination may not have heard of it.
+        info: SpaceInfo,
+        /// Pages of which it is sure.
+        pages: u64,
+        /// Digest over them.
+        digest: SpaceDigest,
+    },
+    /// Source: that was every space. One that the destination knows and that was not named is gone.
+    StandingEnd {
+        /// How many.
+        spaces: u32,
+    },
+    /// Destination, behind the digests of what it holds of the pages in doubt: all of it is as the source says, and the rounds go on.
+    Stands {
+        /// Pages of which a digest was told.
+        pages: u64,
+    },
 }
 
 impl ControlMessage {
@@ -491,13 +443,26 @@ impl ControlMessage {
         Self::Abort { code, detail: detail[..end].to_owned() }
     }
 
+    /// The oldest version that has this message, in which it is written.
+    pub fn version(&self) -> u16 {
+        match self {
+            Self::Hold { .. }
+            | Self::Rejoin { .. }
+            | Self::Rejoined
+            | Self::Standing { .. }
+            | Self::StandingEnd { .. }
+            | Self::Stands { .. } => version::HOLDS,
+            _ => version::FRAMES,
+        }
+    }
+
     /// Appends the next frame of a direction to `out`.
     ///
     /// # Errors
     /// A message that breaks a limit: a bug of the caller.
     pub fn encode(&self, at: &mut Sequencer, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         self.validate()?;
-        frame::encode(FrameKind::Control, 0, at, out, |out| {
+        frame::encode_in(self.version(), FrameKind::Control, 0, at, out, |out| {
             let bytes =
                 bincode::encode_to_vec(self, config()).map_err(|e| EncodeError::Control(e.to_string()))?;
             out.extend_from_slice(&bytes);
@@ -519,150 +484,4 @@ impl ControlMessage {
         message.validate()?;
         Ok(message)
     }
-
-    /// The same rules before sending and after receiving.
-    fn validate(&self) -> Result<(), DecodeError> {
-        match self {
-            Self::Hello(hello) => {
-                if hello.versions.oldest > hello.versions.newest {
-                    return Err(DecodeError::Invalid("a range of versions that ends before it begins"));
-                }
-                limit("a version's name", hello.engine.len(), MAX_NAME_BYTES)?;
-                limit("a program's name", hello.program.len(), MAX_NAME_BYTES)
-            }
-            Self::Welcome(welcome) => {
-                if !version::is_spoken(welcome.version) {
-                    return Err(DecodeError::Version(welcome.version));
-                }
-                if welcome.streams == 0 {
-                    return Err(DecodeError::Invalid("a welcome to no connection"));
-                }
-                limit("a session's connections", welcome.streams.into(), MAX_STREAMS.into())?;
-                limit("a kept store's pages", to_usize(welcome.kept), to_usize(MAX_KEPT_PAGES))?;
-                limit("a version's name", welcome.engine.len(), MAX_NAME_BYTES)
-            }
-            Self::Join { stream, .. } => match *stream {
-                0 => Err(DecodeError::Invalid("a further connection under the number of the first")),
-                stream => limit("a connection's number", stream.into(), usize::from(MAX_STREAMS) - 1),
-            },
-            Self::Late { stream, .. } => {
-                limit("a late connection's number", (*stream).into(), MAX_STREAMS.into())
-            }
-            Self::Want { space, runs } | Self::Unwanted { space, runs } => {
-                space.check_of_source()?;
-                limit("a message's runs", runs.len(), MAX_RUNS_PER_FRAME)?;
-                match check_runs(runs)? {
-                    0 => Err(DecodeError::Invalid("a message about no page")),
-                    _ => Ok(()),
-                }
-            }
-            Self::Taken { space, .. } | Self::LateSeal { space, .. } => space.check_of_source(),
-            Self::Again { spaces } => check_again(spaces),
-            Self::Spaces { spaces, .. } => {
-                limit("a list of spaces", spaces.len(), MAX_SPACES)?;
-                spaces.iter().try_for_each(|info| {
-                    info.space.check_of_source()?;
-                    limit("a program's name", info.name.len(), MAX_NAME_BYTES)
-                })
-            }
-            Self::SpaceGone { space } => space.check_of_source(),
-            Self::Discard { space, runs } => {
-                space.check_of_source()?;
-                limit("a message's runs", runs.len(), MAX_RUNS_PER_FRAME)?;
-                check_runs(runs).map(|_| ())
-            }
-            Self::SpaceSeal { space, regions, .. } => {
-                space.check_of_source()?;
-                limit("a space's regions", regions.len(), MAX_REGIONS)?;
-                check_regions(regions)
-            }
-            Self::Ready { timings, .. } | Self::Resumed { timings, .. } => {
-                limit("a list of timings", timings.len(), MAX_TIMINGS)
-            }
-            Self::Abort { code, detail } => {
-                if AbortCode::from_number(code.number()) != *code {
-                    return Err(DecodeError::Invalid("a known code under the name of an unknown one"));
-                }
-                limit("an abort's text", detail.len(), MAX_DETAIL_BYTES)
-            }
-            Self::Network { addresses, .. } => check_addresses(addresses),
-            Self::RoundEnd { .. }
-            | Self::RoundAck { .. }
-            | Self::SealEnd { .. }
-            | Self::Sealed { .. }
-            | Self::ImagesEnd { .. }
-            | Self::Commit
-            | Self::Filled { .. }
-            | Self::Query { .. }
-            | Self::State(_)
-            | Self::Joined
-            | Self::Unsealed
-            | Self::TakeUp
-            | Self::TakenUp { .. }
-            | Self::LateSealEnd { .. }
-            | Self::LateSealed { .. }
-            | Self::FaultTimes { .. }
-            | Self::NetworkReady
-            | Self::Announce
-            | Self::Announced { .. }
-            | Self::Delivered { .. }
-            | Self::Ping { .. } => Ok(()),
-        }
-    }
-}
-
-fn to_usize(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
-}
-
-/// Each address comes once, with a network that it can have and a device that could be.
-fn check_addresses(addresses: &[MovingAddress]) -> Result<(), DecodeError> {
-    limit("a list of addresses", addresses.len(), MAX_MOVED_ADDRESSES)?;
-    for (n, moving) in addresses.iter().enumerate() {
-        let most = if moving.address.is_ipv4() { 32 } else { 128 };
-        if !(1..=most).contains(&moving.prefix) {
-            return Err(DecodeError::Invalid("an address in a network that it cannot have"));
-        }
-        if addresses[..n].iter().any(|other| other.address == moving.address) {
-            return Err(DecodeError::Invalid("an address that moves twice"));
-        }
-        if let Some(device) = &moving.device {
-            limit("a device's name", device.len(), MAX_NAME_BYTES)?;
-        }
-    }
-    Ok(())
-}
-
-/// Something is asked for, there is one way to ask for it, and the answer can be bounded.
-fn check_again(spaces: &[(SpaceId, Vec<PageRun>)]) -> Result<(), DecodeError> {
-    limit("a list of spaces", spaces.len(), MAX_SPACES)?;
-    limit("a message's runs", spaces.iter().map(|(_, runs)| runs.len()).sum(), MAX_RUNS_PER_FRAME)?;
-    if spaces.is_empty() || spaces.iter().any(|(_, runs)| runs.is_empty()) {
-        return Err(DecodeError::Invalid("a request for no page"));
-    }
-    if !spaces.is_sorted_by(|(before, _), (after, _)| before < after) {
-        return Err(DecodeError::Invalid("spaces that are out of order or come twice"));
-    }
-    spaces.iter().try_for_each(|(space, runs)| {
-        space.check_of_source()?;
-        check_runs(runs).map(|_| ())
-    })
-}
-
-/// Regions are whole pages, ascending, and apart from or next to each other: as the kernel lists them.
-fn check_regions(regions: &[RegionInfo]) -> Result<(), DecodeError> {
-    let mut end = 0;
-    for region in regions {
-        if region.start >= region.end {
-            return Err(DecodeError::Invalid("a region that ends before it begins"));
-        }
-        if region.start % PAGE_SIZE as u64 != 0 || region.end % PAGE_SIZE as u64 != 0 {
-            return Err(DecodeError::Invalid("a region that is not of whole pages"));
-        }
-        if region.start < end {
-            return Err(DecodeError::Invalid("regions that overlap or are not in order"));
-        }
-        end = region.end;
-    }
-    Ok(())
 }

@@ -7,6 +7,7 @@ use crate::error::{DecodeError, FrameError};
 use crate::frame::{FrameKind, HEADER_BYTES, Header, Sequencer};
 use crate::image::ImageChunk;
 use crate::lists::{DigestBatch, OwedBatch, OwnedBatch};
+use crate::version;
 
 /// Knows where in the stream it is, so that an error can say which frame it means.
 ///
@@ -113,6 +114,13 @@ impl Decoder {
 }
 
 fn read(header: &Header, head: &[u8], batch: &mut PageBatch) -> Result<Head, DecodeError> {
+    let written_in = |version: u16| match header.version == version {
+        true => Ok(()),
+        false => Err(DecodeError::Invalid("a frame in another version than the oldest that has it")),
+    };
+    if header.kind != FrameKind::Control {
+        written_in(version::FRAMES)?;
+    }
     let payload_len = header.payload_len as usize;
     Ok(match header.kind {
         FrameKind::PageBatch => {
@@ -123,6 +131,10 @@ fn read(header: &Header, head: &[u8], batch: &mut PageBatch) -> Result<Head, Dec
         FrameKind::Digests => Head::Digests(DigestBatch::decode(head)?),
         FrameKind::Owned => Head::Owned(OwnedBatch::decode(head)?),
         FrameKind::Owed => Head::Owed(OwedBatch::decode(head)?),
-        FrameKind::Control => Head::Control(ControlMessage::decode(head)?),
+        FrameKind::Control => {
+            let message = ControlMessage::decode(head)?;
+            written_in(message.version())?;
+            Head::Control(message)
+        }
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0  magic        u32   "PGFY"
-//!  4  version      u16   readable without knowing the version
+//!  4  version      u16   the oldest that has this frame; readable without knowing it
 //!  6  kind         u16
 //!  8  head_len     u32   bytes of the head that follows
 //! 12  payload_len  u32   bytes of the payload after the head
@@ -93,6 +93,8 @@ impl std::fmt::Display for FrameKind {
 /// A header whose fields are within their limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// The version in which the frame was written: the oldest that has it.
+    pub version: u16,
     /// What follows.
     pub kind: FrameKind,
     /// Bytes of the head.
@@ -125,7 +127,7 @@ impl Header {
         let (head_len, payload_len) = (u32_at(8), u32_at(12));
         limit("a head", head_len as usize, kind.max_head())?;
         limit("a payload", payload_len as usize, kind.max_payload())?;
-        Ok(Self { kind, head_len, payload_len, sequence: u64_at(16), check: u64_at(24) })
+        Ok(Self { version: spoken, kind, head_len, payload_len, sequence: u64_at(16), check: u64_at(24) })
     }
 
     /// Checks the header and the head: they have to be the next ones of the direction that `at` has come so far.
@@ -174,7 +176,8 @@ impl Sequencer {
     }
 }
 
-/// Appends a frame without its payload to `out`; `fill` writes the head. After an error `out` and `at` are as they were.
+/// Appends a frame that every version has to `out`, without its payload; `fill` writes the head. After an error `out` and `at`
+/// are as they were.
 pub(crate) fn encode(
     kind: FrameKind,
     payload_len: usize,
@@ -182,8 +185,20 @@ pub(crate) fn encode(
     out: &mut Vec<u8>,
     fill: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
 ) -> Result<(), EncodeError> {
+    encode_in(version::FRAMES, kind, payload_len, at, out, fill)
+}
+
+/// The same, of a frame that is in `version` and later ones.
+pub(crate) fn encode_in(
+    version: u16,
+    kind: FrameKind,
+    payload_len: usize,
+    at: &mut Sequencer,
+    out: &mut Vec<u8>,
+    fill: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+) -> Result<(), EncodeError> {
     let start = out.len();
-    let written = write(kind, payload_len, at, out, fill);
+    let written = write(version, kind, payload_len, at, out, fill);
     match written {
         Ok(check) => *at = at.after(check),
         Err(_) => out.truncate(start),
@@ -193,6 +208,7 @@ pub(crate) fn encode(
 
 /// Gives the frame's check.
 fn write(
+    version: u16,
     kind: FrameKind,
     payload_len: usize,
     at: &Sequencer,
@@ -201,7 +217,7 @@ fn write(
 ) -> Result<u64, EncodeError> {
     let start = out.len();
     out.extend_from_slice(&MAGIC.to_le_bytes());
-    out.extend_from_slice(&version::CURRENT.to_le_bytes());
+    out.extend_from_slice(&version.to_le_bytes());
     out.extend_from_slice(&(kind as u16).to_le_bytes());
     out.extend_from_slice(&[0; 4]);
     limit("a payload", payload_len, kind.max_payload())?;

@@ -81,6 +81,9 @@ pub const MAX_DETAIL_BYTES: usize = 4096;
 /// Bytes of a name (program, version).
 pub const MAX_NAME_BYTES: usize = 256;
 
+/// Milliseconds for which a session without connections is held: an hour, in which the destination takes no other.
+pub const MAX_HOLD_MS: u64 = 3_600_000;
+
 /// Named durations in one message.
 pub const MAX_TIMINGS: usize = 64;
 

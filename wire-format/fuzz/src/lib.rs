@@ -37,7 +37,10 @@ fn seal_stream(bytes: &mut [u8]) {
         let (head_len, payload_len) = (len(8) as usize, len(12) as usize);
         let Some(head) = rest.get(..head_len) else { return };
         header[..4].copy_from_slice(&MAGIC.to_le_bytes());
-        header[4..6].copy_from_slice(&version::CURRENT.to_le_bytes());
+        // A newer one is right for few messages: what it is stays where it is one that is spoken.
+        if !version::is_spoken(u16::from_le_bytes([header[4], header[5]])) {
+            header[4..6].copy_from_slice(&version::FRAMES.to_le_bytes());
+        }
         header[16..24].copy_from_slice(&sequence.to_le_bytes());
         let mut check = xxhash_rust::xxh3::Xxh3::with_seed(chain);
         check.update(&header[..24]);

@@ -1,5 +1,6 @@
 //! Frames of every kind, for the tests of the protocol.
 
+use pageferry_wire_format::version::Versions;
 use pageferry_wire_format::*;
 
 /// A frame without its payload, as it would be taken off a link.
@@ -146,7 +147,7 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         (
             "hello",
             ControlMessage::Hello(Hello {
-                versions: version::supported(),
+                versions: Versions { oldest: 2, newest: 2 },
                 session: 0x0123_4567_89ab_cdef,
                 engine: "0.1.0".into(),
                 program: "redis-server".into(),
@@ -162,7 +163,7 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         (
             "welcome",
             ControlMessage::Welcome(Welcome {
-                version: version::CURRENT,
+                version: 2,
                 engine: "0.1.0".into(),
                 memory: 8 << 30,
                 streams: 4,
@@ -273,5 +274,29 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
             ControlMessage::Delivered { packets: 12, bytes: 3456, lost: 0, release_us: 300, deliver_us: 150 },
         ),
         ("fault-times", ControlMessage::FaultTimes { count: 1000, p50_us: 90, p99_us: 400, max_us: 2000 }),
+        (
+            "hello-of-now",
+            ControlMessage::Hello(Hello {
+                versions: version::supported(),
+                session: 0x0123_4567_89ab_cdef,
+                engine: "0.1.0".into(),
+                program: "redis-server".into(),
+                verify: true,
+                choices: RestoreChoices::default(),
+            }),
+        ),
+        ("hold", ControlMessage::Hold { ms: 90_000 }),
+        ("rejoin", ControlMessage::Rejoin { session: 0x0123_4567_89ab_cdef }),
+        ("rejoined", ControlMessage::Rejoined),
+        (
+            "standing",
+            ControlMessage::Standing {
+                info: SpaceInfo { space: SpaceId(1), vpid: 42, name: "worker".into(), pages: 1000 },
+                pages: 1,
+                digest: sum,
+            },
+        ),
+        ("standing-end", ControlMessage::StandingEnd { spaces: 1 }),
+        ("stands", ControlMessage::Stands { pages: 3 }),
     ]
 }

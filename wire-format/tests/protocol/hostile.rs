@@ -527,6 +527,34 @@ fn another_version_is_told_apart_from_garbage() {
     }
 }
 
+#[test]
+fn a_frame_is_written_in_the_oldest_version_that_has_it_and_in_no_other() {
+    for (name, frame) in crate::examples::examples() {
+        let mut bytes = frame.encode().unwrap();
+        let written = u16::from_le_bytes([bytes[4], bytes[5]]);
+        let new = matches!(&frame, Frame::Control(message) if message.version() == version::HOLDS);
+        assert_eq!(written, if new { version::HOLDS } else { version::FRAMES }, "{name}");
+        let other = if new { version::FRAMES } else { version::HOLDS };
+        bytes[4..6].copy_from_slice(&other.to_le_bytes());
+        reseal(&mut bytes);
+        assert!(matches!(decode(&bytes), Some(Err(_))), "{name} in version {other}");
+    }
+}
+
+#[test]
+fn nobody_is_asked_to_hold_a_session_for_ever() {
+    assert!(
+        writes(ControlMessage::Hold { ms: 0 }) && writes(ControlMessage::Hold { ms: limits::MAX_HOLD_MS })
+    );
+    assert!(!writes(ControlMessage::Hold { ms: limits::MAX_HOLD_MS + 1 }));
+    let standing = |space, name: String| {
+        let info = SpaceInfo { space, vpid: 1, name, pages: 0 };
+        writes(ControlMessage::Standing { info, pages: 0, digest: SpaceDigest::default() })
+    };
+    assert!(standing(SpaceId(1), String::new()) && !standing(SpaceId::KEPT, String::new()));
+    assert!(!standing(SpaceId(1), "x".repeat(limits::MAX_NAME_BYTES + 1)));
+}
+
 proptest! {
     #[test]
     fn noise_is_never_a_frame(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
