@@ -117,6 +117,7 @@ impl Calibration {
             || report.strategy != "pre-copy"
             || report.verified
             || report.paused_us > 0
+            || report.interruptions > 0
             // By hand: a round was cut short.
             || report.stop_reason == "post-copy"
             || down.total == 0
@@ -341,6 +342,7 @@ mod tests {
             MigrationReport { strategy: "checkpoint".to_owned(), ..report(1, 1, 1) },
             MigrationReport { verified: true, ..report(1, 1, 1) },
             MigrationReport { paused_us: 1, ..report(1, 1, 1) },
+            MigrationReport { interruptions: 1, ..report(1, 1, 1) },
             MigrationReport { stop_reason: "post-copy".to_owned(), ..report(1, 1, 1) },
         ] {
             calibration.learn(&other);

@@ -3,6 +3,7 @@
 //! A token is a flag and a pipe: code between two steps asks [`Cancel::is_cancelled`], code that waits in
 //! `poll` adds [`Cancel::fd`], which becomes readable for good once cancellation was asked for.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -64,6 +65,13 @@ impl Cancel {
             reason if reason > 0 => Some(reason),
             _ => None,
         }
+    }
+
+    /// Waits so long, or until the migration is to stop.
+    pub(crate) fn sleep(&self, time: std::time::Duration) {
+        let spec = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) };
+        // Woken too early by a signal, whoever waits looks once more too often.
+        let _ = poll(&mut [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)], Some(&spec));
     }
 
     /// A descriptor that is readable from the moment of cancellation on. Never read from it.

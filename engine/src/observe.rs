@@ -68,6 +68,21 @@ pub enum Event {
     Paused,
     /// Source: it goes on.
     Unpaused,
+    /// Both: the link was lost while the program runs at the source. It is waited for: the source tries to make it anew, and the
+    /// destination holds what it has.
+    LinkLost {
+        /// Why.
+        reason: String,
+        /// How long it is waited for, in microseconds.
+        limit_us: u64,
+    },
+    /// Both: the link is there again, and the rounds go on.
+    LinkBack {
+        /// How long it was away, in microseconds, as this side has noticed it.
+        away_us: u64,
+        /// Pages of which it had not been known whether they had arrived, and which had.
+        found_pages: u64,
+    },
     /// Source: pre-copy is over; the tree is about to be frozen.
     Freezing {
         /// Why pre-copy stopped.

@@ -4,6 +4,7 @@ use crate::network::{Hooks, MovedAddress};
 use crate::policy::estimate::FreezeCost;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
+use pageferry_wire_format::limits;
 use serde::Serialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -139,6 +140,9 @@ pub struct SendPlan {
     pub post_copy_after: Option<u32>,
     /// How long to try to reach the receiver again when the link is lost while pages are owed.
     pub post_copy_timeout: Duration,
+    /// How long to try to reach the receiver again when the link is lost while the program still runs here: the migration then goes on
+    /// from what has arrived. Zero: a lost link ends it at once. At most an hour.
+    pub resume_timeout: Duration,
     /// Into a directory only: what the last checkpoint of the same program there has, and those that it is on top of, is not
     /// stored again.
     pub incremental: bool,
@@ -210,6 +214,7 @@ impl SendPlan {
             strategy: Strategy::PreCopy,
             post_copy_after: None,
             post_copy_timeout: Duration::from_secs(300),
+            resume_timeout: Duration::from_secs(60),
             incremental: false,
             downtime: Duration::from_millis(100),
             max_rounds: 30,
@@ -278,6 +283,9 @@ impl SendPlan {
         }
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
+        }
+        if self.resume_timeout.as_millis() > u128::from(limits::MAX_HOLD_MS) {
+            return Err(PlanError::ResumeTimeout);
         }
         if self.nice > 19 {
             return Err(PlanError::Nice(self.nice));
@@ -394,6 +402,9 @@ pub enum PlanError {
     /// The system knows no lower priority.
     #[error("{0} is no nice value to copy at: 0 to 19 (the least) are")]
     Nice(u8),
+    /// The receiver takes no other migration meanwhile.
+    #[error("a lost link can be waited for an hour at most")]
+    ResumeTimeout,
     /// Pages need a connection.
     #[error("the number of connections must be at least 1")]
     NoStreams,

@@ -68,6 +68,12 @@ pub struct MigrationReport {
     /// How long the migration was held up by hand, before the freeze.
     #[serde(default)]
     pub paused_us: u64,
+    /// How often the link was lost in the rounds, and waited for.
+    #[serde(default)]
+    pub interruptions: u32,
+    /// How long it was away altogether, as the source has noticed it.
+    #[serde(default)]
+    pub interrupted_us: u64,
     /// What the policy expected the downtime to be when it ended pre-copy.
     pub predicted_downtime_us: u64,
     /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `post-copy`.

@@ -130,6 +130,9 @@ fn describe(status: &Status) -> String {
     if status.paused {
         text += ", paused";
     }
+    if status.link_away {
+        text += ", waiting for the link";
+    }
     if status.cancelled {
         text += ", being given up";
     }
@@ -174,12 +177,19 @@ mod tests {
         );
         status.stage = pageferry::control::Stage::PreCopy;
         status.paused = true;
+        status.link_away = true;
         status.throttle_share = 0.25;
         status.bandwidth = Some(12_500_000);
         status.predicted_downtime_us = Some(1500);
         status.post_copy = true;
         let text = describe(&status);
-        for part in ["pre-copy, paused\n", "25 %", "12.5 MB/s", "1.50 ms", "comes after the program"] {
+        for part in [
+            "pre-copy, paused, waiting for the link\n",
+            "25 %",
+            "12.5 MB/s",
+            "1.50 ms",
+            "comes after the program",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
     }

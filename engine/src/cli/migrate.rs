@@ -109,6 +109,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.strategy = verb.strategy.choice();
     plan.post_copy_after = verb.post_copy_after.0;
     plan.post_copy_timeout = verb.post_copy_timeout.0;
+    plan.resume_timeout = verb.resume_timeout.0;
     plan.downtime = verb.downtime.0;
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);

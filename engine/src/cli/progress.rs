@@ -63,6 +63,14 @@ fn sentence(event: &Event) -> Option<String> {
             "paused, as was asked for: nothing is sent, and the program runs at its full pace".to_owned()
         }
         Event::Unpaused => "it goes on".to_owned(),
+        Event::LinkLost { reason, limit_us } => {
+            format!("the link was lost, and is waited for ({} at most): {reason}", micros(*limit_us))
+        }
+        Event::LinkBack { away_us, found_pages } => format!(
+            "the link is back after {}, and it goes on ({} had arrived that was in doubt)",
+            micros(*away_us),
+            Bytes(found_pages * 4096)
+        ),
         Event::Throttled { share } => {
             format!(
                 "it writes faster than the link carries: slowed down, it stands still for {:.0} % of the time",

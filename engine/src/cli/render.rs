@@ -103,6 +103,17 @@ pub(super) fn report(report: &MigrationReport) -> String {
         Bytes(report.image_bytes),
         Bytes(report.engine_peak_rss_bytes)
     );
+    if report.interruptions > 0 {
+        let times = match report.interruptions {
+            1 => "once".to_owned(),
+            times => format!("{times} times"),
+        };
+        let _ = writeln!(
+            text,
+            "the link was lost {times} before the freeze, and waited for {} altogether",
+            micros(report.interrupted_us)
+        );
+    }
     if report.paused_us > 0 {
         let _ = writeln!(text, "it was paused by hand for {} before the freeze", micros(report.paused_us));
     }

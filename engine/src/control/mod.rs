@@ -81,6 +81,9 @@ pub struct Status {
     pub post_copy: bool,
     /// Whether it was asked to stop.
     pub cancelled: bool,
+    /// Whether the link is lost, and waited for.
+    #[serde(default)]
+    pub link_away: bool,
 }
 
 /// Why something was not done. Nothing has changed then.
@@ -133,6 +136,7 @@ struct State {
     /// What is left comes late, whoever wanted it.
     owes: bool,
     into_file: bool,
+    link_away: bool,
     round: u32,
     total_pages: u64,
     throttle_share: f64,
@@ -254,6 +258,7 @@ impl Control {
             predicted_downtime_us: state.predicted_downtime.map(|time| time.as_micros() as u64),
             post_copy: state.post_copy || state.owes,
             cancelled: self.inner.cancel.is_cancelled(),
+            link_away: state.link_away,
         }
     }
 
@@ -344,6 +349,10 @@ impl Control {
 
     pub(crate) fn predicted(&self, downtime: Duration) {
         self.state().predicted_downtime = Some(downtime);
+    }
+
+    pub(crate) fn link_is_away(&self, away: bool) {
+        self.state().link_away = away;
     }
 
     /// Grows when the limit is changed by hand.

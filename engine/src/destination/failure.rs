@@ -88,6 +88,20 @@ pub(crate) enum ReceiveError {
     SourceAborted { code: AbortCode, detail: String },
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
+    #[error("the source did not come back within {held:?}")]
+    NotBack {
+        held: std::time::Duration,
+        #[source]
+        source: Box<ReceiveError>,
+    },
+    #[error("its source has begun anew while the session waited for it")]
+    Replaced,
+    #[error("what is here of space {} is not what the source knows to have arrived", .space.0)]
+    Stands {
+        space: SpaceId,
+        #[source]
+        source: Option<StoreError>,
+    },
     #[error("the network could not be handed over")]
     Network(#[from] NetworkError),
     #[error(transparent)]
@@ -120,7 +134,9 @@ impl ReceiveError {
             ReceiveError::Store(StoreError::DigestMismatch { .. }) | ReceiveError::ImageDigest { .. } => {
                 AbortCode::DigestMismatch
             }
-            ReceiveError::Seal { .. } | ReceiveError::SealCount { .. } => AbortCode::SealMismatch,
+            ReceiveError::Seal { .. } | ReceiveError::SealCount { .. } | ReceiveError::Stands { .. } => {
+                AbortCode::SealMismatch
+            }
             ReceiveError::Late(LateError::Differs(_)) => AbortCode::DigestMismatch,
             ReceiveError::Restore(error) if error.is_cancelled() => AbortCode::Cancelled,
             ReceiveError::Restore(_) | ReceiveError::Serve(_) | ReceiveError::NotRestored { .. } => {
@@ -144,6 +160,11 @@ impl ReceiveError {
     /// Whether the link itself is gone, so that the sender may not know what became of the session.
     pub(crate) fn is_link(&self) -> bool {
         matches!(self, ReceiveError::Channel(ChannelError::Link(_)))
+    }
+
+    /// Whether somebody here asked to stop.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self, ReceiveError::Channel(ChannelError::Link(LinkError::Cancelled)))
     }
 
     /// Whether the program ran here, and was ended because pages of it did not come as they should.

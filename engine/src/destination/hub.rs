@@ -4,11 +4,14 @@
 //! its part of it is; between two such points no page comes twice, and what is made of pages that are still under way on
 //! another connection waits for these.
 
+mod away;
+
 use super::failure::ReceiveError;
 use super::store::{CopyOrder, PageStore, StoreError};
 use crate::Cancel;
 use crate::fault::Fault;
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
+use away::Away;
 use pageferry_wire_format::{Coding, ControlMessage, PageBatch, PageNo, PageRun, SpaceId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSliceMut;
@@ -39,8 +42,8 @@ pub(super) struct Hub {
     stall: Duration,
     books: Mutex<Books>,
     changed: Condvar,
-    /// Wakes the thread of the first connection when another one has failed.
-    alarm: Cancel,
+    /// Wakes the thread of the first connection when another one has failed. A new one for each link.
+    alarm: Mutex<Cancel>,
 }
 
 #[derive(Debug)]
@@ -62,6 +65,7 @@ struct Books {
     /// Grows with everything that arrives: who waits for others sees that they live.
     moves: u64,
     failure: Option<ReceiveError>,
+    link: Away,
     closed: bool,
 }
 
@@ -78,7 +82,7 @@ enum Later {
 struct Stream {
     /// The round that it said was complete, last.
     reached: Option<u32>,
-    /// To end it from another thread. The first one ends by itself.
+    /// To end it from another thread. The first one ends by itself, unless a new one takes its place.
     handle: Option<TcpStream>,
 }
 
@@ -97,9 +101,10 @@ impl Hub {
             stored_pages: 0,
             moves: 0,
             failure: None,
+            link: Away::default(),
             closed: false,
         };
-        let alarm = Cancel::new().map_err(LinkError::Lost)?;
+        let alarm = Mutex::new(Cancel::new().map_err(LinkError::Lost)?);
         Ok(Self { session, stall, books: Mutex::new(books), changed: Condvar::new(), alarm })
     }
 
@@ -108,8 +113,8 @@ impl Hub {
     }
 
     /// Interrupts a wait of the first connection when another one has failed.
-    pub(super) fn alarm(&self) -> &Cancel {
-        &self.alarm
+    pub(super) fn alarm(&self) -> Cancel {
+        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Books> {
@@ -238,7 +243,7 @@ impl Hub {
             if done(&books) {
                 return Ok(books);
             }
-            if books.closed {
+            if books.closed || books.link.away {
                 return Err(LinkError::Closed.into());
             }
             let before = books.moves;
@@ -264,16 +269,18 @@ impl Hub {
         let mut books = self.lock();
         if result.as_ref().is_err_and(ReceiveError::is_link) {
             // A source that gives up closes all connections, and says why on the first one.
-            let unexplained = |books: &mut Books| !books.closed && books.failure.is_none();
+            let unexplained =
+                |books: &mut Books| !books.closed && !books.link.away && books.failure.is_none();
             let waited = self.changed.wait_timeout_while(books, LAST_WORDS, unexplained);
             books = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         books.streams.remove(&stream);
         if let Err(error) = result
             && !books.closed
+            && !books.link.away
         {
             books.failure.get_or_insert(error);
-            self.alarm.cancel();
+            self.alarm().cancel();
         }
         self.changed.notify_all();
     }
@@ -282,7 +289,11 @@ impl Hub {
         let handle = channel.link().handle().map_err(LinkError::Lost)?;
         {
             let mut books = self.lock();
-            if books.closed || stream == FIRST || stream > MOST_STREAMS || books.streams.contains_key(&stream)
+            if books.closed
+                || books.link.away
+                || stream == FIRST
+                || stream > MOST_STREAMS
+                || books.streams.contains_key(&stream)
             {
                 return Err(ReceiveError::Order("a further connection that the session does not take"));
             }
@@ -329,7 +340,9 @@ impl Hub {
     pub(super) fn close(&self) -> Option<PageStore> {
         let mut books = self.lock();
         books.closed = true;
-        for handle in books.streams.values().filter_map(|stream| stream.handle.as_ref()) {
+        books.link.close();
+        let further = books.streams.iter().filter(|(number, _)| **number != FIRST);
+        for handle in further.filter_map(|(_, stream)| stream.handle.as_ref()) {
             let _ = handle.shutdown(Shutdown::Both);
         }
         self.changed.notify_all();

@@ -7,6 +7,7 @@ mod keep;
 pub(crate) mod late;
 mod network;
 mod receive;
+mod rejoin;
 mod restore;
 pub(crate) mod serve;
 mod sessions;
@@ -17,7 +18,7 @@ mod verify;
 use crate::error::{CopyState, FailureKind};
 use crate::journal::{self, Journal, Role, Step};
 use crate::kept::{KeptPages, KeptStore};
-use crate::link::{Channel, Incoming, TcpLink};
+use crate::link::{Channel, Incoming, LinkError, TcpLink};
 use crate::observe::Event;
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
@@ -31,7 +32,7 @@ use receive::Reception;
 use restore::Rebirth;
 use rustix::event::{PollFd, PollFlags, poll};
 use serve::Server;
-use sessions::Sessions;
+use sessions::{BeginError, GivenUp, Sessions};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ use store::PageStore;
 
 /// How long a stranger may take to say what it wants.
 const FIRST_WORD: Duration = Duration::from_secs(5);
+/// How long a session that is held for its link may take to be gone, when its source has begun anew.
+const GIVE_WAY: Duration = Duration::from_secs(4);
 /// How long to wait for the outcome of an accepted commit before answering that it is not known yet.
 const OUTCOME: Duration = Duration::from_secs(2);
 
@@ -246,10 +249,7 @@ impl Host {
                         theirs: format!("{:?}", hello.versions),
                         ours: format!("{:?}", wire::version::supported()),
                     }),
-                    Some(_) => self
-                        .sessions
-                        .begin(hello.session, Instant::now(), self.plan.remember)
-                        .map_err(ReceiveError::from),
+                    Some(_) => self.begin(&hello, channel.link()),
                 };
                 match refused {
                     Ok(()) => return Some((channel, hello)),
@@ -261,6 +261,16 @@ impl Host {
                 match hub.filter(|hub| hub.session() == session) {
                     Some(hub) => hub.serve(channel, stream),
                     None => refuse(&mut channel, &ReceiveError::UnknownSession),
+                }
+            }
+            Ok(Incoming::Control(ControlMessage::Rejoin { session })) => {
+                let hub = self.hub.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let taken = match hub.filter(|hub| hub.session() == session) {
+                    Some(hub) => hub.rejoin(channel),
+                    None => Err(Box::new(channel)),
+                };
+                if let Err(mut channel) = taken {
+                    refuse(&mut channel, &ReceiveError::UnknownSession);
                 }
             }
             Ok(Incoming::Control(ControlMessage::Late { session, stream })) => {
@@ -287,6 +297,28 @@ impl Host {
             Err(error) => refuse(&mut channel, &error.into()),
         }
         None
+    }
+
+    /// Begins a session, unless another one is under way. One that is held only for its link gives way to its own source: an engine that
+    /// was started anew does not know it.
+    fn begin(&self, hello: &Hello, link: &TcpLink) -> Result<(), ReceiveError> {
+        let begin = || self.sessions.begin(hello.session, Instant::now(), self.plan.remember);
+        let begun = begin();
+        let hub = self.hub.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if begun != Err(BeginError::Busy)
+            || !matches!((hub, link.peer()), (Some(hub), Ok(peer)) if hub.give_way(peer.ip(), &hello.program))
+        {
+            return Ok(begun?);
+        }
+        let end = Instant::now() + GIVE_WAY;
+        loop {
+            match begin() {
+                Err(BeginError::Busy) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(10))
+                }
+                begun => return Ok(begun?),
+            }
+        }
     }
 
     /// What became of a session, of this receiver or of one before it.
@@ -352,10 +384,11 @@ impl Host {
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
         let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout));
         let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));
-        channel.link_mut().set_alarm(Some(hub.alarm().clone()));
+        hub.begin(channel.link(), &hello.program)?;
+        channel.link_mut().set_alarm(Some(hub.alarm()));
         crate::fault::point("dest-welcome");
         channel.control(&ControlMessage::Welcome(Welcome {
-            version: wire::version::CURRENT,
+            version: wire::version::negotiate(&hello.versions).unwrap_or(wire::version::OLDEST),
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory,
             streams: most_streams(),
@@ -375,7 +408,12 @@ impl Host {
         // It outlives what is restored: where that is ended, nobody may be told by the kernel that it is.
         let peer = channel.link().peer().map_or_else(|_| String::new(), |peer| peer.to_string());
         let mut network = Arrival::new(&self.plan, observer, hello.session, &hello.program, peer);
-        let cargo = Reception::new(channel, &hub, &images, observer, &mut network).run()?;
+        let still = || match (cancel.is_cancelled(), self.sessions.is_given_up(hello.session)) {
+            (true, _) => Err(LinkError::Cancelled.into()),
+            (_, true) => Err(GivenUp.into()),
+            _ => Ok(()),
+        };
+        let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network).run()?;
         if network.keeps_tcp() {
             restore.set_tcp(TcpPolicy::Established);
         }

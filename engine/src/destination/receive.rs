@@ -9,11 +9,13 @@ use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
 use pageferry_tracker::{PageSet, Run};
 use pageferry_wire_format::{
-    ControlMessage, OwedBatch, OwnedBatch, PageRun, RegionInfo, SpaceDigest, SpaceId, digest, limits,
+    ControlMessage, OwedBatch, OwnedBatch, PageRun, RegionInfo, SpaceDigest, SpaceId, SpaceInfo, digest,
+    limits,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IoSliceMut, Write};
+use std::time::Duration;
 
 /// A space of the incoming program.
 #[derive(Debug, Default)]
@@ -59,13 +61,15 @@ pub(super) struct Reception<'a, 'b> {
     pub(super) hub: &'a Hub,
     pub(super) images: &'a ImageDir,
     pub(super) observer: &'a dyn Observer,
+    /// Whether the session is still wanted, while it has no connection over which to say otherwise.
+    pub(super) still: &'a dyn Fn() -> Result<(), ReceiveError>,
     network: &'a mut Arrival<'b>,
-    spaces: BTreeMap<SpaceId, Incomer>,
+    pub(super) spaces: BTreeMap<SpaceId, Incomer>,
     all_sealed: bool,
     files: BTreeMap<String, u64>,
     open_image: Option<(String, File)>,
     /// The round that was completed last; pages that were asked for again then are still to come.
-    asked_again: bool,
+    pub(super) asked_again: bool,
     /// Bytes of all spaces as they were announced.
     announced: u64,
     /// Pages of the sealed spaces.
@@ -78,6 +82,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         hub: &'a Hub,
         images: &'a ImageDir,
         observer: &'a dyn Observer,
+        still: &'a dyn Fn() -> Result<(), ReceiveError>,
         network: &'a mut Arrival<'b>,
     ) -> Self {
         Self {
@@ -85,6 +90,7 @@ impl<'a, 'b> Reception<'a, 'b> {
             hub,
             images,
             observer,
+            still,
             network,
             spaces: BTreeMap::new(),
             all_sealed: false,
@@ -98,12 +104,25 @@ impl<'a, 'b> Reception<'a, 'b> {
 
     /// The receiving loop.
     pub(super) fn run(mut self) -> Result<Cargo, ReceiveError> {
-        match self.receive_all() {
-            Ok(()) => Ok(Cargo { spaces: self.spaces }),
-            Err(error @ ReceiveError::SourceAborted { .. }) => Err(error),
-            // Where another connection failed first, that is the reason.
-            Err(error) => Err(self.explain(self.hub.failure().unwrap_or(error))),
+        let mut received = self.receive_all();
+        loop {
+            let error = match received {
+                Ok(()) => return Ok(Cargo { spaces: self.spaces }),
+                Err(error @ ReceiveError::SourceAborted { .. }) => return Err(error),
+                // Where another connection failed first, that is the reason.
+                Err(error) => self.explain(self.hub.failure().unwrap_or(error)),
+            };
+            if !self.is_held_after(&error) {
+                return Err(error);
+            }
+            // The new link may be lost too.
+            received = self.go_on_after(error).and_then(|()| self.receive_all());
         }
+    }
+
+    /// The source has begun to say what the memory is in the end: the program stands still.
+    pub(super) fn is_sealing(&self) -> bool {
+        self.all_sealed || self.spaces.values().any(|incomer| incomer.owned_complete || incomer.sealed)
     }
 
     /// A connection that broke says nothing; the source may have said why on the first one, while nobody read there.
@@ -194,25 +213,10 @@ impl<'a, 'b> Reception<'a, 'b> {
     fn control(&mut self, message: ControlMessage) -> Result<bool, ReceiveError> {
         match message {
             ControlMessage::Spaces { spaces, .. } => {
-                for info in spaces {
-                    if self.all_sealed || self.spaces.contains_key(&info.space) {
-                        return Err(ReceiveError::Order("a space that is known already"));
-                    }
-                    self.announced = self.announced.saturating_add(info.pages.saturating_mul(4096));
-                    let announced = self.announced;
-                    self.hub.with_store(|store| store.reserve(announced))?;
-                    self.spaces.insert(info.space, Incomer { vpid: info.vpid, ..Incomer::default() });
-                    self.hub.open(info.space, announced / 4096);
-                }
+                spaces.into_iter().try_for_each(|info| self.open_space(info))?;
             }
-            ControlMessage::SpaceGone { space } => {
-                self.spaces.remove(&space).ok_or(ReceiveError::UnknownSpace(space))?;
-                self.hub.shut(space);
-                self.hub.with_store(|store| {
-                    store.remove_space(space);
-                    Ok(())
-                })?;
-            }
+            ControlMessage::SpaceGone { space } => self.close_space(space)?,
+            ControlMessage::Hold { ms } => self.hub.set_hold(Duration::from_millis(ms)),
             ControlMessage::Discard { space, runs } => {
                 if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
                     return Err(ReceiveError::UnknownSpace(space));
@@ -273,6 +277,29 @@ impl<'a, 'b> Reception<'a, 'b> {
             other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
         }
         Ok(false)
+    }
+
+    /// A space that will come.
+    pub(super) fn open_space(&mut self, info: SpaceInfo) -> Result<(), ReceiveError> {
+        if self.all_sealed || self.spaces.contains_key(&info.space) {
+            return Err(ReceiveError::Order("a space that is known already"));
+        }
+        self.announced = self.announced.saturating_add(info.pages.saturating_mul(4096));
+        let announced = self.announced;
+        self.hub.with_store(|store| store.reserve(announced))?;
+        self.spaces.insert(info.space, Incomer { vpid: info.vpid, ..Incomer::default() });
+        self.hub.open(info.space, announced / 4096);
+        Ok(())
+    }
+
+    /// A space that is gone.
+    pub(super) fn close_space(&mut self, space: SpaceId) -> Result<(), ReceiveError> {
+        self.spaces.remove(&space).ok_or(ReceiveError::UnknownSpace(space))?;
+        self.hub.shut(space);
+        self.hub.with_store(|store| {
+            store.remove_space(space);
+            Ok(())
+        })
     }
 
     fn seal(

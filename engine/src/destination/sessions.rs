@@ -82,6 +82,11 @@ impl Sessions {
         Ok(())
     }
 
+    /// Whether the session was given up because its sender has asked about it.
+    pub(crate) fn is_given_up(&self, id: u128) -> bool {
+        !matches!(self.lock().states.get(&id), Some((State::Receiving, _)))
+    }
+
     /// The sender is about to hear that the program could run here.
     pub(crate) fn ready(&self, id: u128) {
         self.lock().ready.insert(id);
@@ -195,7 +200,9 @@ mod tests {
     fn a_question_before_the_commit_gives_the_session_up_for_good() {
         let (sessions, t0) = (Sessions::default(), Instant::now());
         sessions.begin(1, t0, LONG).unwrap();
+        assert!(!sessions.is_given_up(1));
         assert_eq!(sessions.ask(1, t0), HandoverState::Discarded);
+        assert!(sessions.is_given_up(1));
         assert_eq!(sessions.commit(1, t0), Err(GivenUp), "the late commit must not start a second copy");
     }
 

@@ -12,8 +12,7 @@ use super::ledger::{Ledger, Verdict};
 use crate::link::TcpLink;
 use pageferry_wire_format::{
     AbortCode, ControlMessage, DigestBatch, Head, PageDigest, PageNo, PageRun, Sequencer, SpaceId, Welcome,
-    limits,
-    version::{self, CURRENT},
+    limits, version,
 };
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,13 +108,13 @@ impl Archivist {
             draft.write(self.frames.payload())?;
             match &head {
                 Head::Control(ControlMessage::Hello(hello)) => {
-                    if version::negotiate(&hello.versions).is_none() {
+                    let Some(version) = version::negotiate(&hello.versions) else {
                         return Err(damaged(Damage::Order("a version that is not spoken")));
-                    }
+                    };
                     self.verify = hello.verify;
                     program.clone_from(&hello.program);
                     self.say(&ControlMessage::Welcome(Welcome {
-                        version: CURRENT,
+                        version,
                         engine: env!("CARGO_PKG_VERSION").to_owned(),
                         // What does not fit is found out when it is written: it depends on how the pages travel.
                         memory: u64::MAX,

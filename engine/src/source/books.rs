@@ -5,6 +5,7 @@ use super::deltas::DeltaCache;
 use super::relatives::Relatives;
 use super::sent::SentPages;
 use super::twins::Twins;
+use pageferry_tracker::PageSet;
 use pageferry_wire_format::delta::{self, Page};
 use pageferry_wire_format::{PageDigest, PageNo, PageRef, PageRun, SpaceId, digest};
 use std::collections::BTreeMap;
@@ -120,6 +121,18 @@ impl Books {
         self.spaces.remove(&space);
         self.cache.forget(space);
         self.relatives.forget(space);
+    }
+
+    /// The destination has everything that was sent so far.
+    pub(crate) fn settle(&mut self) {
+        self.spaces.values_mut().for_each(SentPages::settle);
+    }
+
+    /// The link was lost: forgets what may not have arrived, and gives it. No page is made of one that is forgotten, because what
+    /// a page can be made of is looked up here.
+    pub(crate) fn forget_doubted(&mut self) -> BTreeMap<SpaceId, PageSet> {
+        let spaces = self.spaces.iter_mut().filter(|(space, _)| **space != SpaceId::KEPT);
+        spaces.map(|(space, sent)| (*space, sent.forget_doubted())).collect()
     }
 
     /// The tree has `pages` pages in `processes` processes, and the delta cache may take so many bytes.
@@ -427,6 +440,29 @@ mod tests {
         let before = (bench.books.space(A).len(), bench.books.space(B).len());
         assert_eq!(before, (0, 0));
         assert_eq!(bench.send(B, 7, &page, 1), Fate::Whole);
+    }
+
+    #[test]
+    fn what_may_not_have_arrived_is_sent_anew_and_is_the_base_of_nothing() {
+        let mut bench = Bench::new();
+        let (page, mut other) = (noise(1), noise(2));
+        let at = |space, page| Fate::Copy(PageRef { space, page: PageNo(page) });
+        bench.send(A, 7, &page, 0);
+        bench.send(A, 8, &other, 0);
+        other[100] ^= 1;
+        bench.send(A, 8, &other, 0);
+        bench.books.settle();
+        other[100] ^= 3;
+        assert!(matches!(bench.send(A, 8, &other, 1), Fate::Delta(..)));
+        assert_eq!(bench.send(B, 9, &noise(3), 1), Fate::Whole);
+        let doubted = bench.books.forget_doubted();
+        let runs = |space| doubted[&space].runs().iter().map(|run| (run.start, run.len)).collect::<Vec<_>>();
+        assert_eq!((runs(A), runs(B)), (vec![(8, 1)], vec![(9, 1)]));
+        assert_eq!(bench.send(A, 7, &page, 2), Fate::Unchanged, "it had arrived");
+        assert_eq!(bench.send(A, 20, &page, 2), at(A, 7), "and can be copied");
+        assert_eq!(bench.send(A, 8, &other, 2), Fate::Whole, "not on top of what may not be there");
+        assert_eq!(bench.send(B, 21, &noise(3), 2), Fate::Whole, "nor copied from it");
+        assert_eq!(bench.send(B, 9, &noise(3), 2), at(B, 21));
     }
 
     #[test]

@@ -110,6 +110,19 @@ pub(crate) enum SendError {
     Journal(#[from] JournalError),
     #[error("{}", left_behind(.0))]
     LeftBehind(Box<Entry>),
+    #[error("the link was lost ({lost}), and did not come back within {waited:?}")]
+    LinkLost {
+        waited: std::time::Duration,
+        lost: String,
+        #[source]
+        source: Box<SendError>,
+    },
+    #[error("the link was lost ({lost}), and the session could not be taken up again")]
+    NotTakenUp {
+        lost: String,
+        #[source]
+        source: Box<SendError>,
+    },
     #[error("could not prepare to send owed pages")]
     LateThread(#[source] std::io::Error),
     #[error("of process {pid}, {pages} pages came late at the receiver, and they are not what is here")]
@@ -142,7 +155,28 @@ impl SendError {
             self,
             SendError::Channel(ChannelError::Aborted { .. })
                 | SendError::Pages(SendPagesError::Channel(ChannelError::Aborted { .. }))
-        )
+        ) || matches!(self, SendError::NotTakenUp { source, .. } if source.is_peers_abort())
+    }
+
+    /// Whether the link itself has failed, and nobody has said anything.
+    pub(crate) fn is_lost_link(&self) -> bool {
+        match self {
+            SendError::Channel(error) | SendError::Pages(SendPagesError::Channel(error)) => {
+                matches!(error, ChannelError::Link(link) if !matches!(link, LinkError::Cancelled))
+            }
+            _ => false,
+        }
+    }
+
+    /// The text with its causes.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
     }
 
     /// What a person can do.
@@ -182,6 +216,12 @@ impl SendError {
             }
             SendError::LinkMoves(_) => {
                 "reach the receiver by a route that prefers another address of this machine".to_owned()
+            }
+            SendError::LinkLost { .. } => {
+                "begin anew when there is a link; --resume-timeout says how long to wait for one".to_owned()
+            }
+            SendError::NotTakenUp { .. } => {
+                "the receiver does not have the session any more: begin anew, and look at its messages for why".to_owned()
             }
             SendError::TooOld => "use the same version of pageferry on both sides".to_owned(),
             SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {

@@ -45,6 +45,7 @@ impl Migration<'_> {
             predicted_downtime_us: self.report.predicted_downtime_us,
         });
         self.check_cancel()?;
+        self.hold_no_longer()?;
         let patience = self.plan.stall_timeout;
         self.niceness = None;
         self.lift_bandwidth();

@@ -1,6 +1,6 @@
 //! The sending side of a migration.
 
-mod books;
+pub(crate) mod books;
 mod deltas;
 mod failure;
 mod handover;
@@ -12,6 +12,7 @@ mod niceness;
 mod pages;
 mod precopy;
 mod queue;
+pub(crate) mod rejoin;
 mod relatives;
 mod rollback;
 pub(crate) mod sent;
@@ -110,6 +111,8 @@ struct Space {
     place: Place,
     reader: PageReader,
     hot: HotPages,
+    /// Pages that it had at the last look, as the destination is to make room for them.
+    pages: u64,
 }
 
 /// Who is at the other end.
@@ -143,6 +146,8 @@ struct Migration<'a> {
     soft_dirty: bool,
     tracker_choice: tracker::TrackerKind,
     peer_memory: u64,
+    /// Version of the protocol that the receiver has chosen.
+    spoken: u16,
     layout: Layout,
     spaces: BTreeMap<u32, Space>,
     /// What the destination holds.
@@ -189,8 +194,10 @@ struct Migration<'a> {
     store: Option<KeptStore>,
     /// Which ones these are, by address space.
     to_keep: Vec<(u32, PageSet)>,
-    /// Bytes that went over further connections that are closed.
+    /// Bytes that went over connections that are closed.
     closed_bytes: u64,
+    /// The receiver holds the session when the link is lost, and for so long it is tried to make it anew.
+    held_for: Option<Duration>,
 }
 
 impl<'a> Migration<'a> {
@@ -268,6 +275,7 @@ impl<'a> Migration<'a> {
             soft_dirty: kernel.soft_dirty.works,
             tracker_choice,
             peer_memory: u64::MAX,
+            spoken: wire::version::OLDEST,
             layout: Layout::default(),
             spaces: BTreeMap::new(),
             books: Mutex::default(),
@@ -295,6 +303,7 @@ impl<'a> Migration<'a> {
             store: plan.keep_store.as_deref().map(KeptStore::open).transpose()?,
             to_keep: Vec::new(),
             closed_bytes: 0,
+            held_for: None,
         })
     }
 
@@ -305,6 +314,7 @@ impl<'a> Migration<'a> {
         self.attach()?;
         // Not earlier: CRIU was started by now, and keeps the priority of its own.
         self.be_nice();
+        self.ask_to_hold()?;
         let decision = match self.plan.strategy {
             Strategy::PostCopy | Strategy::StopAndCopy => self.look_once()?,
             Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
@@ -350,6 +360,7 @@ impl<'a> Migration<'a> {
             other => return Err(SendError::Protocol(format!("{other:?} instead of a welcome"))),
         };
         self.peer_memory = welcome.memory;
+        self.spoken = welcome.version;
         self.hear_of_kept(welcome.kept)?;
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);

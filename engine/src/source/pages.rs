@@ -51,6 +51,8 @@ pub(crate) struct Round<'a> {
     /// The memory of every process of the tree.
     pub(crate) readers: BTreeMap<SpaceId, &'a PageReader>,
     pub(crate) number: u32,
+    /// Nothing was sent before it.
+    pub(crate) first: bool,
     /// The tree stands still, so a page that cannot be read is a bug and not a change.
     pub(crate) frozen: bool,
     /// Somebody failed or was told to stop: the others need not go on.
@@ -74,6 +76,7 @@ impl<'a> Round<'a> {
             books,
             readers,
             number,
+            first: number == 0,
             frozen,
             stop: AtomicBool::new(false),
             done_pages: AtomicU64::new(0),
@@ -291,7 +294,7 @@ impl Worker {
                 (place < index).then(|| &pages[place])
             };
             // In the first round a page that is on the books was sent in this round, and is not sent again in it.
-            let stays = |of: SpaceId, at: u64| round.number == 0 || !round.queue.contains(of, at);
+            let stays = |of: SpaceId, at: u64| round.first || !round.queue.contains(of, at);
             let fate = books.enter(&look, out, in_hand, stays);
             tally.codings.unchanged.pages += u64::from(fate == Fate::Unchanged);
             fates.push((number, fate));

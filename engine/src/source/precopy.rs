@@ -1,12 +1,13 @@
 //! Rounds: the program runs, and what it writes is sent again until little enough is left.
 
 use super::failure::SendError;
+use super::tally::Tally;
 use super::{Migration, Phase, Space};
 use crate::control::Stage;
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
-use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
+use crate::policy::{self, Decision, HotPages, Measured, RoundPolicy, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
@@ -22,19 +23,36 @@ pub(super) struct Todo {
     pub(super) pages: PageSet,
 }
 
+/// What the rounds so far say about the next.
+struct Course {
+    policy: Box<dyn RoundPolicy>,
+    measured: Option<Measured>,
+    /// When the last acknowledged look was taken.
+    last_collect: Option<Instant>,
+    /// As of [`Migration::changes`].
+    changes: (Duration, u32, u32),
+}
+
 impl Migration<'_> {
     /// No rounds: only looks at what there is, and whether it fits.
     pub(super) fn look_once(&mut self) -> Result<Decision, SendError> {
         self.phase = Phase::PreCopy(0);
         self.control.enter(Stage::PreCopy);
         loop {
-            self.stand_by()?;
-            self.note_post_copy()?;
-            let decision = self.look()?;
-            if self.control.freeze(self.owes) {
-                return Ok(decision);
+            match self.look_when_asked() {
+                Ok(Some(decision)) => return Ok(decision),
+                Ok(None) => {}
+                Err(error) => self.go_on_after(error)?,
             }
         }
+    }
+
+    /// `None`: it was held up meanwhile.
+    fn look_when_asked(&mut self) -> Result<Option<Decision>, SendError> {
+        self.stand_by()?;
+        self.note_post_copy()?;
+        let decision = self.look()?;
+        Ok(self.control.freeze(self.owes).then_some(decision))
     }
 
     fn look(&mut self) -> Result<Decision, SendError> {
@@ -54,132 +72,163 @@ impl Migration<'_> {
     /// gives them again in the freeze.
     pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
         let plan = self.plan;
-        let mut policy = policy::new(plan.policy, plan.downtime, plan.max_rounds, plan.freeze_cost);
+        let policy = policy::new(plan.policy, plan.downtime, plan.max_rounds, plan.freeze_cost);
         self.holds_back = policy.holds_back();
-        let mut measured: Option<Measured> = None;
-        let mut last_collect: Option<Instant> = None;
-        let mut changes = (self.paused, self.control.bandwidths());
+        let mut course = Course { policy, measured: None, last_collect: None, changes: self.changes() };
         self.control.enter(Stage::PreCopy);
-        for round in 0.. {
-            self.phase = Phase::PreCopy(round);
-            crate::fault::point("precopy");
-            self.stand_by()?;
-            let ends = self.note_post_copy()?;
-            let now = (self.paused, self.control.bandwidths());
-            if std::mem::replace(&mut changes, now) != now {
-                policy.begin_anew();
-                self.tell_workers_of_the_limit();
+        let mut round = 0;
+        loop {
+            match self.round(round, &mut course) {
+                Ok(Some(decision)) => return Ok(decision),
+                Ok(None) => round += 1,
+                // What is known to have arrived of this round is not sent again when it begins anew.
+                Err(error) => self.go_on_after(error)?,
             }
-            let start = Instant::now();
-            let collected = self.collect_running()?;
-            let since_last = last_collect.map_or(Duration::ZERO, |last| start - last);
-            last_collect = Some(start);
-            let scan = start.elapsed();
-            if collected.spaces.is_empty() {
-                return Err(SendError::Exited);
-            }
-            let todo = self.take_in(&collected, round, false)?;
-            let held_pages: u64 = self.spaces.values().map(|space| space.hot.held().len()).sum();
-            let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
-            let todo_pages = sendable + held_pages;
-            let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
-            self.check_room(resident_pages)?;
-            let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
-            let cache = self.plan.delta_cache.unwrap_or(share);
-            self.books().make_room(resident_pages, collected.spaces.len(), cache);
-            let decision = policy.decide(&RoundSample {
-                round,
-                todo_pages,
-                hot_pages: held_pages,
-                since_last,
-                processes: collected.spaces.len() as u32,
-                resident_pages,
-                measured,
-            });
-            self.control.predicted(decision.predicted_downtime);
-            let mut decision = decision;
-            if ends {
-                decision.stop = Some(StopReason::PostCopy);
-            }
-            if self.plan.strategy == Strategy::Hybrid
-                && decision.stop.is_none()
-                && self.plan.post_copy_after.is_some_and(|rounds| round >= rounds)
-            {
-                decision.stop = Some(StopReason::PostCopy);
-            }
-            if decision.stop == Some(StopReason::NoProgress)
-                && decision.predicted_downtime > self.plan.downtime
-            {
-                match self.plan.on_no_convergence {
-                    NoConvergence::Freeze => {}
-                    NoConvergence::PostCopy => self.owes = true,
-                    NoConvergence::Throttle => {
-                        if self.slow_down()? {
-                            policy.program_slowed_down();
-                            self.spaces.values_mut().for_each(|space| space.hot.begin_anew());
-                            decision.stop = None;
-                        }
-                    }
-                    NoConvergence::GiveUp if self.owes => {}
-                    NoConvergence::GiveUp => {
-                        return Err(SendError::NoConvergence {
-                            predicted: decision.predicted_downtime,
-                            wanted: self.plan.downtime,
-                        });
-                    }
-                }
-            }
-            // Who holds it up in this moment has it send another round when it goes on.
-            if decision.stop.is_some() && self.control.freeze(self.owes) {
-                // Never acknowledged, so the collect in the freeze returns what was dirty again; what was held back and
-                // has cooled it does not know of.
-                for Todo { key, pages } in &todo {
-                    if let Some(space) = self.spaces.get_mut(key) {
-                        space.hot.put_back(pages);
-                    }
-                }
-                return Ok(decision);
-            }
-            self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
-            let sending = Instant::now();
-            let before = (self.sent_bytes(), self.paused);
-            let tally = self.send_todo(&todo, round, false)?;
-            let paused = self.paused - before.1;
-            let sent = sending.elapsed() - paused;
-            self.end_round(round, &tally)?;
-            self.acknowledged(round)?;
-            self.deltas_help = tally.codings.delta.pages * 2 > tally.sent();
-            let acked = sending.elapsed() - paused;
-            self.tracker_mut().acknowledge(collected.ticket);
-
-            if policy::says_the_pace(sendable) || measured.is_none() {
-                measured = Some(Measured {
-                    pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
-                    round_overhead: scan + acked.saturating_sub(sent),
-                });
-            }
-            let report = RoundReport {
-                round,
-                frozen: false,
-                dirty_pages: todo_pages,
-                sent_pages: tally.sent(),
-                unchanged_pages: tally.codings.unchanged.pages,
-                zero_pages: tally.codings.zero.pages,
-                gone_pages: tally.gone,
-                held_pages,
-                codings: tally.codings,
-                sent_bytes: self.sent_bytes() - before.0,
-                duration_us: start.elapsed().as_micros() as u64,
-                pause_us: collected.pause.as_micros() as u64,
-                dirty_rate: rate(todo_pages, since_last),
-                link_rate: rate(tally.bytes(), acked),
-                predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
-            };
-            self.observer.event(&Event::RoundEnded(report.clone()));
-            self.report.rounds.push(report);
-            self.note_throttle();
         }
-        unreachable!("the policy ends the rounds at the limit")
+    }
+
+    /// What the pace of the rounds depends on besides the program.
+    fn changes(&self) -> (Duration, u32, u32) {
+        (self.paused, self.control.bandwidths(), self.report.interruptions)
+    }
+
+    /// One round, or the decision that it is not worth one.
+    fn round(&mut self, round: u32, course: &mut Course) -> Result<Option<Decision>, SendError> {
+        self.phase = Phase::PreCopy(round);
+        crate::fault::point("precopy");
+        self.stand_by()?;
+        let ends = self.note_post_copy()?;
+        let now = self.changes();
+        if std::mem::replace(&mut course.changes, now) != now {
+            course.policy.begin_anew();
+            self.tell_workers_of_the_limit();
+        }
+        let start = Instant::now();
+        let collected = self.collect_running()?;
+        let since_last = course.last_collect.map_or(Duration::ZERO, |last| start - last);
+        let scan = start.elapsed();
+        if collected.spaces.is_empty() {
+            return Err(SendError::Exited);
+        }
+        let todo = self.take_in(&collected, round, false)?;
+        let held_pages: u64 = self.spaces.values().map(|space| space.hot.held().len()).sum();
+        let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+        let todo_pages = sendable + held_pages;
+        let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
+        self.check_room(resident_pages)?;
+        let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
+        let cache = self.plan.delta_cache.unwrap_or(share);
+        self.books().make_room(resident_pages, collected.spaces.len(), cache);
+        let decision = course.policy.decide(&RoundSample {
+            round,
+            todo_pages,
+            hot_pages: held_pages,
+            since_last,
+            processes: collected.spaces.len() as u32,
+            resident_pages,
+            measured: course.measured,
+        });
+        self.control.predicted(decision.predicted_downtime);
+        let mut decision = decision;
+        if ends {
+            decision.stop = Some(StopReason::PostCopy);
+        }
+        if self.plan.strategy == Strategy::Hybrid
+            && decision.stop.is_none()
+            && self.plan.post_copy_after.is_some_and(|rounds| round >= rounds)
+        {
+            decision.stop = Some(StopReason::PostCopy);
+        }
+        if decision.stop == Some(StopReason::NoProgress) && decision.predicted_downtime > self.plan.downtime {
+            match self.plan.on_no_convergence {
+                NoConvergence::Freeze => {}
+                NoConvergence::PostCopy => self.owes = true,
+                NoConvergence::Throttle => {
+                    if self.slow_down()? {
+                        course.policy.program_slowed_down();
+                        self.spaces.values_mut().for_each(|space| space.hot.begin_anew());
+                        decision.stop = None;
+                    }
+                }
+                NoConvergence::GiveUp if self.owes => {}
+                NoConvergence::GiveUp => {
+                    return Err(SendError::NoConvergence {
+                        predicted: decision.predicted_downtime,
+                        wanted: self.plan.downtime,
+                    });
+                }
+            }
+        }
+        // Who holds it up in this moment has it send another round when it goes on.
+        if decision.stop.is_some() && self.control.freeze(self.owes) {
+            self.put_back(&todo);
+            return Ok(Some(decision));
+        }
+        self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
+        let sending = Instant::now();
+        let before = (self.sent_bytes(), self.paused);
+        let (tally, sent) = match self.carry(&todo, round) {
+            Ok(carried) => carried,
+            Err(error) => {
+                self.put_back(&todo);
+                return Err(error);
+            }
+        };
+        let paused = self.paused - before.1;
+        let sent = sent - paused;
+        self.deltas_help = tally.codings.delta.pages * 2 > tally.sent();
+        let acked = sending.elapsed() - paused;
+        self.tracker_mut().acknowledge(collected.ticket);
+        // Of a round that is lost the pages come again: they were written since the one before.
+        course.last_collect = Some(start);
+
+        if policy::says_the_pace(sendable) || course.measured.is_none() {
+            course.measured = Some(Measured {
+                pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
+                round_overhead: scan + acked.saturating_sub(sent),
+            });
+        }
+        let report = RoundReport {
+            round,
+            frozen: false,
+            dirty_pages: todo_pages,
+            sent_pages: tally.sent(),
+            unchanged_pages: tally.codings.unchanged.pages,
+            zero_pages: tally.codings.zero.pages,
+            gone_pages: tally.gone,
+            held_pages,
+            codings: tally.codings,
+            sent_bytes: self.sent_bytes() - before.0,
+            duration_us: start.elapsed().as_micros() as u64,
+            pause_us: collected.pause.as_micros() as u64,
+            dirty_rate: rate(todo_pages, since_last),
+            link_rate: rate(tally.bytes(), acked),
+            predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
+        };
+        self.observer.event(&Event::RoundEnded(report.clone()));
+        self.report.rounds.push(report);
+        self.note_throttle();
+        Ok(None)
+    }
+
+    /// Sends what is due and waits until the destination has it; says how long the sending took.
+    fn carry(&mut self, todo: &[Todo], round: u32) -> Result<(Tally, Duration), SendError> {
+        let sending = Instant::now();
+        let tally = self.send_todo(todo, round, false)?;
+        let sent = sending.elapsed();
+        self.end_round(round, &tally)?;
+        self.acknowledged(round)?;
+        Ok((tally, sent))
+    }
+
+    /// These were given out to be sent, and it is not known that they have arrived. What was dirty of it is collected again, as it was not
+    /// acknowledged; what was held back and has cooled the tracker does not know of.
+    fn put_back(&mut self, todo: &[Todo]) {
+        for Todo { key, pages } in todo {
+            if let Some(space) = self.spaces.get_mut(key) {
+                space.hot.put_back(pages);
+            }
+        }
     }
 
     /// Whether the rest is to come late because that was asked for: makes ready for it then.
@@ -244,11 +293,13 @@ impl Migration<'_> {
         round: u32,
         frozen: bool,
     ) -> Result<Vec<Todo>, SendError> {
+        // The books first, as a whole: if the link is lost on the way, what is here is what holds.
+        let mut said = Vec::new();
         for key in &collected.exited {
             // Only of those that it heard of: one may have ended before it was announced.
             if let (Some(place), Some(_)) = (self.layout.remove(*key), self.spaces.remove(&key.0)) {
                 self.books().forget(place.id);
-                self.control(&ControlMessage::SpaceGone { space: place.id })?;
+                said.push(ControlMessage::SpaceGone { space: place.id });
             }
         }
         let mut fresh = Vec::new();
@@ -264,16 +315,22 @@ impl Migration<'_> {
             todo.push(Todo { key: scan.key.0, pages: self.due(scan, frozen) });
         }
         if !fresh.is_empty() {
-            self.control(&ControlMessage::Spaces { round, spaces: fresh })?;
+            said.push(ControlMessage::Spaces { round, spaces: fresh });
         }
         for scan in &collected.spaces {
             let Some(space) = self.spaces.get(&scan.key.0) else { continue };
             let id = space.place.id;
             let gone = self.books().space(id).retain(&scan.populated);
-            if !gone.is_empty() {
-                for runs in super::sent::wire_runs(&gone).chunks(super::RUNS_A_MESSAGE) {
-                    self.control(&ControlMessage::Discard { space: id, runs: runs.to_vec() })?;
-                }
+            let runs = super::sent::wire_runs(&gone);
+            said.extend(
+                runs.chunks(super::RUNS_A_MESSAGE)
+                    .map(|runs| ControlMessage::Discard { space: id, runs: runs.to_vec() }),
+            );
+        }
+        for message in &said {
+            if let Err(error) = self.control(message) {
+                self.put_back(&todo);
+                return Err(error);
             }
         }
         Ok(todo)
@@ -284,16 +341,18 @@ impl Migration<'_> {
         let pid = scan.target.pid();
         let (place, _) =
             self.layout.place(scan.key, &scan.target).map_err(|source| SendError::Look { pid, source })?;
-        let Entry::Vacant(vacant) = self.spaces.entry(scan.key.0) else { return Ok(None) };
-        let reader = PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
-        let info = SpaceInfo {
-            space: place.id,
-            vpid: place.vpid,
-            name: scan.target.name(),
-            // The destination makes memory ready for these. What comes late passes through little of it.
-            pages: if self.plan.strategy == Strategy::PostCopy { 0 } else { scan.populated.len() },
+        // The destination makes memory ready for these. What comes late passes through little of it.
+        let pages = if self.plan.strategy == Strategy::PostCopy { 0 } else { scan.populated.len() };
+        let vacant = match self.spaces.entry(scan.key.0) {
+            Entry::Occupied(mut space) => {
+                space.get_mut().pages = pages;
+                return Ok(None);
+            }
+            Entry::Vacant(vacant) => vacant,
         };
-        vacant.insert(Space { place, reader, hot: HotPages::default() });
+        let reader = PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
+        let info = SpaceInfo { space: place.id, vpid: place.vpid, name: scan.target.name(), pages };
+        vacant.insert(Space { place, reader, hot: HotPages::default(), pages });
         Ok(Some(info))
     }
 

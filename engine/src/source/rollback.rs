@@ -79,6 +79,8 @@ impl Migration<'_> {
             channel.link_mut().set_cancel(None);
             channel.link_mut().set_stall(patience);
             let _ = channel.control(&ControlMessage::abort(code, &error.to_string()));
+        } else if !error.is_peers_abort() {
+            self.say_farewell();
         }
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.abort()
@@ -232,13 +234,7 @@ impl Migration<'_> {
             FailureKind::InDoubt => "in-doubt",
         }
         .to_owned();
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(error) = cause {
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        self.report.error = Some(text);
+        self.report.error = Some(error.chain());
         let report = std::mem::take(&mut self.report);
         Err(MigrationError {
             kind,

@@ -12,12 +12,18 @@ const WORDS: usize = (PAGES / 64) as usize;
 
 struct Table {
     given: [u64; WORDS],
+    /// Given since the destination last said that it has everything.
+    doubted: [u64; WORDS],
     digests: [PageDigest; PAGES as usize],
 }
 
 impl Table {
     fn new() -> Box<Self> {
-        Box::new(Self { given: [0; WORDS], digests: [PageDigest([0; 16]); PAGES as usize] })
+        Box::new(Self {
+            given: [0; WORDS],
+            doubted: [0; WORDS],
+            digests: [PageDigest([0; 16]); PAGES as usize],
+        })
     }
 
     fn has(&self, index: usize) -> bool {
@@ -29,6 +35,8 @@ impl Table {
 #[derive(Default)]
 pub(crate) struct SentPages {
     tables: BTreeMap<u64, Box<Table>>,
+    /// The tables in which there may be pages in doubt.
+    doubtful: Vec<u64>,
     digest: SpaceDigest,
     pages: u64,
 }
@@ -41,10 +49,14 @@ impl SentPages {
         table.has(index).then(|| &table.digests[index])
     }
 
-    /// `page` was sent with the content of `digest`.
+    /// `page` was sent with the content of `digest`. Whether it has arrived is in doubt until [`SentPages::settle`].
     pub(crate) fn insert(&mut self, page: u64, digest: PageDigest) {
         let table = self.tables.entry(page / PAGES).or_insert_with(Table::new);
         let index = (page % PAGES) as usize;
+        if table.doubted == [0; WORDS] {
+            self.doubtful.push(page / PAGES);
+        }
+        table.doubted[index / 64] |= 1 << (index % 64);
         if table.has(index) {
             self.digest.remove(PageNo(page), &table.digests[index]);
         } else {
@@ -64,6 +76,58 @@ impl SentPages {
             self.digest.remove(PageNo(page), &table.digests[index]);
             self.pages -= 1;
         }
+    }
+
+    /// The destination has everything that was sent so far.
+    pub(crate) fn settle(&mut self) {
+        for chunk in self.doubtful.drain(..) {
+            if let Some(table) = self.tables.get_mut(&chunk) {
+                table.doubted = [0; WORDS];
+            }
+        }
+    }
+
+    /// Forgets the pages of which it is in doubt what the destination has of them, and gives them: those that were sent since
+    /// [`SentPages::settle`], and are still there.
+    pub(crate) fn forget_doubted(&mut self) -> PageSet {
+        let mut forgotten = PageSet::default();
+        let mut chunks = std::mem::take(&mut self.doubtful);
+        chunks.sort_unstable();
+        chunks.dedup();
+        for chunk in chunks {
+            let Some(table) = self.tables.get_mut(&chunk) else { continue };
+            let doubted = std::mem::replace(&mut table.doubted, [0; WORDS]);
+            for (word, doubted) in doubted.iter().enumerate() {
+                let mut gone = table.given[word] & doubted;
+                table.given[word] &= !doubted;
+                while gone != 0 {
+                    let index = word * 64 + gone.trailing_zeros() as usize;
+                    let page = chunk * PAGES + index as u64;
+                    self.digest.remove(PageNo(page), &table.digests[index]);
+                    forgotten.insert(page, 1);
+                    gone &= gone - 1;
+                }
+            }
+        }
+        self.pages -= forgotten.len();
+        forgotten
+    }
+
+    /// All pages.
+    pub(crate) fn pages(&self) -> PageSet {
+        let mut pages = PageSet::default();
+        for (chunk, table) in &self.tables {
+            for (word, given) in table.given.iter().enumerate() {
+                let (start, mut given) = (chunk * PAGES + word as u64 * 64, *given);
+                while given != 0 {
+                    let from = given.trailing_zeros();
+                    let len = (given >> from).trailing_ones();
+                    pages.insert(start + u64::from(from), u64::from(len));
+                    given &= !(mask(u64::from(len)) << from);
+                }
+            }
+        }
+        pages
     }
 
     /// Calls `tell` with every page that is not zero and its content, in order.
@@ -199,13 +263,20 @@ mod tests {
             kept in proptest::collection::vec((0u64..3000, 1u64..700), 0..12),
             wanted in proptest::collection::vec((0u64..3000, 1u64..700), 0..12),
             removed in proptest::collection::vec(0u64..3000, 0..100),
+            arrived in 0usize..300,
         ) {
             let (kept, wanted) = (set(&kept), set(&wanted));
             let mut sent = SentPages::default();
             let mut model = std::collections::BTreeMap::new();
-            for (page, content) in given {
+            let mut doubted = std::collections::BTreeSet::new();
+            for (n, (page, content)) in given.into_iter().enumerate() {
+                if n == arrived {
+                    sent.settle();
+                    doubted.clear();
+                }
                 sent.insert(page, digest_of(content));
                 model.insert(page, digest_of(content));
+                doubted.insert(page);
             }
             for page in removed {
                 sent.remove(page);
@@ -225,6 +296,21 @@ mod tests {
                 digest.insert(PageNo(*page), content);
             }
             prop_assert!(sent.digest() == digest);
+            prop_assert!(model.keys().all(|page| sent.pages().contains(*page)));
+            prop_assert_eq!(sent.pages().len(), model.len() as u64);
+
+            // The link is lost: what has arrived for sure stays, and nothing else does.
+            let mut forgotten = PageSet::default();
+            doubted.iter().filter(|page| model.contains_key(page)).for_each(|page| forgotten.insert(*page, 1));
+            prop_assert_eq!(sent.forget_doubted(), forgotten);
+            model.retain(|page, _| !doubted.contains(page));
+            let mut digest = SpaceDigest::default();
+            model.iter().for_each(|(page, content)| digest.insert(PageNo(*page), content));
+            prop_assert_eq!((sent.len(), sent.digest()), (model.len() as u64, digest));
+            for page in 0..3000 {
+                prop_assert_eq!(sent.get(page), model.get(&page));
+            }
+            prop_assert!(sent.forget_doubted().is_empty());
         }
     }
 }

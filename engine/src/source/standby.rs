@@ -4,7 +4,7 @@
 use super::Migration;
 use super::failure::SendError;
 use crate::control::Control;
-use crate::link::{Channel, ChannelError};
+use crate::link::{Channel, ChannelError, LinkError};
 use crate::observe::{Event, Observer};
 use pageferry_tracker::Throttle;
 use pageferry_wire_format::ControlMessage;
@@ -41,11 +41,21 @@ impl Standby<'_> {
 
     fn beat(&self, channel: &mut Channel) -> Result<(), ChannelError> {
         let stopped = || self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
+        let (mut carried, mut since) = (0, Instant::now());
         while self.control.wait(BEAT) && !self.control.token().is_cancelled() && !stopped() {
             if self.beats {
                 channel.control(&ControlMessage::Ping { n: 0 })?;
             }
             channel.hear_abort()?;
+            // So little is sent that the system takes all of it for a long time: whether it arrives shows in what is acknowledged.
+            let link = channel.link();
+            let Some((_, on_the_way)) = link.left() else { continue };
+            let arrived = link.sent().saturating_sub(on_the_way);
+            if on_the_way == 0 || arrived > carried {
+                (carried, since) = (arrived, Instant::now());
+            } else if since.elapsed() > link.stall() {
+                return Err(LinkError::Stalled(link.stall()).into());
+            }
         }
         Ok(())
     }

@@ -31,13 +31,36 @@ const SEALS: usize = 3;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 impl Migration<'_> {
-    /// Opens the connections beside the first, as many as the plan or the processors and the receiver say.
+    /// Opens the connections beside the first, as many as the plan or the processors and the receiver say, and prepares a worker for each.
     pub(super) fn open_streams(&mut self, most: u16) -> Result<(), SendError> {
         let wanted =
             self.plan.streams.map_or_else(default_streams, usize::from).min(usize::from(most)).max(1);
+        for _ in 0..wanted {
+            let mut chooser = match self.plan.coding {
+                CodingChoice::Auto => CodingChooser::default(),
+                CodingChoice::Raw => CodingChooser::only(Coding::Raw),
+                CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
+            };
+            if let Some(percent) = self.plan.cpu {
+                chooser.set_ceiling(f64::from(percent) / 100.0 / wanted as f64);
+            }
+            self.workers.push(Worker::new(chooser)?);
+        }
+        self.join_streams()?;
+        if self.plan.coding != CodingChoice::Auto {
+            self.books().set_plain();
+        }
+        self.report.streams = wanted as u32;
+        self.peer_streams = most;
+        self.tell_workers_of_the_limit();
+        Ok(())
+    }
+
+    /// Opens a connection for each worker but the first, which has the one that the session began with.
+    pub(super) fn join_streams(&mut self) -> Result<(), SendError> {
         let limit = self.control.limit();
         self.channel().set_shaper(Some(limit.clone()));
-        for stream in 1..wanted {
+        for stream in 1..self.workers.len() {
             let mut channel = self.open_channel()?;
             channel.control(&ControlMessage::Join { session: self.session, stream: stream as u16 })?;
             match channel.answer("a further connection to be taken")? {
@@ -50,23 +73,6 @@ impl Migration<'_> {
             channel.set_shaper(Some(limit.clone()));
             self.further.push(channel);
         }
-        for _ in 0..wanted {
-            let mut chooser = match self.plan.coding {
-                CodingChoice::Auto => CodingChooser::default(),
-                CodingChoice::Raw => CodingChooser::only(Coding::Raw),
-                CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
-            };
-            if let Some(percent) = self.plan.cpu {
-                chooser.set_ceiling(f64::from(percent) / 100.0 / wanted as f64);
-            }
-            self.workers.push(Worker::new(chooser)?);
-        }
-        if self.plan.coding != CodingChoice::Auto {
-            self.books().set_plain();
-        }
-        self.report.streams = wanted as u32;
-        self.peer_streams = most;
-        self.tell_workers_of_the_limit();
         Ok(())
     }
 
@@ -100,14 +106,15 @@ impl Migration<'_> {
     /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let (observer, cancel, control) = (self.observer, self.cancel, self.control);
-        let Self { spaces, books, workers, further, channel, throttle, peer, .. } = self;
+        let Self { spaces, books, workers, further, channel, throttle, peer, report, .. } = self;
         let channel = channel.as_mut().expect("connected before the first round");
         let tasks = todo.iter().map(|Todo { key, pages }| {
             let Space { place, reader, .. } = &spaces[key];
             Task { place, reader, pages }
         });
         let readers = spaces.values().map(|space| (space.place.id, &space.reader)).collect();
-        let round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
+        let mut round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
+        round.first &= report.interruptions == 0;
         let total_pages = round.queue.pages();
         control.round(round.number, total_pages);
         let standby = Standby {
@@ -219,6 +226,7 @@ impl Migration<'_> {
         loop {
             match self.answer("the acknowledgement of a round")? {
                 ControlMessage::RoundAck { round: acknowledged } if acknowledged == round => {
+                    self.books().settle();
                     return Ok(again);
                 }
                 ControlMessage::Again { spaces } => {

@@ -160,7 +160,7 @@ fn unthrottled(ferry: &Ferry) -> anyhow::Result<()> {
 fn lost(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = ferry.subject(&WRITER)?;
     let receiver = ferry.receiver(None, &[])?;
-    let options = [&["--bandwidth", "5MB"][..], &ENDLESS].concat();
+    let options = [&["--bandwidth", "5MB", "--resume-timeout", "0s"][..], &ENDLESS].concat();
     let mut migration = ferry.migrate_start(subject.pid, None, &options)?;
     wait_for(ferry, &subject, &migration, sends)?;
     control(ferry, &subject, &["pause"])?.status()?;

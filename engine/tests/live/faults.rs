@@ -34,6 +34,9 @@ const SOURCE: [&str; 10] =
 const DESTINATION: [&str; 6] =
     ["dest-welcome", "dest-pages", "dest-round", "dest-seal", "dest-restore", "dest-ready"];
 
+/// A link that is lost ends the migration, and is not waited for (see `resume.rs`).
+const AT_ONCE: [&str; 2] = ["--resume-timeout", "0s"];
+
 fn subject(ferry: &Ferry) -> anyhow::Result<Subject> {
     ferry.subject(&["writer", "--memory", "16MiB", "--rate", "5MB"])
 }
@@ -67,7 +70,7 @@ fn destination_killed(ferry: &Ferry) -> anyhow::Result<()> {
     for phase in DESTINATION {
         (|| {
             let receiver = ferry.receiver(Some(&format!("{phase}=kill")), &[])?;
-            let outcome = ferry.migrate(subject.pid, None, &[])?;
+            let outcome = ferry.migrate(subject.pid, None, &AT_ONCE)?;
             rolled_back(ferry, &subject, &outcome)?;
             ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
             Ok(())
@@ -83,7 +86,7 @@ fn cut(ferry: &Ferry) -> anyhow::Result<()> {
     for frame in [1, 2, 3, 20, 66, 68, 70, 72, 74, 80] {
         (|| {
             let fault = format!("frame=cut@{frame}");
-            let outcome = ferry.migrate(subject.pid, Some(&fault), &[])?;
+            let outcome = ferry.migrate(subject.pid, Some(&fault), &AT_ONCE)?;
             rolled_back(ferry, &subject, &outcome)
         })()
         .with_context(|| format!("cut at frame {frame}"))?;
@@ -95,7 +98,7 @@ fn truncated(ferry: &Ferry) -> anyhow::Result<()> {
     let (subject, receiver) = (subject(ferry)?, ferry.receiver(None, &[])?);
     for frame in [1, 2, 3, 20, 66, 70, 74] {
         (|| {
-            let outcome = ferry.migrate(subject.pid, Some(&format!("frame=truncate@{frame}")), &[])?;
+            let outcome = ferry.migrate(subject.pid, Some(&format!("frame=truncate@{frame}")), &AT_ONCE)?;
             rolled_back(ferry, &subject, &outcome)
         })()
         .with_context(|| format!("frame {frame} ended in the middle"))?;
@@ -108,8 +111,8 @@ fn truncated(ferry: &Ferry) -> anyhow::Result<()> {
 /// No reset and no end of file ever arrives: both sides have to find out by themselves.
 fn silent(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = subject(ferry)?;
-    let patience = ["--stall-timeout", "1s"];
-    let receiver = ferry.receiver(None, &patience)?;
+    let receiver = ferry.receiver(None, &["--stall-timeout", "1s"])?;
+    let patience = [&["--stall-timeout", "1s"], &AT_ONCE[..]].concat();
     for phase in ["precopy", "frozen", "dump", "images", "restore", "ready"] {
         (|| {
             let fault = format!("{phase}=delay:900");
@@ -185,7 +188,7 @@ fn receiver_interrupted(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = subject(ferry)?;
     for phase in ["dest-round", "dest-restore"] {
         let receiver = ferry.receiver(Some(&format!("{phase}=delay:1500")), &[])?;
-        let migration = ferry.migrate_start(subject.pid, None, &[])?;
+        let migration = ferry.migrate_start(subject.pid, None, &AT_ONCE)?;
         std::thread::sleep(Duration::from_millis(900));
         receiver.stop()?;
         let outcome = migration.wait()?;

@@ -230,7 +230,8 @@ fn before_the_commit(ferry: &Ferry) -> anyhow::Result<()> {
     for strategy in ["post-copy", "hybrid"] {
         for fault in ["frozen=kill", "seal=kill", "restore=kill", "held=kill", "commit=cut", "frame=cut@25"] {
             (|| {
-                let outcome = ferry.migrate(subject.pid, Some(fault), &["--strategy", strategy])?;
+                let options = ["--strategy", strategy, "--resume-timeout", "0s"];
+                let outcome = ferry.migrate(subject.pid, Some(fault), &options)?;
                 ensure!(
                     outcome.code == 1 || outcome.code == 137,
                     "exit code {}: {}",

@@ -14,6 +14,7 @@ mod predict;
 mod programs;
 mod recover;
 mod refusals;
+mod resume;
 mod streams;
 mod swap;
 #[path = "../../../tracker/tests/live/swap_device.rs"]
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         predict::tests(),
         control::tests(),
         faults::tests(),
+        resume::tests(),
         recover::tests(),
         kept::tests(),
         late::tests(),

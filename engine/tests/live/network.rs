@@ -211,7 +211,8 @@ fn destination_dies(ferry: &Ferry) -> anyhow::Result<()> {
     for phase in ["dest-round", "dest-announce", "dest-restore", "dest-ready"] {
         (|| {
             let receiver = ferry.receiver(Some(&format!("{phase}=kill")), &[])?;
-            let outcome = ferry.migrate(service.pid, None, &MOVE_V4)?;
+            let options = [&MOVE_V4[..], &["--resume-timeout", "0s"]].concat();
+            let outcome = ferry.migrate(service.pid, None, &options)?;
             ensure!(outcome.code != 0 && outcome.err.contains("running at the source"), "{}", outcome.err);
             ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
             // What the dead one left is taken away by the next that starts.
@@ -232,7 +233,9 @@ fn source_dies(ferry: &Ferry) -> anyhow::Result<()> {
     let receiver = ferry.receiver(None, &[])?;
     for phase in ["precopy", "frozen", "dump", "ready"] {
         (|| {
-            let outcome = ferry.migrate(service.pid, Some(&format!("{phase}=kill")), &MOVE_V4)?;
+            // Held for a source that comes back, the address would stay at the destination as well, unseen, for a while.
+            let options = [&MOVE_V4[..], &["--resume-timeout", "0s"]].concat();
+            let outcome = ferry.migrate(service.pid, Some(&format!("{phase}=kill")), &options)?;
             ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
             service.goes_on()?;
             ensure!(service.has(V4)? == ["source"], "it is at {:?}", service.has(V4)?);

@@ -173,6 +173,6 @@ fn other_version(ferry: &Ferry) -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_millis(700));
     let outcome = ferry.migrate(subject.pid, None, &[])?;
     peer.wait()?;
-    outcome.failed(3, &["version 900", "version 2 is spoken here"])?;
+    outcome.failed(3, &["version 900", "version 3 is spoken here"])?;
     ferry.lives_only(Host::Source, &subject)
 }

@@ -132,7 +132,8 @@ fn one_of_several(ferry: &Ferry) -> anyhow::Result<()> {
     for action in ["cut", "truncate", "flip"] {
         for frame in [60, 61, 62, 63] {
             let fault = format!("frame={action}@{frame}");
-            let outcome = ferry.migrate(subject.pid, Some(&fault), &["--streams", "3"])?;
+            let options = ["--streams", "3", "--resume-timeout", "0s"];
+            let outcome = ferry.migrate(subject.pid, Some(&fault), &options)?;
             ensure!(outcome.code != 0, "{fault}: it reports success: {}", outcome.err);
             ensure!(outcome.err.contains("running at the source"), "{fault}: {}", outcome.err);
             ferry.lives_only(Host::Source, &subject).context(fault)?;

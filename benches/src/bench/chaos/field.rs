@@ -24,6 +24,8 @@ const STALL: &str = "3s";
 const DOWN: Duration = Duration::from_secs(5);
 /// How long both sides wait for one another while pages are owed.
 const OWED: &str = "4s";
+/// How long the source tries to reach a receiver again while the program runs there: longer than the link is down.
+const BACK: &str = "8s";
 
 /// When a program that waits for what does not come has been ended for sure.
 const GIVEN_UP: Duration = Duration::from_secs(12);
@@ -205,6 +207,8 @@ impl Field {
             STALL,
             "--post-copy-timeout",
             OWED,
+            "--resume-timeout",
+            BACK,
             "--resolve-timeout",
             "3s",
             "--calibration",

@@ -34,6 +34,10 @@ pub(in crate::cli) struct MigrateVerb {
     /// When the link is lost while the program runs there and pages of it are here: try so long to reach the receiver again.
     #[arg(long, value_name = "TIME", default_value = "5min")]
     pub(in crate::cli) post_copy_timeout: Time,
+    /// When the link is lost while the program still runs here: try so long to reach the receiver again, which holds what it has, and
+    /// go on from there. With 0s it is rolled back at once.
+    #[arg(long, value_name = "TIME", default_value = "1min")]
+    pub(in crate::cli) resume_timeout: Time,
     /// Into a directory (dir:PATH): store only what the last checkpoint of the same program there does not have. It needs that
     /// one to be restored, and all that it is on top of.
     #[arg(long)]

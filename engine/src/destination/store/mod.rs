@@ -305,6 +305,26 @@ impl PageStore {
         }
     }
 
+    /// Those of the given pages (first page and pages of each run) that are here, in order, and what they are.
+    pub(crate) fn held_of(
+        &self,
+        space: SpaceId,
+        runs: impl Iterator<Item = (u64, u64)>,
+    ) -> Vec<(PageNo, digest::PageDigest)> {
+        let mut held = Vec::new();
+        let Some(index) = self.spaces.get(&space) else { return held };
+        for (start, len) in runs {
+            // A run may span the whole address space: only the tables that exist are visited.
+            let end = start.saturating_add(len);
+            for number in index.tables.numbers(start / TABLE_PAGES..end.div_ceil(TABLE_PAGES)) {
+                let pages = number * TABLE_PAGES..(number + 1) * TABLE_PAGES;
+                let pages = (start.max(pages.start)..end.min(pages.end)).map(PageNo);
+                held.extend(pages.filter_map(|page| Some((page, index.digest_of(page)?))));
+            }
+        }
+        held
+    }
+
     /// Settles what belongs to the program: exactly the pages of `owned`, whose runs are in order and apart.
     /// Each of them has to be here. What is here beyond them is dropped.
     ///

@@ -262,7 +262,7 @@ impl Migration<'_> {
                 End::Failed(error) => return Err(error),
                 End::Lost(error) => {
                     late.stop(false);
-                    let text = format!("the connections for owed pages were lost: {}", chain(&error));
+                    let text = format!("the connections for owed pages were lost: {}", error.chain());
                     self.observer.event(&Event::Warning { text });
                     taken = Some(self.take_up(late)?);
                 }
@@ -324,14 +324,4 @@ impl Migration<'_> {
             other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),
         }
     }
-}
-
-fn chain(error: &SendError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
