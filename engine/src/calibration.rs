@@ -133,6 +133,8 @@ impl Calibration {
             (pages >= 4096).then(|| time as f64 * 1e3 / pages as f64).filter(|ns| *ns <= BY_THE_MACHINE)
         };
         let rounds = || report.rounds.iter().filter(|round| !round.frozen);
+        // Pages that go for the first time: a sample of them, and the others.
+        let first = 1 + rounds().take_while(|round| round.left_pages > 0).count();
         self.runs.push(Run {
             processes: report.processes,
             resident_pages: report.memory_bytes / 4096,
@@ -141,8 +143,8 @@ impl Calibration {
             setup_us: report
                 .total_us
                 .saturating_sub(down.total + rounds().map(|round| round.duration_us).sum::<u64>()),
-            first_ns: page_ns(&mut rounds().take(1)),
-            again_ns: page_ns(&mut rounds().skip(1).filter(|round| round.dirty_pages > 1024)),
+            first_ns: page_ns(&mut rounds().take(first)),
+            again_ns: page_ns(&mut rounds().skip(first).filter(|round| round.dirty_pages > 1024)),
         });
         let more = self.runs.len().saturating_sub(KEPT);
         self.runs.drain(..more);

@@ -83,6 +83,17 @@ pub enum Event {
         /// Pages of which it had not been known whether they had arrived, and which had.
         found_pages: u64,
     },
+    /// Source: a strategy was chosen, because none was asked for.
+    Strategy {
+        /// `auto`.
+        asked: String,
+        /// The strategy.
+        chosen: String,
+        /// Why, as a word.
+        reason: String,
+        /// Why, as a sentence with its figures.
+        because: String,
+    },
     /// Source: pre-copy is over; the tree is about to be frozen.
     Freezing {
         /// Why pre-copy stopped.

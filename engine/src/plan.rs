@@ -1,7 +1,9 @@
 //! What a migration is asked to do: every knob explicit, validated once.
 
+use crate::model::Site;
 use crate::network::{Hooks, MovedAddress};
 use crate::policy::estimate::FreezeCost;
+use crate::policy::goals::Late;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
 use pageferry_wire_format::limits;
@@ -21,10 +23,9 @@ pub enum PolicyChoice {
 }
 
 /// What to do when rounds do not bring the downtime under its target.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoConvergence {
     /// Freeze all the same: the downtime is longer than what was aimed for.
-    #[default]
     Freeze,
     /// Give up: the program runs on at the source.
     GiveUp,
@@ -38,10 +39,12 @@ pub enum NoConvergence {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
+    /// Whichever of the others serves the goals, from what is measured on the way ([`crate::policy::goals`]).
+    #[default]
+    Auto,
     /// All of it while the program stands still.
     StopAndCopy,
     /// In rounds while the program runs, and the rest while it stands still.
-    #[default]
     PreCopy,
     /// All of it after the program runs at the destination: what that touches is fetched.
     PostCopy,
@@ -51,10 +54,10 @@ pub enum Strategy {
 
 impl Strategy {
     /// All of them.
-    pub const ALL: [Strategy; 4] =
-        [Strategy::StopAndCopy, Strategy::PreCopy, Strategy::PostCopy, Strategy::Hybrid];
+    pub const ALL: [Strategy; 5] =
+        [Strategy::Auto, Strategy::StopAndCopy, Strategy::PreCopy, Strategy::PostCopy, Strategy::Hybrid];
 
-    /// Whether pages follow when the program runs at the destination.
+    /// Whether pages follow when the program runs at the destination, whatever is measured on the way.
     pub fn owes(self) -> bool {
         matches!(self, Strategy::PostCopy | Strategy::Hybrid)
     }
@@ -62,6 +65,7 @@ impl Strategy {
     /// The word in reports.
     pub fn name(self) -> &'static str {
         match self {
+            Strategy::Auto => "auto",
             Strategy::StopAndCopy => "stop-and-copy",
             Strategy::PreCopy => "pre-copy",
             Strategy::PostCopy => "post-copy",
@@ -148,14 +152,20 @@ pub struct SendPlan {
     pub incremental: bool,
     /// Downtime to aim for: pre-copy goes on until the predicted downtime is at most this.
     pub downtime: Duration,
+    /// Time to aim for from the start until the program runs at the destination with all of its pages; `None` is as long as it takes.
+    /// [`Strategy::Auto`] chooses by it, the others only say whether it was kept.
+    pub total_time: Option<Duration>,
     /// Pre-copy rounds before the freeze at most, whatever the prediction says (at least 1).
     pub max_rounds: u32,
     /// Who decides between another round and the freeze.
     pub policy: PolicyChoice,
     /// What a freeze costs beside the pages, for predictions.
     pub freeze_cost: FreezeCost,
-    /// What to do when the program writes faster than the link carries, and the downtime that was aimed for cannot be had.
-    pub on_no_convergence: NoConvergence,
+    /// What a page takes that is sent for the first time over a link without limits, for predictions.
+    pub page_time: Duration,
+    /// What to do when the program writes faster than the link carries, and the downtime that was aimed for cannot be had. `None`:
+    /// with [`Strategy::Auto`] what is left comes by post-copy, and with the others it is frozen all the same.
+    pub on_no_convergence: Option<NoConvergence>,
     /// With [`NoConvergence::Throttle`]: share of the time for which the program stands still at most, from 0 to 0.99.
     pub max_throttle: f64,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
@@ -211,16 +221,18 @@ impl SendPlan {
             to: to.into(),
             keep_store: None,
             keep_running: false,
-            strategy: Strategy::PreCopy,
+            strategy: Strategy::Auto,
             post_copy_after: None,
             post_copy_timeout: Duration::from_secs(300),
             resume_timeout: Duration::from_secs(60),
             incremental: false,
             downtime: Duration::from_millis(100),
+            total_time: None,
             max_rounds: 30,
             policy: PolicyChoice::Adaptive,
             freeze_cost: FreezeCost::default(),
-            on_no_convergence: NoConvergence::Freeze,
+            page_time: Site::default().first.time,
+            on_no_convergence: None,
             max_throttle: 0.9,
             bandwidth: None,
             delta_cache: None,
@@ -244,9 +256,18 @@ impl SendPlan {
         }
     }
 
-    /// Whether pages may be left for after the program runs at the destination.
+    /// Whether it was said that pages may be left for after the program runs at the destination.
     pub(crate) fn may_owe(&self) -> bool {
-        self.strategy.owes() || self.on_no_convergence == NoConvergence::PostCopy
+        self.strategy.owes() || self.on_no_convergence == Some(NoConvergence::PostCopy)
+    }
+
+    /// Whether [`Strategy::Auto`] may do that: what was said of rounds that do not help holds.
+    pub(crate) fn late(&self) -> Late {
+        match (&self.to, self.on_no_convergence) {
+            (SendTo::Receiver(_), None) => Late::WhereItHelps,
+            (SendTo::Receiver(_), Some(NoConvergence::PostCopy)) => Late::Always,
+            _ => Late::Never,
+        }
     }
 
     /// What becomes of established TCP connections.

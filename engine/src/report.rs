@@ -24,8 +24,18 @@ pub struct MigrationReport {
     pub processes: u32,
     /// Address of the receiver, or `file:PATH`, or `dir:PATH`.
     pub to: String,
-    /// `pre-copy`, `post-copy`, `hybrid`, or `checkpoint` into a file.
+    /// `stop-and-copy`, `pre-copy`, `post-copy`, `hybrid`, or `checkpoint` into a file: of `auto`, what was chosen, and `auto` when
+    /// nothing was chosen before it failed.
     pub strategy: String,
+    /// What was asked for: one of these, or `auto`.
+    #[serde(default)]
+    pub strategy_asked: String,
+    /// Why it was chosen, as a word ([`crate::policy::reasons::Reason::name`]); empty if it was asked for.
+    #[serde(default)]
+    pub strategy_reason: String,
+    /// The same as a sentence with its figures.
+    #[serde(default)]
+    pub strategy_because: String,
     /// `userfaultfd`, `soft-dirty-scan`, `soft-dirty` or `compare`.
     pub tracker: String,
     /// Why that tracker.
@@ -57,8 +67,23 @@ pub struct MigrationReport {
     pub image_bytes: u64,
     /// From the start of `send` until the program ran at the destination.
     pub total_us: u64,
+    /// From the start of `send` until every page was in place at the destination; 0 if that did not happen.
+    #[serde(default)]
+    pub complete_us: u64,
     /// How long the program stood still.
     pub downtime_us: Downtime,
+    /// How long it was to stand still at most.
+    #[serde(default)]
+    pub downtime_goal_us: u64,
+    /// Whether it did not stand still for longer; absent unless completed.
+    #[serde(default)]
+    pub downtime_goal_met: Option<bool>,
+    /// How long the whole was to take at most, to compare with `complete_us`; absent if nobody cared.
+    #[serde(default)]
+    pub total_time_goal_us: Option<u64>,
+    /// Whether it did not take longer.
+    #[serde(default)]
+    pub total_time_goal_met: Option<bool>,
     /// Share of the time for which the program was made to stand still in the end, because it outran the link; 0 if it was not.
     #[serde(default)]
     pub throttle_share: f64,
@@ -76,7 +101,7 @@ pub struct MigrationReport {
     pub interrupted_us: u64,
     /// What the policy expected the downtime to be when it ended pre-copy.
     pub predicted_downtime_us: u64,
-    /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `post-copy`.
+    /// Why pre-copy ended: `target-met`, `no-progress`, `max-rounds`, `total-time`, `post-copy`, `stop-and-copy`.
     pub stop_reason: String,
     /// Whether the whole restored memory was compared with the frozen source before the commit.
     pub verified: bool,
@@ -119,6 +144,9 @@ pub struct RoundReport {
     pub gone_pages: u64,
     /// Pages that were dirty, and held back until the freeze because they are written all the time.
     pub held_pages: u64,
+    /// Pages that had to be looked at, and were left for the next round: this one was a sample.
+    #[serde(default)]
+    pub left_pages: u64,
     /// How many pages, and how many bytes, went by each coding.
     pub codings: Codings,
     /// Bytes on the wire, frames included.

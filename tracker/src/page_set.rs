@@ -173,6 +173,20 @@ impl PageSet {
         both
     }
 
+    /// The first `count` pages, and the others.
+    #[must_use]
+    pub fn split(&self, count: u64) -> (PageSet, PageSet) {
+        let (mut first, mut rest) = (PageSet::default(), PageSet::default());
+        let mut room = count;
+        for run in &self.runs {
+            let len = run.len.min(room);
+            first.insert(run.start, len);
+            rest.insert(run.start + len, run.len - len);
+            room -= len;
+        }
+        (first, rest)
+    }
+
     /// The pages of this set that are not in the other.
     #[must_use]
     pub fn subtract(&self, other: &PageSet) -> PageSet {
@@ -252,7 +266,13 @@ mod tests {
             b in proptest::collection::vec((0u64..200, 0u64..20), 0..20),
         ) {
             let ((a, model_a), (b, model_b)) = (both(&a), both(&b));
+            let count = b.len();
+            let (first, rest) = a.split(count);
+            let model_first: BTreeSet<u64> = model_a.iter().copied().take(count as usize).collect();
+            let model_rest = &model_a - &model_first;
             for (set, model) in [
+                (first, model_first),
+                (rest, model_rest),
                 (a.clone(), model_a.clone()),
                 (a.union(&b), &model_a | &model_b),
                 (absorbed(&a, &b), &model_a | &model_b),

@@ -235,6 +235,10 @@ impl Ferry {
         if !["--tcp", "--move-address"].iter().any(|own| options.contains(own)) {
             migrate.extend(["--tcp", "close"]);
         }
+        // What is measured is the same in every run.
+        if !options.contains(&"--strategy") {
+            migrate.extend(["--strategy", "pre-copy"]);
+        }
         // What other runs took is nothing to go by, and this one nothing to remember, unless that is what is measured.
         if !options.contains(&CALIBRATION) {
             migrate.extend([CALIBRATION, "none"]);

@@ -1,10 +1,11 @@
 //! `pageferry migrate`.
 
-use super::arguments::{HideName, MigrateVerb, TcpName};
+use super::arguments::{HideName, MigrateVerb, NoConvergenceName, TcpName};
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{calibration, render, signals};
 use pageferry::control::{self, ControlSocket};
+use pageferry::model::Site;
 use pageferry::{Control, Event, MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
 use serde::Serialize;
@@ -38,6 +39,7 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
     let mut plan = plan(verb, to);
     let mut calibration = calibration::read(&verb.calibration);
     plan.freeze_cost = calibration.freeze_cost();
+    plan.page_time = calibration.site(Site::default()).first.time;
     let cancel = signals::token()?;
     let bars;
     let observer: &dyn Observer = if verb.json {
@@ -111,11 +113,12 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.post_copy_timeout = verb.post_copy_timeout.0;
     plan.resume_timeout = verb.resume_timeout.0;
     plan.downtime = verb.downtime.0;
+    plan.total_time = verb.total_time.map(|time| time.0);
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
     plan.policy = verb.policy;
-    plan.on_no_convergence = verb.on_no_convergence.choice();
+    plan.on_no_convergence = verb.on_no_convergence.map(NoConvergenceName::choice);
     plan.max_throttle = verb.max_throttle.0;
     plan.streams = verb.streams;
     plan.congestion = verb.congestion.clone();

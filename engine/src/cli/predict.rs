@@ -32,6 +32,10 @@ pub(super) struct PredictVerb {
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     downtime: Time,
+    /// Time to aim for from the start until it runs there with all of its pages, for the strategy auto [default: as long as it
+    /// takes].
+    #[arg(long, value_name = "TIME")]
+    total_time: Option<Time>,
     /// Pre-copy rounds at most.
     #[arg(long, value_name = "N", default_value_t = 30)]
     max_rounds: u32,
@@ -63,6 +67,7 @@ pub(super) fn run(verb: &PredictVerb) -> anyhow::Result<u8> {
         round_trip: verb.round_trip.0,
         streams: verb.streams,
         downtime: verb.downtime.0,
+        total_time: verb.total_time.map(|time| time.0),
         max_rounds: verb.max_rounds,
         policy: verb.policy,
     };
@@ -135,7 +140,10 @@ pub(super) fn forecasts(strategies: &[Forecast]) -> String {
     };
     let rows = strategies.iter().map(|forecast| {
         vec![
-            forecast.strategy.name().to_owned(),
+            match forecast.strategy == forecast.chosen {
+                true => forecast.strategy.name().to_owned(),
+                false => format!("{}: {}", forecast.strategy.name(), forecast.chosen.name()),
+            },
             cell(&forecast.rounds, &|value| format!("{value:.0}")),
             cell(&forecast.downtime_us, &time),
             cell(&forecast.total_us, &time),
@@ -145,7 +153,7 @@ pub(super) fn forecasts(strategies: &[Forecast]) -> String {
             forecast.stop_reason.unwrap_or("-").to_owned(),
         ]
     });
-    table(
+    let mut text = table(
         &[
             "strategy",
             "rounds",
@@ -158,5 +166,10 @@ pub(super) fn forecasts(strategies: &[Forecast]) -> String {
         ],
         &[1, 2, 3, 4, 5, 6],
         rows,
-    )
+    );
+    for forecast in strategies.iter().filter(|forecast| !forecast.because.is_empty()) {
+        let (asked, chosen) = (forecast.strategy.name(), forecast.chosen.name());
+        let _ = writeln!(text, "\n{asked} would choose {chosen}: {}", forecast.because);
+    }
+    text
 }

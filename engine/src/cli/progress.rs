@@ -53,6 +53,7 @@ fn sentence(event: &Event) -> Option<String> {
         Event::Freezing { stop_reason, predicted_downtime_us } => {
             format!("freezing ({stop_reason}; expecting {} of downtime)", micros(*predicted_downtime_us))
         }
+        Event::Strategy { chosen, because, .. } => format!("chose {chosen}: {because}"),
         Event::Resumed { pid } => format!("running at the destination as process {pid}"),
         Event::Filled { pages, faults, max_fault_us } => format!(
             "all {pages} pages are in place ({faults} page faults served, the longest in {})",

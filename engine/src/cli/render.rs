@@ -103,6 +103,12 @@ pub(super) fn report(report: &MigrationReport) -> String {
         Bytes(report.image_bytes),
         Bytes(report.engine_peak_rss_bytes)
     );
+    if !report.strategy_because.is_empty() {
+        let _ = writeln!(text, "chose {}: {}", report.strategy, report.strategy_because);
+    }
+    if let Some(goals) = goals(report) {
+        let _ = writeln!(text, "{goals}");
+    }
     if report.interruptions > 0 {
         let times = match report.interruptions {
             1 => "once".to_owned(),
@@ -194,6 +200,19 @@ pub(super) fn report(report: &MigrationReport) -> String {
         _ => String::new(),
     };
     text
+}
+
+/// Which goals were met.
+fn goals(report: &MigrationReport) -> Option<String> {
+    let goal = |name: &str, wanted: u64, got: u64, met: bool| {
+        let met = if met { "met" } else { "missed" };
+        format!("{name} {met} ({} of {})", micros(got), micros(wanted))
+    };
+    let downtime =
+        goal("downtime", report.downtime_goal_us, report.downtime_us.total, report.downtime_goal_met?);
+    let total = report.total_time_goal_us.zip(report.total_time_goal_met);
+    let total = total.map(|(wanted, met)| goal(", total time", wanted, report.complete_us, met));
+    Some(format!("goals: {downtime}{}", total.unwrap_or_default()))
 }
 
 #[cfg(test)]

@@ -43,6 +43,10 @@ pub(super) struct SimulateVerb {
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     downtime: Time,
+    /// Time to aim for from the start until it runs there with all of its pages, for the strategy auto [default: as long as it
+    /// takes].
+    #[arg(long, value_name = "TIME")]
+    total_time: Option<Time>,
     /// Pre-copy rounds at most.
     #[arg(long, value_name = "N", default_value_t = 30)]
     max_rounds: u32,
@@ -92,6 +96,7 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
         strategy,
         policy: verb.policy,
         downtime: verb.downtime.0,
+        total_time: verb.total_time.map(|time| time.0),
         max_rounds: verb.max_rounds,
     };
     match verb.strategy {
@@ -148,7 +153,10 @@ fn one(outcome: &Outcome) -> String {
     let _ = writeln!(
         text,
         "\n{}: stands still for {}, runs there after {}, all of it there after {}, {} on the wire, {:.1} % slower meanwhile{}",
-        outcome.strategy.name(),
+        match outcome.strategy == outcome.chosen {
+            true => outcome.strategy.name().to_owned(),
+            false => format!("{}: {}", outcome.strategy.name(), outcome.chosen.name()),
+        },
         micros(outcome.downtime_us),
         micros(outcome.total_us),
         micros(outcome.complete_us),
@@ -156,5 +164,8 @@ fn one(outcome: &Outcome) -> String {
         outcome.slowdown * 100.0,
         outcome.stop_reason.map_or_else(String::new, |reason| format!("; rounds end: {reason}"))
     );
+    if !outcome.because.is_empty() {
+        let _ = writeln!(text, "{} was chosen: {}", outcome.chosen.name(), outcome.because);
+    }
     text
 }

@@ -33,8 +33,13 @@ impl Estimate {
 /// What one strategy of moving a program would bring. Times are microseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Forecast {
-    /// How.
+    /// How it is asked for.
     pub strategy: Strategy,
+    /// How it would go, from most of the moments.
+    pub chosen: Strategy,
+    /// Why that would be chosen, from one of these moments; empty where it is asked for.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub because: String,
     /// Rounds, the one in the freeze included.
     pub rounds: Estimate,
     /// Standing still.
@@ -62,8 +67,12 @@ pub fn forecast(trace: &Trace, site: &Site, wish: &Wish, starts: u32, spread: Du
     let spread = spread.as_micros() as f64;
     let reason =
         |outcome: &Outcome| outcomes.iter().filter(|other| other.stop_reason == outcome.stop_reason).count();
+    let alike = |outcome: &Outcome| outcomes.iter().filter(|other| other.chosen == outcome.chosen).count();
+    let usual = outcomes.iter().max_by_key(|outcome| alike(outcome));
     Forecast {
         strategy: wish.strategy,
+        chosen: usual.map_or(wish.strategy, |outcome| outcome.chosen),
+        because: usual.map_or_else(String::new, |outcome| outcome.because.clone()),
         rounds: estimate(|outcome| outcome.rounds.len() as f64, 0.0),
         downtime_us: estimate(|outcome| outcome.downtime_us as f64, spread),
         total_us: estimate(|outcome| outcome.total_us as f64, spread),
@@ -88,6 +97,7 @@ mod tests {
             strategy: Strategy::PreCopy,
             policy: PolicyChoice::Adaptive,
             downtime: Duration::from_millis(100),
+            total_time: None,
             max_rounds: 30,
         };
         let spread = Duration::from_millis(5);

@@ -3,7 +3,8 @@
 use super::site::Site;
 use super::trace::{Pages, Trace};
 use crate::plan::{PolicyChoice, Strategy};
-use crate::policy::{self, Decision, HotPages, Measured, RoundSample, StopReason};
+use crate::policy::goals::{Choice, Late, hoped_pace};
+use crate::policy::{self, Goals, HotPages, Means, Measured, Navigator, RoundSample, StopReason};
 use pageferry_tracker::{PageSet, SpaceKey};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ pub struct Wish {
     pub policy: PolicyChoice,
     /// Downtime to aim for.
     pub downtime: Duration,
+    /// Time to aim for until all of it is there.
+    pub total_time: Option<Duration>,
     /// Rounds at most.
     pub max_rounds: u32,
 }
@@ -46,8 +49,13 @@ pub struct Round {
 /// What comes of it. Times are microseconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Outcome {
-    /// How.
+    /// How it was asked for.
     pub strategy: Strategy,
+    /// How it went.
+    pub chosen: Strategy,
+    /// Why that was chosen; empty where it was asked for.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub because: String,
     /// Every round.
     pub rounds: Vec<Round>,
     /// Why the rounds ended; none without rounds.
@@ -80,11 +88,17 @@ pub fn simulate(trace: &Trace, site: &Site, wish: &Wish, start: Duration) -> Out
         bytes: 0.0,
         write_faults: 0,
     };
-    let stop = match wish.strategy {
-        Strategy::StopAndCopy | Strategy::PostCopy => None,
-        Strategy::PreCopy | Strategy::Hybrid => Some(virtual_run.pre_copy(wish)),
+    let (stop, choice) = match wish.strategy {
+        Strategy::StopAndCopy | Strategy::PostCopy => (None, None),
+        Strategy::Auto | Strategy::PreCopy | Strategy::Hybrid => {
+            let (stop, choice) = virtual_run.pre_copy(wish, start);
+            (Some(stop), choice)
+        }
     };
-    virtual_run.freeze(wish.strategy, start, stop)
+    let chosen = choice.map_or(wish.strategy, |choice| choice.strategy);
+    let outcome = virtual_run.freeze(chosen, start, stop);
+    let because = choice.map_or_else(String::new, |choice| choice.reason.to_string());
+    Outcome { strategy: wish.strategy, because, ..outcome }
 }
 
 struct Run<'a> {
@@ -113,6 +127,8 @@ struct Due {
     /// Dirty, and as they were when they were sent: the write came before the round had read them.
     unchanged: u64,
     held: u64,
+    /// Written since the last look, whatever becomes of it.
+    dirty: u64,
     pages: Pages,
 }
 
@@ -126,31 +142,48 @@ impl Due {
 const PARTS: u32 = 8;
 
 impl Run<'_> {
-    fn pre_copy(&mut self, wish: &Wish) -> StopReason {
-        let mut policy = policy::new(wish.policy, wish.downtime, wish.max_rounds, self.site.freeze);
+    fn pre_copy(&mut self, wish: &Wish, began: Duration) -> (StopReason, Option<Choice>) {
+        let goals = Goals { downtime: wish.downtime, total_time: wish.total_time };
+        let mut navigator = Navigator::new(
+            goals,
+            Means {
+                strategy: wish.strategy,
+                policy: wish.policy,
+                max_rounds: wish.max_rounds,
+                cost: self.site.freeze,
+                late: Late::WhereItHelps,
+                hoped_pace: hoped_pace(self.site.first.time, self.site.bandwidth),
+            },
+        );
         // Deltas that are small are sent and not held back (`source/precopy`).
-        let hold = policy.holds_back() && self.site.again.bytes * 2.0 > 4096.0;
+        let hold = navigator.policy().holds_back() && self.site.again.bytes * 2.0 > 4096.0;
         let mut measured = None;
         for round in 0.. {
             let start = self.now;
-            let due = self.look(hold);
+            let mut due = self.look(hold);
             let existing = self.trace.existing(start);
-            let sendable = due.sendable();
-            let decision: Decision = policy.decide(&RoundSample {
+            let sample = RoundSample {
                 round,
-                todo_pages: sendable + due.held,
+                todo_pages: due.sendable() + due.held,
                 hot_pages: due.held,
+                dirty_pages: due.dirty,
                 since_last: self.last.map_or(Duration::ZERO, |last| start - last),
                 processes: existing.len() as u32,
                 resident_pages: count(&existing),
                 measured,
-            });
+            };
+            let course = navigator.decide(&sample, self.site.setup + (start - began));
+            let decision = course.decision;
             if let Some(stop) = decision.stop {
                 for (key, pages) in &due.pages {
                     self.hot.entry(*key).or_default().put_back(pages);
                 }
-                return stop;
+                return (stop, course.choice);
             }
+            if let Some(most) = course.most {
+                due = self.part(due, most);
+            }
+            let sendable = due.sendable();
             self.last = Some(start);
             let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
             let acknowledged = time + self.site.round_trip;
@@ -164,6 +197,7 @@ impl Run<'_> {
             if policy::says_the_pace(sendable) || measured.is_none() {
                 measured = Some(Measured {
                     pages_per_second: sendable.max(1) as f64 / acknowledged.as_secs_f64().max(1e-6),
+                    bytes_per_second: bytes / acknowledged.as_secs_f64().max(1e-6),
                     round_overhead: self.site.round_overhead + self.site.round_trip,
                 });
             }
@@ -196,6 +230,7 @@ impl Run<'_> {
             let missing = populated.subtract(given);
             let dirty = written.get(key).map_or_else(PageSet::default, |pages| pages.intersect(populated));
             self.write_faults += dirty.len();
+            due.dirty += dirty.len();
             let hot = self.hot.entry(*key).or_default();
             let pages = hot.look(&dirty.union(&missing), &dirty, populated, hold);
             due.held += hot.held().len();
@@ -208,6 +243,18 @@ impl Run<'_> {
             due.pages.insert(*key, pages);
         }
         due
+    }
+
+    /// So many pages of a first round, in which all pages are new; the others are found at the next look.
+    fn part(&mut self, due: Due, most: u64) -> Due {
+        let mut part = Due { held: due.held, dirty: due.dirty, ..Due::default() };
+        for (key, pages) in due.pages {
+            let (now, later) = pages.split(most - part.first);
+            part.first += now.len();
+            part.pages.insert(key, now);
+            self.hot.entry(key).or_default().put_back(&later);
+        }
+        part
     }
 
     /// Pages that the last round sent and that were not written since they were read.
@@ -247,7 +294,7 @@ impl Run<'_> {
         let mut fill = Duration::ZERO;
         let mut waits = Duration::ZERO;
         match strategy {
-            Strategy::StopAndCopy | Strategy::PreCopy => {
+            Strategy::Auto | Strategy::StopAndCopy | Strategy::PreCopy => {
                 downtime += time;
                 self.rounds.push(Round {
                     round: self.rounds.len() as u32,
@@ -278,6 +325,8 @@ impl Run<'_> {
         let running = (ran + fill).as_secs_f64();
         Outcome {
             strategy,
+            chosen: strategy,
+            because: String::new(),
             rounds: self.rounds,
             stop_reason: stop.map(StopReason::name),
             downtime_us: downtime.as_micros() as u64,
@@ -320,6 +369,7 @@ mod tests {
             strategy,
             policy: PolicyChoice::Adaptive,
             downtime: Duration::from_millis(100),
+            total_time: None,
             max_rounds: 30,
         }
     }
@@ -349,8 +399,9 @@ mod tests {
     #[test]
     fn each_way_has_its_price() {
         let (trace, site) = (uniform_writer(1 << 16, 2560.0, 10), gigabit());
-        let [stop, pre, post, hybrid] =
+        let [auto, stop, pre, post, hybrid] =
             Strategy::ALL.map(|strategy| simulate(&trace, &site, &wish(strategy), Duration::ZERO));
+        assert_eq!((auto.chosen, auto.rounds.as_slice()), (Strategy::PreCopy, pre.rounds.as_slice()));
         let copy = (65536.0 * 4114.0 / 125e6 * 1e6) as u64;
         assert!(stop.downtime_us > copy && stop.rounds.len() == 1);
         assert!(pre.downtime_us < copy / 10 && pre.bytes > stop.bytes);
@@ -358,6 +409,41 @@ mod tests {
         assert!(post.total_us < pre.total_us && post.complete_us > copy);
         assert!(post.slowdown > hybrid.slowdown, "{} and {}", post.slowdown, hybrid.slowdown);
         assert!(post.rounds.is_empty() && post.bytes <= stop.bytes);
+    }
+
+    #[test]
+    fn the_strategy_follows_from_the_goals() {
+        let site = gigabit();
+        let auto = |trace: &Trace, downtime: u64, total_time: Option<u64>| {
+            let total_time = total_time.map(Duration::from_millis);
+            let wish = Wish { downtime: Duration::from_millis(downtime), total_time, ..wish(Strategy::Auto) };
+            simulate(trace, &site, &wish, Duration::ZERO)
+        };
+        let ms = |us: u64| us / 1000;
+        // 32 MiB take 270 ms.
+        let idle = uniform_writer(1 << 13, 10.0, 5);
+        let moved = auto(&idle, 1000, None);
+        assert_eq!((moved.chosen, moved.rounds.len()), (Strategy::StopAndCopy, 2), "{}", moved.because);
+        assert!(moved.rounds[1].frozen && ms(moved.downtime_us) < 500, "{moved:?}");
+        let moved = auto(&idle, 100, None);
+        assert_eq!(moved.chosen, Strategy::PreCopy, "{}", moved.because);
+        assert!(ms(moved.downtime_us) < 100 && moved.because.contains("allowed"), "{moved:?}");
+        // It writes faster than the link carries.
+        let quick = uniform_writer(1 << 15, 60_000.0, 10);
+        let moved = auto(&quick, 50, None);
+        assert_eq!((moved.chosen, moved.stop_reason), (Strategy::Hybrid, Some("no-progress")));
+        assert!(ms(moved.downtime_us) < 50 && moved.complete_us > moved.total_us, "{moved:?}");
+        let frozen = simulate(&quick, &site, &wish(Strategy::PreCopy), Duration::ZERO);
+        assert!(frozen.downtime_us > 10 * moved.downtime_us, "{frozen:?}");
+        // Rounds would come to their end, in 5 s.
+        let busy = uniform_writer(1 << 16, 23_000.0, 20);
+        let rounds = simulate(&busy, &site, &wish(Strategy::PreCopy), Duration::ZERO);
+        let goal = ms(rounds.complete_us) - 1000;
+        let moved = auto(&busy, 100, Some(goal));
+        assert_eq!((moved.chosen, moved.stop_reason), (Strategy::Hybrid, Some("total-time")));
+        assert!(ms(moved.complete_us) <= goal, "{} ms of {goal}: {moved:?}", ms(moved.complete_us));
+        let moved = auto(&busy, 100, Some(goal + 60_000));
+        assert_ne!(moved.stop_reason, Some("total-time"), "{}", moved.because);
     }
 
     /// A hot set that is written all the time, and `others` more pages a scan, in turn.

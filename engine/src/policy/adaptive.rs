@@ -111,6 +111,7 @@ mod tests {
                 round,
                 todo_pages: todo,
                 hot_pages: 0,
+                dirty_pages: 0,
                 since_last: since,
                 processes: 1,
                 resident_pages: memory,
@@ -120,7 +121,11 @@ mod tests {
                 return (round, decision);
             }
             since = overhead + Duration::from_secs_f64(todo as f64 / rate);
-            measured = Some(Measured { pages_per_second: rate, round_overhead: overhead });
+            measured = Some(Measured {
+                pages_per_second: rate,
+                bytes_per_second: rate * 4096.0,
+                round_overhead: overhead,
+            });
             todo = ((since.as_secs_f64() * dirty) as u64).min(working_set);
         }
         unreachable!("the loop ends by returning")
@@ -156,10 +161,15 @@ mod tests {
             round,
             todo_pages,
             hot_pages: 0,
+            dirty_pages: 0,
             since_last: Duration::from_millis(10),
             processes: 1,
             resident_pages: 1000,
-            measured: Some(Measured { pages_per_second: 1e5, round_overhead: Duration::from_micros(300) }),
+            measured: Some(Measured {
+                pages_per_second: 1e5,
+                bytes_per_second: 1e5 * 4096.0,
+                round_overhead: Duration::from_micros(300),
+            }),
         };
         assert_eq!(policy.decide(&sample(1, 1000)).stop, None);
         assert_eq!(policy.decide(&sample(2, 10)).stop, Some(StopReason::NoProgress));
@@ -172,10 +182,15 @@ mod tests {
             round,
             todo_pages,
             hot_pages,
+            dirty_pages: 0,
             since_last: Duration::from_millis(100),
             processes: 1,
             resident_pages: 100_000,
-            measured: Some(Measured { pages_per_second: 3e4, round_overhead: Duration::from_micros(500) }),
+            measured: Some(Measured {
+                pages_per_second: 3e4,
+                bytes_per_second: 3e4 * 4096.0,
+                round_overhead: Duration::from_micros(500),
+            }),
         };
         assert_eq!(policy.decide(&sample(3, 13_000, 5_000)).stop, None, "most of it can still be sent");
         let decision = policy.decide(&sample(4, 13_010, 13_000));
@@ -190,12 +205,16 @@ mod tests {
             if slower {
                 policy.program_slowed_down();
             }
-            let measured =
-                Some(Measured { pages_per_second: 3e4, round_overhead: Duration::from_micros(500) });
+            let measured = Some(Measured {
+                pages_per_second: 3e4,
+                bytes_per_second: 3e4 * 4096.0,
+                round_overhead: Duration::from_micros(500),
+            });
             let sample = RoundSample {
                 round,
                 todo_pages: pages,
                 hot_pages: 0,
+                dirty_pages: 0,
                 since_last: Duration::from_secs(1),
                 processes: 1,
                 resident_pages: 40_000,
@@ -219,6 +238,7 @@ mod tests {
             round: 0,
             todo_pages: 1,
             hot_pages: 0,
+            dirty_pages: 0,
             since_last: Duration::ZERO,
             processes: 1,
             resident_pages: 1,

@@ -48,6 +48,7 @@ mod tests {
                     round,
                     todo_pages: 10,
                     hot_pages: 0,
+                    dirty_pages: 0,
                     since_last: Duration::from_secs(1),
                     processes: 1,
                     resident_pages: 100,

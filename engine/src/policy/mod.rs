@@ -5,15 +5,17 @@ pub(crate) mod bubbling;
 pub mod estimate;
 pub mod fixed;
 pub(crate) mod headroom;
+pub mod goals;
 pub mod hot;
+pub mod reasons;
 pub mod throttle;
 
 pub use adaptive::Adaptive;
 pub(crate) use bubbling::Bubbling;
 pub use fixed::Fixed;
+pub use goals::{Goals, Means, Navigator};
 pub use hot::HotPages;
 
-use crate::plan::PolicyChoice;
 use estimate::FreezeCost;
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ pub struct RoundSample {
     pub todo_pages: u64,
     /// Of these, those that are held back until the freeze because they are written all the time.
     pub hot_pages: u64,
+    /// Pages that were written since the last collect, also those that are still to be sent for the first time.
+    pub dirty_pages: u64,
     /// Time since the collect before this one (zero in round 0).
     pub since_last: Duration,
     /// Processes of the tree.
@@ -41,6 +45,8 @@ pub struct RoundSample {
 pub struct Measured {
     /// Pages that were looked at a second: scanned, read, hashed and, if they had changed, sent.
     pub pages_per_second: f64,
+    /// Bytes that went over the link a second meanwhile.
+    pub bytes_per_second: f64,
     /// Fixed time of a round, whatever its size: scan and acknowledgement.
     pub round_overhead: Duration,
 }
@@ -57,8 +63,10 @@ pub enum StopReason {
     MaxRounds,
     /// What is left is to come after the program runs at the destination.
     PostCopy,
-    /// No rounds were asked for.
+    /// No rounds were asked for, or none are needed.
     StopAndCopy,
+    /// Another round would take longer than the whole is allowed to.
+    TotalTime,
 }
 
 impl StopReason {
@@ -70,6 +78,7 @@ impl StopReason {
             StopReason::MaxRounds => "max-rounds",
             StopReason::PostCopy => "post-copy",
             StopReason::StopAndCopy => "stop-and-copy",
+            StopReason::TotalTime => "total-time",
         }
     }
 }
@@ -89,19 +98,6 @@ const PACE_PAGES: u64 = 256;
 /// Whether a round of so many pages says how fast pages are sent.
 pub fn says_the_pace(pages: u64) -> bool {
     pages >= PACE_PAGES
-}
-
-/// The policy of that name.
-pub fn new(
-    choice: PolicyChoice,
-    downtime: Duration,
-    max_rounds: u32,
-    cost: FreezeCost,
-) -> Box<dyn RoundPolicy> {
-    match choice {
-        PolicyChoice::Adaptive => Box::new(Adaptive::new(downtime, max_rounds, cost)),
-        PolicyChoice::Fixed(rounds) => Box::new(Fixed::new(rounds, cost)),
-    }
 }
 
 /// Decides between another round and the freeze.

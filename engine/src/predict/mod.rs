@@ -47,6 +47,8 @@ pub struct PredictPlan {
     pub streams: Option<u16>,
     /// Downtime to aim for.
     pub downtime: Duration,
+    /// Time to aim for until all of it is there.
+    pub total_time: Option<Duration>,
     /// Rounds at most.
     pub max_rounds: u32,
     /// Who decides between another round and the freeze.
@@ -126,8 +128,13 @@ pub fn predict(
     let site = site(plan, &trace, &content, calibration);
     let now = trace.duration();
     let forecast = |strategy| {
-        let wish =
-            Wish { strategy, policy: plan.policy, downtime: plan.downtime, max_rounds: plan.max_rounds };
+        let wish = Wish {
+            strategy,
+            policy: plan.policy,
+            downtime: plan.downtime,
+            total_time: plan.total_time,
+            max_rounds: plan.max_rounds,
+        };
         model::forecast(&trace, &site, &wish, STARTS, calibration.spread())
     };
     Ok(Prediction {

@@ -103,6 +103,7 @@ impl Migration<'_> {
             zero_pages: tally.codings.zero.pages,
             gone_pages: tally.gone,
             held_pages: 0,
+            left_pages: 0,
             codings: tally.codings,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,
@@ -380,6 +381,7 @@ impl Migration<'_> {
             }
         }
         self.phase = Phase::Filled;
+        self.report.complete_us = self.began.elapsed().as_micros() as u64;
         if self.stake() != Stake::Image {
             self.note_down(Step::Filled);
         }

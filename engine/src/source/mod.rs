@@ -17,6 +17,7 @@ mod relatives;
 mod rollback;
 pub(crate) mod sent;
 mod standby;
+mod strategy;
 mod streams;
 mod tally;
 mod twins;
@@ -33,6 +34,7 @@ use crate::link::{Channel, TcpLink};
 use crate::observe::{Event, Observer};
 use crate::plan::{SendPlan, SendTo, Strategy, TcpChoice};
 use crate::policy::HotPages;
+use crate::policy::goals::Choice;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
@@ -185,6 +187,9 @@ struct Migration<'a> {
     niceness: Option<Niceness>,
     /// Whether what is left when the tree is frozen comes after it runs at the destination.
     owes: bool,
+    /// Of the strategy, where none was asked for.
+    choice: Option<Choice>,
+    began: Instant,
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
@@ -240,6 +245,9 @@ impl<'a> Migration<'a> {
                 SendTo::File(_) | SendTo::Directory(_) => "checkpoint",
             }
             .to_owned(),
+            strategy_asked: plan.strategy.name().to_owned(),
+            downtime_goal_us: plan.downtime.as_micros() as u64,
+            total_time_goal_us: plan.total_time.map(|time| time.as_micros() as u64),
             tracker: tracker_choice.to_string(),
             tracker_reason,
             hide: hide.to_string(),
@@ -297,6 +305,8 @@ impl<'a> Migration<'a> {
             paused: Duration::ZERO,
             niceness: None,
             owes: plan.strategy.owes(),
+            choice: None,
+            began: Instant::now(),
             peer,
             holds_back: false,
             deltas_help: false,
@@ -309,7 +319,7 @@ impl<'a> Migration<'a> {
 
     /// The happy path, step by step.
     fn run(&mut self) -> Result<(), SendError> {
-        let started = Instant::now();
+        self.began = Instant::now();
         self.connect()?;
         self.attach()?;
         // Not earlier: CRIU was started by now, and keeps the priority of its own.
@@ -317,10 +327,10 @@ impl<'a> Migration<'a> {
         self.ask_to_hold()?;
         let decision = match self.plan.strategy {
             Strategy::PostCopy | Strategy::StopAndCopy => self.look_once()?,
-            Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
+            Strategy::Auto | Strategy::PreCopy | Strategy::Hybrid => self.pre_copy()?,
         };
         self.hand_over(decision)?;
-        self.report.total_us = started.elapsed().as_micros() as u64;
+        self.report.total_us = self.began.elapsed().as_micros() as u64;
         self.observer.event(&Event::Committed);
         if let Some(pid) = self.report.destination_pid {
             self.observer.event(&Event::Resumed { pid });

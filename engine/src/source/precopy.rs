@@ -7,7 +7,7 @@ use crate::control::Stage;
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
-use crate::policy::{self, Decision, HotPages, Measured, RoundPolicy, RoundSample, StopReason};
+use crate::policy::{self, Decision, HotPages, Measured, Navigator, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
@@ -25,8 +25,10 @@ pub(super) struct Todo {
 
 /// What the rounds so far say about the next.
 struct Course {
-    policy: Box<dyn RoundPolicy>,
+    navigator: Navigator,
     measured: Option<Measured>,
+    /// Pages that the last round left for this one.
+    left_pages: u64,
     /// When the last acknowledged look was taken.
     last_collect: Option<Instant>,
     /// As of [`Migration::changes`].
@@ -71,10 +73,10 @@ impl Migration<'_> {
     /// Sends rounds until the policy says stop. The pages that were collected last are not sent: the tracker
     /// gives them again in the freeze.
     pub(super) fn pre_copy(&mut self) -> Result<Decision, SendError> {
-        let plan = self.plan;
-        let policy = policy::new(plan.policy, plan.downtime, plan.max_rounds, plan.freeze_cost);
-        self.holds_back = policy.holds_back();
-        let mut course = Course { policy, measured: None, last_collect: None, changes: self.changes() };
+        let mut navigator = self.navigator();
+        self.holds_back = navigator.policy().holds_back();
+        let changes = self.changes();
+        let mut course = Course { navigator, measured: None, left_pages: 0, last_collect: None, changes };
         self.control.enter(Stage::PreCopy);
         let mut round = 0;
         loop {
@@ -100,7 +102,7 @@ impl Migration<'_> {
         let ends = self.note_post_copy()?;
         let now = self.changes();
         if std::mem::replace(&mut course.changes, now) != now {
-            course.policy.begin_anew();
+            course.navigator.policy().begin_anew();
             self.tell_workers_of_the_limit();
         }
         let start = Instant::now();
@@ -110,26 +112,28 @@ impl Migration<'_> {
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
         }
-        let todo = self.take_in(&collected, round, false)?;
+        let mut todo = self.take_in(&collected, round, false)?;
         let held_pages: u64 = self.spaces.values().map(|space| space.hot.held().len()).sum();
-        let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
-        let todo_pages = sendable + held_pages;
+        let dirty_pages: u64 = collected.spaces.iter().map(|space| space.dirty.len()).sum();
+        let todo_pages = todo.iter().map(|todo| todo.pages.len()).sum::<u64>() + held_pages;
         let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
         self.check_room(resident_pages)?;
         let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
         let cache = self.plan.delta_cache.unwrap_or(share);
         self.books().make_room(resident_pages, collected.spaces.len(), cache);
-        let decision = course.policy.decide(&RoundSample {
+        let sample = RoundSample {
             round,
             todo_pages,
             hot_pages: held_pages,
+            dirty_pages,
             since_last,
             processes: collected.spaces.len() as u32,
             resident_pages,
             measured: course.measured,
-        });
+        };
+        let chosen = course.navigator.decide(&sample, self.began.elapsed());
+        let mut decision = chosen.decision;
         self.control.predicted(decision.predicted_downtime);
-        let mut decision = decision;
         if ends {
             decision.stop = Some(StopReason::PostCopy);
         }
@@ -141,17 +145,17 @@ impl Migration<'_> {
         }
         if decision.stop == Some(StopReason::NoProgress) && decision.predicted_downtime > self.plan.downtime {
             match self.plan.on_no_convergence {
-                NoConvergence::Freeze => {}
-                NoConvergence::PostCopy => self.owes = true,
-                NoConvergence::Throttle => {
+                None | Some(NoConvergence::Freeze) => {}
+                Some(NoConvergence::PostCopy) => self.owes = true,
+                Some(NoConvergence::Throttle) => {
                     if self.slow_down()? {
-                        course.policy.program_slowed_down();
+                        course.navigator.policy().program_slowed_down();
                         self.spaces.values_mut().for_each(|space| space.hot.begin_anew());
                         decision.stop = None;
                     }
                 }
-                NoConvergence::GiveUp if self.owes => {}
-                NoConvergence::GiveUp => {
+                Some(NoConvergence::GiveUp) if self.owes => {}
+                Some(NoConvergence::GiveUp) => {
                     return Err(SendError::NoConvergence {
                         predicted: decision.predicted_downtime,
                         wanted: self.plan.downtime,
@@ -159,11 +163,17 @@ impl Migration<'_> {
                 }
             }
         }
+        if decision.stop.is_some() {
+            self.note_choice(chosen.choice, ends)?;
+        }
         // Who holds it up in this moment has it send another round when it goes on.
         if decision.stop.is_some() && self.control.freeze(self.owes) {
             self.put_back(&todo);
+            self.tell_choice();
             return Ok(Some(decision));
         }
+        let left_pages = chosen.most.map_or(0, |most| self.leave(&mut todo, most));
+        let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
         self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
         let sending = Instant::now();
         let before = (self.sent_bytes(), self.paused);
@@ -185,13 +195,18 @@ impl Migration<'_> {
         if policy::says_the_pace(sendable) || course.measured.is_none() {
             course.measured = Some(Measured {
                 pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
+                bytes_per_second: tally.bytes() as f64 / acked.as_secs_f64().max(1e-6),
                 round_overhead: scan + acked.saturating_sub(sent),
             });
         }
+        // What was left of a sample is to be sent, and was not written.
+        let written = if course.left_pages > 0 { dirty_pages } else { todo_pages };
+        course.left_pages = left_pages;
         let report = RoundReport {
             round,
             frozen: false,
-            dirty_pages: todo_pages,
+            dirty_pages: todo_pages - left_pages,
+            left_pages,
             sent_pages: tally.sent(),
             unchanged_pages: tally.codings.unchanged.pages,
             zero_pages: tally.codings.zero.pages,
@@ -201,7 +216,7 @@ impl Migration<'_> {
             sent_bytes: self.sent_bytes() - before.0,
             duration_us: start.elapsed().as_micros() as u64,
             pause_us: collected.pause.as_micros() as u64,
-            dirty_rate: rate(todo_pages, since_last),
+            dirty_rate: rate(written, since_last),
             link_rate: rate(tally.bytes(), acked),
             predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
         };
@@ -236,11 +251,23 @@ impl Migration<'_> {
         if !self.control.wants_post_copy() {
             return Ok(false);
         }
-        self.owes = true;
-        if self.late_channels.is_empty() {
-            self.open_late(self.peer_streams)?;
-        }
+        self.get_ready_to_owe()?;
         Ok(true)
+    }
+
+    /// Leaves all but the first `most` pages for the next round; says how many.
+    fn leave(&mut self, todo: &mut [Todo], most: u64) -> u64 {
+        let (mut room, mut left) = (most, 0);
+        for Todo { key, pages } in todo {
+            let (now, later) = pages.split(room);
+            room -= now.len();
+            left += later.len();
+            *pages = now;
+            if let Some(space) = self.spaces.get_mut(key) {
+                space.hot.put_back(&later);
+            }
+        }
+        left
     }
 
     /// Collects while the program runs: one that is slowed down is not stopped meanwhile, because a new process is stopped

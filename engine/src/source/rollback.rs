@@ -25,6 +25,7 @@ impl Migration<'_> {
         self.report.bytes_sent = self.sent_bytes();
         let Err(mut error) = result else {
             self.report.outcome = "completed".to_owned();
+            self.judge_goals();
             self.close_journal();
             return Ok(self.report);
         };
@@ -46,6 +47,7 @@ impl Migration<'_> {
                 Ok(()) => {
                     self.report.bytes_sent = self.sent_bytes();
                     self.report.outcome = "completed".to_owned();
+                    self.judge_goals();
                     self.close_journal();
                     return Ok(self.report);
                 }

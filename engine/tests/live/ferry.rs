@@ -170,6 +170,10 @@ impl Ferry {
         if !options.contains(&"--resolve-timeout") {
             command.extend(["--resolve-timeout", "2s"]);
         }
+        // A test is about what it names; the tests of `choice` are about what is chosen.
+        if !options.contains(&"--strategy") {
+            command.extend(["--strategy", "pre-copy"]);
+        }
         if !options.contains(&"--calibration") {
             command.extend(["--calibration", "none"]);
         }

@@ -3,6 +3,7 @@
 //! `cargo build -p pageferry-benches --bins` has to come first: the programs that move are built there. One test:
 //! `cargo test -p pageferry --test live -- NAME`.
 
+mod choice;
 mod control;
 mod faults;
 mod ferry;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         refusals::tests(),
         streams::tests(),
         policy::tests(),
+        choice::tests(),
         predict::tests(),
         control::tests(),
         faults::tests(),

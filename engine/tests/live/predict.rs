@@ -49,10 +49,12 @@ fn writer(ferry: &Ferry) -> anyhow::Result<()> {
     let rate = prediction["dirty_rate"].as_f64().context("a rate")?;
     ensure!((4000.0..6000.0).contains(&rate), "{rate} pages a second, and 5120 were written");
     let ways = prediction["strategies"].as_array().context("strategies")?;
-    let [stop, pre, post, hybrid] = &ways[..] else { anyhow::bail!("{} ways", ways.len()) };
+    let [auto, stop, pre, post, hybrid] = &ways[..] else { anyhow::bail!("{} ways", ways.len()) };
     // 64 MiB of noise over 100 Mbit/s, of which TCP leaves 95.6.
     let copy = 64.0 * 1_048_576.0 / (100e6 / 8.0 * 0.956) * 1e6;
     let downtime = |way| median(way, "downtime_us");
+    ensure!(auto["chosen"] == "pre-copy" && auto["because"].is_string(), "{auto}");
+    ensure!(downtime(auto)? == downtime(pre)?, "{auto} {pre}");
     ensure!((downtime(stop)? / copy - 1.0).abs() < 0.1, "{} us, not {copy}", downtime(stop)?);
     ensure!(downtime(pre)? < copy / 5.0 && downtime(hybrid)? <= downtime(pre)?, "{pre} {hybrid}");
     ensure!(median(post, "total_us")? < copy / 5.0 && median(post, "complete_us")? > copy * 0.9, "{post}");

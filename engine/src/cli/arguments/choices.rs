@@ -20,6 +20,8 @@ pub(in crate::cli) fn policy(text: &str) -> Result<PolicyChoice, String> {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(in crate::cli) enum StrategyName {
+    /// Whichever of these serves the goals (--downtime, --total-time, --bandwidth), by what is measured on the way.
+    Auto,
     /// All of it while the program stands still: for comparisons, and for links that are faster than its memory is large.
     StopAndCopy,
     /// Memory first: a failure at any time costs nothing.
@@ -34,6 +36,7 @@ impl StrategyName {
     /// The choice in the words of the library.
     pub(in crate::cli) fn choice(self) -> Strategy {
         match self {
+            StrategyName::Auto => Strategy::Auto,
             StrategyName::StopAndCopy => Strategy::StopAndCopy,
             StrategyName::PreCopy => Strategy::PreCopy,
             StrategyName::PostCopy => Strategy::PostCopy,

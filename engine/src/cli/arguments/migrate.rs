@@ -26,7 +26,7 @@ pub(in crate::cli) struct MigrateVerb {
     #[arg(long)]
     pub(in crate::cli) keep_running: bool,
     /// Whether memory moves before the program, after it, or both.
-    #[arg(long, value_enum, default_value = "pre-copy")]
+    #[arg(long, value_enum, default_value = "auto")]
     pub(in crate::cli) strategy: StrategyName,
     /// Hybrid: how many rounds go before the program: a number at most, or no-progress, as long as they help.
     #[arg(long, value_name = "N|no-progress", default_value = "no-progress", value_parser = post_copy_after)]
@@ -45,6 +45,10 @@ pub(in crate::cli) struct MigrateVerb {
     /// Downtime to aim for.
     #[arg(long, value_name = "TIME", default_value = "100ms")]
     pub(in crate::cli) downtime: Time,
+    /// Time to aim for from the start until the program runs there with all of its pages; the strategy auto chooses by it
+    /// [default: as long as it takes].
+    #[arg(long, value_name = "TIME")]
+    pub(in crate::cli) total_time: Option<Time>,
     /// Pre-copy rounds at most.
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub(in crate::cli) max_rounds: u32,
@@ -58,9 +62,10 @@ pub(in crate::cli) struct MigrateVerb {
     /// Write down here how far the migration is, for `pageferry recover`; or `none`.
     #[arg(long, value_name = "DIR", default_value = journal::DIRECTORY)]
     pub(in crate::cli) journal: MaybeDir,
-    /// What to do when the program writes faster than the link carries.
-    #[arg(long, value_enum, default_value = "freeze")]
-    pub(in crate::cli) on_no_convergence: NoConvergenceName,
+    /// What to do when the program writes faster than the link carries [default: post-copy where the strategy is auto and there is a
+    /// receiver, freeze otherwise].
+    #[arg(long, value_enum)]
+    pub(in crate::cli) on_no_convergence: Option<NoConvergenceName>,
     /// With --on-no-convergence throttle: how much of the time the program may be made to stand still.
     #[arg(long, value_name = "SHARE", default_value = "90%")]
     pub(in crate::cli) max_throttle: Share,

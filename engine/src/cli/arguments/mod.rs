@@ -6,7 +6,7 @@ mod receive;
 mod track;
 
 pub(in crate::cli) use choices::{CALIBRATION, StrategyName, policy};
-pub(in crate::cli) use migrate::{HideName, MigrateVerb, TcpName};
+pub(in crate::cli) use migrate::{HideName, MigrateVerb, NoConvergenceName, TcpName};
 pub(in crate::cli) use receive::ReceiveVerb;
 pub(in crate::cli) use track::{TrackVerb, TrackerName};
 
