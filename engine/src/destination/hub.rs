@@ -214,16 +214,19 @@ impl Hub {
         Ok(())
     }
 
-    /// The first connection has brought all of a round: waits for the others, and makes the copies that were put
-    /// off. Gives what is to be asked for again.
-    pub(super) fn complete(&self, round: u32) -> Result<Vec<(SpaceId, Vec<PageRun>)>, ReceiveError> {
+    /// The first connection has brought all of a round, in which `pages` pages came: waits for the others, and makes the copies
+    /// that were put off. Gives what is to be asked for again.
+    pub(super) fn complete(&self, round: u32, pages: u64) -> Result<Vec<(SpaceId, Vec<PageRun>)>, ReceiveError> {
         self.reached(FIRST, round)?;
         let mut books = self
             .wait(self.lock(), |books| books.streams.values().all(|stream| stream.reached == Some(round)))?;
         // The same round can come once more, when pages of it were asked for again in the freeze.
         books.streams.values_mut().for_each(|stream| stream.reached = None);
         books.give_up_waiting()?;
-        if let Some(store) = &mut books.store {
+        if let Some(store) = &mut books.store
+            // The first round may be a sample of what was announced.
+            && (round > 0 || pages.saturating_mul(4096) >= store.announced_bytes() / 2)
+        {
             store.settle();
         }
         let again = std::mem::take(&mut books.again);

@@ -226,9 +226,9 @@ impl<'a, 'b> Reception<'a, 'b> {
                     Ok(())
                 })?;
             }
-            ControlMessage::RoundEnd { round, .. } => {
+            ControlMessage::RoundEnd { round, pages, .. } => {
                 crate::fault::point("dest-round");
-                let again = self.hub.complete(round)?;
+                let again = self.hub.complete(round, pages)?;
                 self.asked_again = !again.is_empty();
                 self.ask_again(again)?;
                 self.channel.control(&ControlMessage::RoundAck { round })?;

@@ -74,7 +74,7 @@ fn recording(ferry: &Ferry) -> anyhow::Result<()> {
     let simulate = ["simulate", "--trace", trace, "--bandwidth", "100Mbit", "--calibration", "none"];
     let with = |more: &[&str]| pageferry(ferry, &[&simulate[..], more].concat());
     let ways = json(&with(&["--json"])?)?;
-    ensure!(ways.as_array().is_some_and(|ways| ways.len() == 4), "{ways}");
+    ensure!(ways.as_array().is_some_and(|ways| ways.len() == 5), "{ways}");
     let adaptive = json(&with(&["--strategy", "pre-copy", "--json"])?)?;
     let fixed = json(&with(&["--strategy", "pre-copy", "--policy", "fixed:9", "--json"])?)?;
     let rounds = |outcome: &Value| outcome["rounds"].as_array().map_or(0, Vec::len);

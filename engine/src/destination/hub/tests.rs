@@ -68,7 +68,7 @@ fn a_copy_waits_for_a_page_that_is_still_under_way() {
     bring(&hub, whole(4, 1)).unwrap();
     bring(&hub, copy(7, 1, 4)).unwrap();
     assert_eq!(content(&hub, 7).as_deref(), Some(&bytes(1)[..]), "what is there is copied at once");
-    assert_eq!(hub.complete(0).unwrap(), []);
+    assert_eq!(hub.complete(0, 0).unwrap(), []);
     assert_eq!(content(&hub, 5).as_deref(), Some(&bytes(1)[..]));
     assert_eq!(content(&hub, 6).as_deref(), Some(&bytes(1)[..]), "a copy of a copy");
 }
@@ -81,9 +81,9 @@ fn what_never_came_or_came_with_other_bytes_is_asked_for_again_once() {
     bring(&hub, copy(6, 2, 4)).unwrap();
     bring(&hub, copy(9, 2, 44)).unwrap();
     let run = |start, len| PageRun { start: PageNo(start), len };
-    assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run(5, 2), run(9, 1)])]);
+    assert_eq!(hub.complete(0, 0).unwrap(), [(SPACE, vec![run(5, 2), run(9, 1)])]);
     assert_eq!(content(&hub, 5), None);
-    assert_eq!(hub.complete(1).unwrap(), []);
+    assert_eq!(hub.complete(1, 0).unwrap(), []);
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn deltas_of_other_bytes_change_nothing() {
     bring(&hub, (batch, deltas)).unwrap();
     assert_eq!(content(&hub, 4).as_deref(), Some(&bytes(1)[..]));
     let run = PageRun { start: PageNo(4), len: 1 };
-    assert_eq!(hub.complete(1).unwrap(), [(SPACE, vec![run])]);
+    assert_eq!(hub.complete(1, 0).unwrap(), [(SPACE, vec![run])]);
 }
 
 /// A page that differs from page `from` in one byte, in a coding that says so.
@@ -137,7 +137,7 @@ fn what_is_on_top_of_another_page_waits_for_it_and_is_asked_for_if_it_does_not_c
             "as soon as it is there, not at the end of the round"
         );
         let run = PageRun { start: PageNo(21), len: 1 };
-        assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run])], "its base is another page");
+        assert_eq!(hub.complete(0, 0).unwrap(), [(SPACE, vec![run])], "its base is another page");
         assert_eq!((content(&hub, 21), content(&hub, 4)), (None, Some(bytes(1).to_vec())));
         bring(&hub, made(coding, 22, 1, 4)).unwrap();
         assert_eq!(content(&hub, 22), Some(wanted.clone()), "what is there is used at once");
@@ -151,7 +151,7 @@ fn what_waits_has_a_limit() {
     bring(&hub, made(Coding::Delta, 20, 1, 4)).unwrap();
     bring(&hub, whole(4, 1)).unwrap();
     let run = PageRun { start: PageNo(20), len: 1 };
-    assert_eq!(hub.complete(0).unwrap(), [(SPACE, vec![run])]);
+    assert_eq!(hub.complete(0, 0).unwrap(), [(SPACE, vec![run])]);
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn a_round_is_complete_when_every_connection_says_so() {
     let (mut source, thread) = further(&hub, 3);
     let waiting = {
         let hub = Arc::clone(&hub);
-        std::thread::spawn(move || hub.complete(0))
+        std::thread::spawn(move || hub.complete(0, 0))
     };
     let (batch, payload) = whole(8, 4);
     // Longer than the stall in all, but something moves.
@@ -194,7 +194,7 @@ fn a_round_is_complete_when_every_connection_says_so() {
     // Pages that were asked for again come under the same number: what was said before does not count for them.
     let again = {
         let hub = Arc::clone(&hub);
-        std::thread::spawn(move || hub.complete(0))
+        std::thread::spawn(move || hub.complete(0, 0))
     };
     std::thread::sleep(STALL / 2);
     assert!(!again.is_finished());
@@ -218,7 +218,7 @@ fn pages_that_are_ahead_of_their_announcement_wait_for_it() {
     source.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 0 }).unwrap();
     std::thread::sleep(STALL / 3);
     hub.open(SPACE, 1);
-    assert_eq!(hub.complete(0).unwrap(), []);
+    assert_eq!(hub.complete(0, 0).unwrap(), []);
     assert_eq!(content(&hub, 8).as_deref(), Some(&bytes(4)[..]));
     assert!(hub.close().is_some());
     thread.join().unwrap();
@@ -231,11 +231,11 @@ fn a_connection_that_fails_or_falls_silent_ends_the_round() {
     drop(source);
     thread.join().unwrap();
     assert!(hub.alarm().is_cancelled(), "the first connection is woken");
-    assert!(hub.complete(0).is_err());
+    assert!(hub.complete(0, 0).is_err());
 
     let hub = self::hub();
     let (_source, thread) = further(&hub, 1);
-    let error = hub.complete(0).unwrap_err();
+    let error = hub.complete(0, 0).unwrap_err();
     assert!(matches!(error, ReceiveError::Channel(ChannelError::Link(LinkError::Stalled(_)))), "{error}");
     assert!(hub.close().is_some());
     thread.join().unwrap();

@@ -114,6 +114,11 @@ impl PageStore {
         self.slots.reserve(bytes)
     }
 
+    /// Bytes that were announced.
+    pub fn announced_bytes(&self) -> u64 {
+        self.slots.announced()
+    }
+
     /// Bytes of memory that are ready for pages, and taken from the machine already.
     pub fn ready_bytes(&self) -> u64 {
         self.slots.ready()

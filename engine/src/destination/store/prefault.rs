@@ -97,6 +97,11 @@ impl Prefault {
         Ok(())
     }
 
+    /// Bytes that were announced.
+    pub(super) fn announced(&self) -> u64 {
+        self.shared.lock().reserved
+    }
+
     /// Bytes that are ready, and not handed out.
     pub(super) fn ready(&self) -> u64 {
         let state = self.shared.lock();

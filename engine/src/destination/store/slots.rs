@@ -62,6 +62,11 @@ impl Slots {
         self.prefault.reserve(bytes)
     }
 
+    /// Bytes that were announced.
+    pub(super) fn announced(&self) -> u64 {
+        self.prefault.announced()
+    }
+
     /// Bytes of memory that are ready for pages.
     pub(super) fn ready(&self) -> u64 {
         self.prefault.ready()
