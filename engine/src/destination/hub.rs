@@ -216,7 +216,11 @@ impl Hub {
 
     /// The first connection has brought all of a round, in which `pages` pages came: waits for the others, and makes the copies
     /// that were put off. Gives what is to be asked for again.
-    pub(super) fn complete(&self, round: u32, pages: u64) -> Result<Vec<(SpaceId, Vec<PageRun>)>, ReceiveError> {
+    pub(super) fn complete(
+        &self,
+        round: u32,
+        pages: u64,
+    ) -> Result<Vec<(SpaceId, Vec<PageRun>)>, ReceiveError> {
         self.reached(FIRST, round)?;
         let mut books = self
             .wait(self.lock(), |books| books.streams.values().all(|stream| stream.reached == Some(round)))?;
