@@ -10,7 +10,7 @@
 //! sent in any case.
 
 use super::reasons::Reason;
-use super::{Adaptive, Decision, Fixed, FreezeCost, RoundPolicy, RoundSample, StopReason};
+use super::{Adaptive, Decision, Fixed, FreezeCost, RoundPolicy, RoundSample, StopReason, headroom};
 use crate::plan::{PolicyChoice, Strategy};
 use std::time::Duration;
 
@@ -222,9 +222,11 @@ impl Navigator {
             let reason = Reason::TimeIsUp { downtime: view.downtime, total: now, goal };
             return self.freeze(go_on.decision, StopReason::TotalTime, Strategy::PreCopy, reason);
         }
-        // What comes late is sent once, as in the freeze.
-        if self.means.late != Late::Never && now <= goal && by_rounds.is_none_or(|rounds| rounds > goal) {
-            let reason = Reason::TooLong { rounds: by_rounds, late: now, goal };
+        // What comes late is sent once, as in the freeze, and leaves some of the link to what is waited for.
+        let fixed = self.fixed(sample);
+        let late = elapsed + fixed + (view.downtime - fixed).div_f64(headroom::SHARE);
+        if self.means.late != Late::Never && late <= goal && by_rounds.is_none_or(|rounds| rounds > goal) {
+            let reason = Reason::TooLong { rounds: by_rounds, late, goal };
             return self.freeze(go_on.decision, StopReason::TotalTime, Strategy::Hybrid, reason);
         }
         go_on

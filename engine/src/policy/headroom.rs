@@ -17,7 +17,7 @@ const DRAIN: Duration = Duration::from_millis(200);
 /// From one measurement to the next.
 const CRUISE: Duration = Duration::from_secs(1);
 /// Of what was measured, what is used: an eighth is left for what is waited for, and for the queue to become empty.
-const SHARE: f64 = 0.875;
+pub(super) const SHARE: f64 = 0.875;
 /// Measurements that are remembered: a thread that was not given a processor in one has sent less than the link carries.
 const REMEMBERED: usize = 3;
 
