@@ -10,7 +10,7 @@ mod receive;
 mod rejoin;
 mod restore;
 pub(crate) mod serve;
-mod sessions;
+pub(crate) mod sessions;
 pub(crate) mod store;
 pub(crate) mod sys;
 mod verify;
@@ -342,7 +342,8 @@ impl Host {
                     note(journal.step(if ran { Step::Ended } else { Step::Discarded }, &[]), observer);
                 }
                 observer.event(&Event::Discarded { reason: error.chain() });
-                refuse(&mut channel, &error);
+                let code = if ran { AbortCode::Ended } else { error.code() };
+                refuse_as(&mut channel, code, &error);
                 let unclear = self.sessions.was_ready(id) && error.is_link();
                 End { session: id, failure: Some(error), unclear }
             }
@@ -515,13 +516,17 @@ fn free_memory(ready: u64, limit: Option<u64>) -> u64 {
 
 /// Tells the peer why, as long as it can still hear it.
 fn refuse(channel: &mut Channel, error: &ReceiveError) {
+    refuse_as(channel, error.code(), error);
+}
+
+fn refuse_as(channel: &mut Channel, code: AbortCode, error: &ReceiveError) {
     if matches!(error, ReceiveError::SourceAborted { .. }) {
         return;
     }
     channel.link_mut().set_cancel(None);
     channel.link_mut().set_alarm(None);
     channel.link_mut().set_stall(Duration::from_millis(500));
-    let _ = channel.control(&ControlMessage::abort(error.code(), &error.chain()));
+    let _ = channel.control(&ControlMessage::abort(code, &error.chain()));
     channel.link_mut().close_gently(Duration::from_secs(1));
 }
 

@@ -156,6 +156,7 @@ impl Rebirth<'_, '_> {
         fault::point("dest-commit");
         self.sessions.commit(self.session, Instant::now())?;
         self.write_down(Step::Committing, &[])?;
+        fault::point("dest-committed");
         laps.last = Instant::now();
         // The sockets leave their repair mode in what follows, and ask their clients how they stand: the answers must get in.
         self.network.open();

@@ -10,6 +10,8 @@
 
 mod ask;
 pub mod recover;
+#[cfg(test)]
+mod simulated;
 mod verdict;
 
 pub(crate) use ask::ask;
@@ -135,6 +137,9 @@ pub struct Begin {
 struct Line {
     step: Step,
     at_us: u64,
+    /// Microseconds after the machine's start: what is old is told by a clock that nobody sets.
+    #[serde(default)]
+    up_us: u64,
     /// The tree, where the step made it known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     processes: Vec<Process>,
@@ -158,6 +163,8 @@ pub struct Entry {
     pub step: Step,
     /// When, in microseconds of Unix time.
     pub at_us: u64,
+    /// ... and how long after the machine's start that was, in microseconds.
+    pub up_us: u64,
     /// The processes of the tree, as far as they were written down.
     pub processes: Vec<Process>,
     /// Whether the program at the destination needs pages that are at the source.
@@ -207,6 +214,12 @@ pub(crate) struct Writer {
 
 fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+/// Time since the machine was started, also while it slept.
+fn up_us() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
 }
 
 impl Journal {
@@ -298,9 +311,12 @@ impl Journal {
     /// Removes what destinations' engines left behind and nobody will ask about any more.
     pub(crate) fn forget_older_than(&self, age: Duration) {
         let (entries, _) = self.entries().unwrap_or_default();
-        let oldest = now_us().saturating_sub(age.as_micros() as u64);
+        let now = up_us();
         for entry in entries {
-            if entry.begin.role == Role::Destination && !entry.live && entry.at_us < oldest {
+            if entry.begin.role == Role::Destination
+                && !entry.live
+                && now.saturating_sub(entry.up_us) > age.as_micros() as u64
+            {
                 let _ = std::fs::remove_file(&entry.path);
             }
         }
@@ -318,13 +334,14 @@ impl Writer {
     /// Writes a step down. `processes`: the tree, where it is known from now on.
     pub(crate) fn step(&mut self, step: Step, processes: &[Process]) -> Result<(), JournalError> {
         let processes = processes.to_vec();
-        self.line(&Line { step, at_us: now_us(), processes, owes: false, addresses: Vec::new() })
+        let (at_us, up_us) = (now_us(), up_us());
+        self.line(&Line { step, at_us, up_us, processes, owes: false, addresses: Vec::new() })
     }
 
     /// The commit is about to be sent: pages may be owed from then on, and these addresses not be here any more.
     pub(crate) fn committing(&mut self, owes: bool, addresses: Vec<String>) -> Result<(), JournalError> {
-        let (step, at_us) = (Step::Committing, now_us());
-        self.line(&Line { step, at_us, processes: Vec::new(), owes, addresses })
+        let (step, at_us, up_us) = (Step::Committing, now_us(), up_us());
+        self.line(&Line { step, at_us, up_us, processes: Vec::new(), owes, addresses })
     }
 
     /// The file, for a process that writes to it and holds its lock when the engine has ended.
@@ -374,6 +391,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         path: path.to_owned(),
         step: Step::PreCopy,
         at_us: begin.began_us,
+        up_us: 0,
         begin,
         processes: Vec::new(),
         owes: false,
@@ -383,6 +401,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
     for line in lines {
         let line: Line = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
         (entry.step, entry.at_us) = (line.step, line.at_us.max(entry.at_us));
+        entry.up_us = line.up_us.max(entry.up_us);
         entry.owes |= line.owes;
         entry.addresses.extend(line.addresses);
         if !line.processes.is_empty() {

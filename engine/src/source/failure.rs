@@ -9,7 +9,7 @@ use crate::network::established::Connection;
 use crate::plan::PlanError;
 use pageferry_criu_glue as criu;
 use pageferry_tracker as tracker;
-use pageferry_wire_format::EncodeError;
+use pageferry_wire_format::{AbortCode, EncodeError};
 
 /// A failure of the sending side.
 #[derive(Debug, thiserror::Error)]
@@ -151,11 +151,17 @@ impl SendError {
 
     /// Whether the receiver itself has said that it gave the migration up: it has no copy then.
     pub(crate) fn is_peers_abort(&self) -> bool {
-        matches!(
-            self,
-            SendError::Channel(ChannelError::Aborted { .. })
-                | SendError::Pages(SendPagesError::Channel(ChannelError::Aborted { .. }))
-        ) || matches!(self, SendError::NotTakenUp { source, .. } if source.is_peers_abort())
+        self.peers_abort().is_some()
+    }
+
+    /// Why it has, if it has said so.
+    pub(crate) fn peers_abort(&self) -> Option<AbortCode> {
+        match self {
+            SendError::Channel(ChannelError::Aborted { code, .. })
+            | SendError::Pages(SendPagesError::Channel(ChannelError::Aborted { code, .. })) => Some(*code),
+            SendError::NotTakenUp { source, .. } => source.peers_abort(),
+            _ => None,
+        }
     }
 
     /// Whether the link itself has failed, and nobody has said anything.

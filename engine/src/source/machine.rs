@@ -1,7 +1,7 @@
 //! What a failure means, by how far the handover had come. Pure: this is the rule that keeps one copy of the
 //! program, and only one, alive.
 
-use pageferry_wire_format::HandoverState;
+use pageferry_wire_format::{AbortCode, HandoverState};
 
 /// How far the source had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,6 +116,16 @@ pub(crate) fn after_answer(state: Option<&HandoverState>, stake: Stake) -> After
     }
 }
 
+/// What to do when the destination has answered the commit with its end, and said why.
+pub(crate) fn after_abort(code: AbortCode) -> Aftermath {
+    match code {
+        // The commit had been accepted. What the program did there, if only for a moment, happened.
+        AbortCode::Ended | AbortCode::Unknown(_) => Aftermath::Hold,
+        // It was not: its copy is gone, and never ran.
+        _ => Aftermath::RunOn,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,6 +160,13 @@ mod tests {
         for phase in [Phase::Committing, Phase::Committed] {
             assert_eq!(after_failure(phase, Stake::Image), Aftermath::RunOn, "{phase}");
         }
+    }
+
+    #[test]
+    fn an_answer_to_the_commit_lets_the_source_run_on_if_the_program_did_not_run_there() {
+        assert_eq!(after_abort(AbortCode::RestoreFailed), Aftermath::RunOn);
+        assert_eq!(after_abort(AbortCode::Ended), Aftermath::Hold);
+        assert_eq!(after_abort(AbortCode::Unknown(99)), Aftermath::Hold, "of a later version");
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod failure;
 mod handover;
 mod keep;
 mod late;
-mod machine;
+pub(crate) mod machine;
 mod network;
 mod niceness;
 mod pages;

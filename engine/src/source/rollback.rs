@@ -2,7 +2,7 @@
 
 use super::failure::SendError;
 use super::handover::ASK_AGAIN;
-use super::machine::{Aftermath, Phase, after_answer, after_failure};
+use super::machine::{Aftermath, Phase, after_abort, after_answer, after_failure};
 use super::{Migration, Peer, peak_resident_bytes, states};
 use crate::error::{FailureKind, MigrationError};
 use crate::journal::{Step, ask};
@@ -32,13 +32,12 @@ impl Migration<'_> {
         let mut failed_in = self.phase;
         let mut aftermath = after_failure(failed_in, self.stake());
         if aftermath == Aftermath::Ask {
-            // An abort in answer to the commit is the receiver's word that its copy is gone.
-            // Later it says that it has ended what had run.
-            aftermath = if failed_in == Phase::Committing && error.is_peers_abort() {
-                Aftermath::RunOn
-            } else {
-                let stake = self.stake();
-                after_answer(self.ask_what_became().as_ref(), stake)
+            aftermath = match error.peers_abort().filter(|_| failed_in == Phase::Committing) {
+                Some(code) => after_abort(code),
+                None => {
+                    let stake = self.stake();
+                    after_answer(self.ask_what_became().as_ref(), stake)
+                }
             };
         }
         if aftermath == Aftermath::Serve && failed_in == Phase::Committing {

@@ -14,6 +14,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("recover: the sending engine was killed while the commit was on its way", commit_on_its_way),
         ("recover: the sending engine was killed when the program ran at the destination", ran_there),
         ("recover: the receiving engine was killed before it let the program run", ready_there),
+        ("recover: the receiving CRIU was killed when the commit had been accepted", let_go_there),
         ("recover: both engines were killed when the program ran at the destination", ended_there),
         ("recover: what lives is left alone, and a program is moved once at a time", under_way),
         ("recover: bad input", bad_input),
@@ -157,6 +158,31 @@ fn ready_there(ferry: &Ferry) -> anyhow::Result<()> {
     // And now it moves.
     ferry.migrate(subject.pid, None, &[])?.moved()?;
     ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()
+}
+
+/// It may have run there for a moment: nobody but a person lets it run here.
+fn let_go_there(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let subject = subject(ferry)?;
+    let receiver = ferry.receiver(Some("dest-committed=delay:3000"), &[])?;
+    let migration = ferry.migrate_start(subject.pid, None, &[])?;
+    writes(ferry, Host::Destination, "committing")?;
+    let (_, findings) = recover(ferry, Host::Destination, "--dry-run")?;
+    let engine = findings.first().and_then(|found| found["engine"].as_i64()).context("an engine")?;
+    let criu = ferry.sh(
+        Host::Destination,
+        &format!("for pid in $(cat /proc/{engine}/task/*/children); do grep -q criu /proc/$pid/cmdline && echo $pid; done"),
+    )?;
+    ferry.hosts.kill(Host::Destination, criu.lines().next().context("no CRIU")?.trim().parse()?)?;
+    migration.wait()?.failed(4, &["in doubt", "ended after the commit", "pageferry recover"])?;
+    ensure!(ferry.state(Host::Destination, subject.pid)?.is_none(), "it is left at the destination");
+    ensure!(ferry.state(Host::Source, subject.pid)? == Some('T'), "it was let go");
+    let found = finds(ferry, Host::Source, "--timeout 30s", 4, "was ended there")?;
+    let session = found["session"].as_str().context("no session")?;
+    finds(ferry, Host::Source, &format!("--session {session} --run-here"), 0, "let go")?;
+    ferry.lives_only(Host::Source, &subject)?;
+    nothing_is_left(ferry, Host::Source)?;
     receiver.stop()
 }
 

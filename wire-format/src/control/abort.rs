@@ -27,12 +27,14 @@ pub enum AbortCode {
     SourceFailed,
     /// Anything else.
     Internal,
+    /// Destination: the commit had been accepted; the program ran there, or may have for a moment, and was ended.
+    Ended,
     /// A code of a later version.
     Unknown(u16),
 }
 
 impl AbortCode {
-    const KNOWN: [(AbortCode, u16, &'static str); 11] = [
+    const KNOWN: [(AbortCode, u16, &'static str); 12] = [
         (AbortCode::Busy, 1, "busy"),
         (AbortCode::VersionMismatch, 2, "version mismatch"),
         (AbortCode::OutOfMemory, 3, "out of memory"),
@@ -44,6 +46,7 @@ impl AbortCode {
         (AbortCode::Cancelled, 9, "cancelled"),
         (AbortCode::SourceFailed, 10, "source failed"),
         (AbortCode::Internal, 11, "internal"),
+        (AbortCode::Ended, 12, "ended after the commit"),
     ];
 
     /// The number on the wire.
