@@ -191,11 +191,12 @@ fn the_codes_of_aborts_are_numbers_that_stay() {
         Cancelled,
         SourceFailed,
         Internal,
+        Ended,
     ];
     for (code, number) in known.into_iter().zip(1..) {
         assert_eq!((code.number(), AbortCode::from_number(number)), (number, code));
     }
-    assert_eq!(AbortCode::from_number(12), Unknown(12));
+    assert_eq!(AbortCode::from_number(13), Unknown(13));
     assert_eq!(AbortCode::from_number(0), Unknown(0));
 }
 
