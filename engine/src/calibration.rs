@@ -117,6 +117,8 @@ impl Calibration {
             || report.strategy != "pre-copy"
             || report.verified
             || report.paused_us > 0
+            // Slower than it could be.
+            || report.max_slowdown.is_some()
             || report.interruptions > 0
             // By hand: a round was cut short.
             || report.stop_reason == "post-copy"

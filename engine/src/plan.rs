@@ -168,6 +168,9 @@ pub struct SendPlan {
     pub on_no_convergence: Option<NoConvergence>,
     /// With [`NoConvergence::Throttle`]: share of the time for which the program stands still at most, from 0 to 0.99.
     pub max_throttle: f64,
+    /// Share of its running time that the program may lose to the migration while it runs here, more than 0 and at most 1
+    /// ([`crate::policy::slowdown`]); `None` is as much as it takes.
+    pub max_slowdown: Option<f64>,
     /// Bytes a second to send at most before the freeze; `None` is as fast as the link goes.
     pub bandwidth: Option<u64>,
     /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
@@ -234,6 +237,7 @@ impl SendPlan {
             page_time: Site::default().first.time,
             on_no_convergence: None,
             max_throttle: 0.9,
+            max_slowdown: None,
             bandwidth: None,
             delta_cache: None,
             streams: None,
@@ -301,6 +305,9 @@ impl SendPlan {
         }
         if !(0.0..=MOST_THROTTLE).contains(&self.max_throttle) {
             return Err(PlanError::Throttle);
+        }
+        if self.max_slowdown.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            return Err(PlanError::NoSlowdown);
         }
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
@@ -420,6 +427,11 @@ pub enum PlanError {
     /// A program that always stands still never writes, and never does anything else.
     #[error("a program can be made to stand still for 0 to 99 % of the time")]
     Throttle,
+    /// Whatever is tracked is slowed down a little.
+    #[error(
+        "a program that is copied is slowed down a little: the share that is allowed must be more than zero"
+    )]
+    NoSlowdown,
     /// The system knows no lower priority.
     #[error("{0} is no nice value to copy at: 0 to 19 (the least) are")]
     Nice(u8),

@@ -84,6 +84,16 @@ pub struct MigrationReport {
     /// Whether it did not take longer.
     #[serde(default)]
     pub total_time_goal_met: Option<bool>,
+    /// Share of its running time that the program lost to the rounds (docs/DESIGN.md); absent if the kernel does not tell, or there were
+    /// none.
+    #[serde(default)]
+    pub slowdown: Option<f64>,
+    /// How much that was to be at most; absent if nobody cared.
+    #[serde(default)]
+    pub max_slowdown: Option<f64>,
+    /// Whether it was not more.
+    #[serde(default)]
+    pub max_slowdown_met: Option<bool>,
     /// Share of the time for which the program was made to stand still in the end, because it outran the link; 0 if it was not.
     #[serde(default)]
     pub throttle_share: f64,
@@ -149,6 +159,9 @@ pub struct RoundReport {
     pub left_pages: u64,
     /// How many pages, and how many bytes, went by each coding.
     pub codings: Codings,
+    /// Share of its running time that the program lost from the scan of this round to the next; not known yet when the round ends.
+    #[serde(default)]
+    pub slowdown: Option<f64>,
     /// Bytes on the wire, frames included.
     pub sent_bytes: u64,
     /// From the scan until the destination acknowledged.

@@ -120,6 +120,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.policy = verb.policy;
     plan.on_no_convergence = verb.on_no_convergence.map(NoConvergenceName::choice);
     plan.max_throttle = verb.max_throttle.0;
+    plan.max_slowdown = verb.max_slowdown.map(|share| share.0);
     plan.streams = verb.streams;
     plan.congestion = verb.congestion.clone();
     plan.coding = verb.coding.choice();

@@ -109,6 +109,15 @@ pub(super) fn report(report: &MigrationReport) -> String {
     if let Some(goals) = goals(report) {
         let _ = writeln!(text, "{goals}");
     }
+    if let Some(slowdown) = report.slowdown {
+        let allowed = report.max_slowdown.map(|most| format!(", of {:.1} % that are allowed", most * 100.0));
+        let _ = writeln!(
+            text,
+            "it lost {:.1} % of its running time while it was copied{}",
+            slowdown * 100.0,
+            allowed.unwrap_or_default()
+        );
+    }
     if report.interruptions > 0 {
         let times = match report.interruptions {
             1 => "once".to_owned(),

@@ -8,6 +8,7 @@ pub mod goals;
 pub(crate) mod headroom;
 pub mod hot;
 pub mod reasons;
+pub mod slowdown;
 pub mod throttle;
 
 pub use adaptive::Adaptive;

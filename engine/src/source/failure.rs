@@ -90,6 +90,8 @@ pub(crate) enum SendError {
     Watchman(#[source] std::io::Error),
     #[error("could not start a thread that slows the program down")]
     Throttle(#[source] std::io::Error),
+    #[error("it cannot be known how much the program is slowed down")]
+    Slowdown(#[source] tracker::RunTimesError),
     #[error("the receiver asked about something else than it was told: {0}")]
     Protocol(String),
     #[error("the network could not be handed over")]
@@ -206,6 +208,7 @@ impl SendError {
                 "allow a longer --downtime, give it more --bandwidth, or let it freeze all the same (--on-no-convergence freeze)"
                     .to_owned()
             }
+            SendError::Slowdown(_) => "go without --max-slowdown, and limit it with --bandwidth and --nice".to_owned(),
             SendError::Congestion { .. } => {
                 let file = "/proc/sys/net/ipv4/tcp_available_congestion_control";
                 let have = std::fs::read_to_string(file).unwrap_or_default();

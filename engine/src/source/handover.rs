@@ -104,6 +104,7 @@ impl Migration<'_> {
             gone_pages: tally.gone,
             held_pages: 0,
             left_pages: 0,
+            slowdown: None,
             codings: tally.codings,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,

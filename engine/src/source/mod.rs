@@ -16,6 +16,7 @@ pub(crate) mod rejoin;
 mod relatives;
 mod rollback;
 pub(crate) mod sent;
+mod slowdown;
 mod standby;
 mod strategy;
 mod streams;
@@ -190,6 +191,8 @@ struct Migration<'a> {
     /// Of the strategy, where none was asked for.
     choice: Option<Choice>,
     began: Instant,
+    /// How the program gets on meanwhile.
+    watch: Option<slowdown::Watch>,
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
@@ -247,6 +250,7 @@ impl<'a> Migration<'a> {
             .to_owned(),
             strategy_asked: plan.strategy.name().to_owned(),
             downtime_goal_us: plan.downtime.as_micros() as u64,
+            max_slowdown: plan.max_slowdown,
             total_time_goal_us: plan.total_time.map(|time| time.as_micros() as u64),
             tracker: tracker_choice.to_string(),
             tracker_reason,
@@ -307,6 +311,7 @@ impl<'a> Migration<'a> {
             owes: plan.strategy.owes(),
             choice: None,
             began: Instant::now(),
+            watch: None,
             peer,
             holds_back: false,
             deltas_help: false,
@@ -320,7 +325,9 @@ impl<'a> Migration<'a> {
     /// The happy path, step by step.
     fn run(&mut self) -> Result<(), SendError> {
         self.began = Instant::now();
+        self.watch_pace()?;
         self.connect()?;
+        self.note_usual_pace()?;
         self.attach()?;
         // Not earlier: CRIU was started by now, and keeps the priority of its own.
         self.be_nice();

@@ -3,6 +3,7 @@
 
 use super::books::{Base, Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
+use super::slowdown::{Work, WorkShare};
 use super::tally::Tally;
 use crate::control::Control;
 use crate::link::{Channel, ChannelError};
@@ -57,6 +58,8 @@ pub(crate) struct Round<'a> {
     pub(crate) frozen: bool,
     /// Somebody failed or was told to stop: the others need not go on.
     pub(crate) stop: AtomicBool,
+    /// How much of the time each worker may work.
+    pub(crate) work: WorkShare,
     pub(crate) done_pages: AtomicU64,
     pub(crate) sent_bytes: AtomicU64,
 }
@@ -79,6 +82,7 @@ impl<'a> Round<'a> {
             first: number == 0,
             frozen,
             stop: AtomicBool::new(false),
+            work: WorkShare::full(),
             done_pages: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
         }
@@ -176,6 +180,7 @@ impl Worker {
         // While the tree was scanned the link was idle.
         self.chooser.pause();
         let mut tally = Tally::default();
+        let mut work = Work::begin();
         let result = loop {
             match before(channel) {
                 Ok(true) => {}
@@ -196,6 +201,7 @@ impl Worker {
             round.done_pages.fetch_add(done, Ordering::Relaxed);
             round.sent_bytes.fetch_add(tally.bytes() - had.1, Ordering::Relaxed);
             round.control.done(done);
+            work.rest(&round.work, &round.stop);
         };
         if result.is_err() {
             round.stop.store(true, Ordering::Relaxed);

@@ -105,6 +105,7 @@ impl Migration<'_> {
             course.navigator.policy().begin_anew();
             self.tell_workers_of_the_limit();
         }
+        self.space_scans(course.last_collect);
         let start = Instant::now();
         let collected = self.collect_running()?;
         let since_last = course.last_collect.map_or(Duration::ZERO, |last| start - last);
@@ -112,6 +113,7 @@ impl Migration<'_> {
         if collected.spaces.is_empty() {
             return Err(SendError::Exited);
         }
+        self.note_slowdown(&collected, round);
         let mut todo = self.take_in(&collected, round, false)?;
         let held_pages: u64 = self.spaces.values().map(|space| space.hot.held().len()).sum();
         let dirty_pages: u64 = collected.spaces.iter().map(|space| space.dirty.len()).sum();
@@ -212,6 +214,7 @@ impl Migration<'_> {
             zero_pages: tally.codings.zero.pages,
             gone_pages: tally.gone,
             held_pages,
+            slowdown: None,
             codings: tally.codings,
             sent_bytes: self.sent_bytes() - before.0,
             duration_us: start.elapsed().as_micros() as u64,

@@ -83,6 +83,7 @@ impl Migration<'_> {
                 in_words(plan.downtime)
             ));
         }
+        self.judge_slowdown();
         if let Some(goal) = plan.total_time {
             let took = Duration::from_micros(self.report.complete_us);
             self.report.total_time_goal_met = Some(took <= goal);

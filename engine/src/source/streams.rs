@@ -10,7 +10,7 @@ use super::{Migration, Space};
 use crate::link::{Channel, ChannelError};
 use crate::observe::Event;
 use crate::plan::CodingChoice;
-use pageferry_tracker::PageSet;
+use pageferry_tracker::{PageSet, Throttle};
 use pageferry_wire_format::{Coding, CodingChooser, ControlMessage, PageRun, SpaceId};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -106,7 +106,7 @@ impl Migration<'_> {
     /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let (observer, cancel, control) = (self.observer, self.cancel, self.control);
-        let Self { spaces, books, workers, further, channel, throttle, peer, report, .. } = self;
+        let Self { spaces, books, workers, further, channel, throttle, peer, report, watch, .. } = self;
         let channel = channel.as_mut().expect("connected before the first round");
         let tasks = todo.iter().map(|Todo { key, pages }| {
             let Space { place, reader, .. } = &spaces[key];
@@ -115,6 +115,10 @@ impl Migration<'_> {
         let readers = spaces.values().map(|space| (space.place.id, &space.reader)).collect();
         let mut round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
         round.first &= report.interruptions == 0;
+        let mut watch = watch.as_mut().filter(|_| !frozen);
+        if let Some(watch) = &watch {
+            round.work.set(watch.share());
+        }
         let total_pages = round.queue.pages();
         control.round(round.number, total_pages);
         let standby = Standby {
@@ -141,6 +145,10 @@ impl Migration<'_> {
             }
             if control.is_paused() {
                 paused += standby.wait(channel)?;
+            }
+            if let Some(watch) = &mut watch {
+                let throttled = throttle.as_ref().map_or(Duration::ZERO, Throttle::stood);
+                watch.tick(throttled, &round.work);
             }
             Ok(goes_on())
         };

@@ -16,6 +16,7 @@ mod programs;
 mod recover;
 mod refusals;
 mod resume;
+mod slowdown;
 mod streams;
 mod swap;
 #[path = "../../../tracker/tests/live/swap_device.rs"]
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         streams::tests(),
         policy::tests(),
         choice::tests(),
+        slowdown::tests(),
         predict::tests(),
         control::tests(),
         faults::tests(),

@@ -69,6 +69,10 @@ pub(in crate::cli) struct MigrateVerb {
     /// With --on-no-convergence throttle: how much of the time the program may be made to stand still.
     #[arg(long, value_name = "SHARE", default_value = "90%")]
     pub(in crate::cli) max_throttle: Share,
+    /// How much of its running time the program may lose to the migration while it runs here, such as 5%: what is read, sent and scanned
+    /// is slowed down for it [default: as much as it takes].
+    #[arg(long, value_name = "SHARE")]
+    pub(in crate::cli) max_slowdown: Option<Share>,
     /// Socket on which `pageferry control` is answered, or none [default: /run/pageferry/migrate-PID.sock].
     #[arg(long, value_name = "PATH|none")]
     pub(in crate::cli) control: Option<PathBuf>,

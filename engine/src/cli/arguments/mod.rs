@@ -87,7 +87,7 @@ pub(in crate::cli) enum Verb {
     /// Until the receiver has everything and says that it is ready, any failure leaves the program running here as
     /// if nothing had happened; an interruption (Ctrl-C) does the same. After that it never runs here again.
     ///
-    /// You state goals: --downtime, --total-time, --bandwidth. Whether all of the memory goes while the program stands still, in rounds
+    /// You state goals: --downtime, --total-time, --bandwidth, --max-slowdown. Whether all of the memory goes while the program stands still, in rounds
     /// before that, or in part after it, follows from them and from what is measured on the way, unless --strategy says it.
     ///
     /// Established TCP connections move with their address (--move-address), or are closed by the move (--tcp close); a program that
