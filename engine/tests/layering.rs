@@ -116,6 +116,19 @@ fn policies_and_machines_read_no_clock() {
     }
 }
 
+/// Somebody may set it, and a machine may be started with a wrong one: no limit and no decision goes by it.
+#[test]
+fn the_time_of_day_is_written_down_and_decides_nothing() {
+    for room in ["engine/src", "tracker/src", "criu-glue/src", "wire-format/src"] {
+        forbid(
+            room,
+            &["SystemTime", "ClockId::Realtime", "UNIX_EPOCH"],
+            |name| name.ends_with("journal/mod.rs") || name.ends_with("cli/track/mod.rs"),
+            "limits are of the monotonic clock",
+        );
+    }
+}
+
 #[test]
 fn nothing_is_decided_by_the_time_of_day() {
     // It jumps. The journal and recordings say it to people.
