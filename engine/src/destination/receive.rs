@@ -17,6 +17,9 @@ use std::fs::File;
 use std::io::{IoSliceMut, Write};
 use std::time::Duration;
 
+/// Memory is asked about for so many bytes of images at a time: most programs have less, and the program stands still meanwhile.
+const IMAGES_AHEAD: u64 = 8 << 20;
+
 /// A space of the incoming program.
 #[derive(Debug, Default)]
 pub(super) struct Incomer {
@@ -70,6 +73,9 @@ pub(super) struct Reception<'a, 'b> {
     open_image: Option<(String, File)>,
     /// The round that was completed last; pages that were asked for again then are still to come.
     pub(super) asked_again: bool,
+    /// Bytes of images, and as many as there is memory for without asking again.
+    image_bytes: u64,
+    image_room: u64,
     /// Bytes of all spaces as they were announced.
     announced: u64,
     /// Pages of the sealed spaces.
@@ -97,6 +103,8 @@ impl<'a, 'b> Reception<'a, 'b> {
             files: BTreeMap::new(),
             open_image: None,
             asked_again: false,
+            image_bytes: 0,
+            image_room: IMAGES_AHEAD,
             announced: 0,
             sealed_pages: 0,
         }
@@ -191,6 +199,12 @@ impl<'a, 'b> Reception<'a, 'b> {
     }
 
     fn image(&mut self, name: &str, offset: u64, bytes: &[u8]) -> Result<(), ReceiveError> {
+        // They are kept in memory too, and a file system in memory does not say no before the machine is out of it.
+        self.image_bytes += bytes.len() as u64;
+        if self.image_bytes > self.image_room {
+            self.hub.with_store(|store| store.check_beside(IMAGES_AHEAD))?;
+            self.image_room = self.image_bytes + IMAGES_AHEAD;
+        }
         let known = self.files.get(name).copied();
         let failed = |source| ReceiveError::Image { name: name.to_owned(), source };
         if known.unwrap_or(0) != offset {

@@ -7,6 +7,7 @@ mod choice;
 mod control;
 mod faults;
 mod ferry;
+mod full;
 mod kept;
 mod late;
 mod network;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         control::tests(),
         faults::tests(),
         resume::tests(),
+        full::tests(),
         recover::tests(),
         kept::tests(),
         late::tests(),

@@ -119,6 +119,14 @@ impl PageStore {
         self.slots.announced()
     }
 
+    /// Whether the machine, or the control group, has `bytes` of memory for something else beside the pages.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`].
+    pub fn check_beside(&self, bytes: u64) -> Result<(), StoreError> {
+        self.slots.check_beside(bytes)
+    }
+
     /// Bytes of memory that are ready for pages, and taken from the machine already.
     pub fn ready_bytes(&self) -> u64 {
         self.slots.ready()

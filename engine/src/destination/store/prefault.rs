@@ -102,6 +102,14 @@ impl Prefault {
         self.shared.lock().reserved
     }
 
+    /// Whether the machine has so much for something else than pages.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`].
+    pub(super) fn check_beside(&self, bytes: u64) -> Result<(), StoreError> {
+        self.shared.check_machine(&self.shared.lock(), bytes)
+    }
+
     /// Bytes that are ready, and not handed out.
     pub(super) fn ready(&self) -> u64 {
         let state = self.shared.lock();
@@ -160,6 +168,11 @@ impl Shared {
     /// Whether `more` bytes behind what is granted may be touched.
     fn check(&self, state: &State, more: u64) -> Result<(), StoreError> {
         self.check_limit(state.granted.saturating_add(state.index), more)?;
+        self.check_machine(state, more)
+    }
+
+    /// The same without the limit of pages.
+    fn check_machine(&self, state: &State, more: u64) -> Result<(), StoreError> {
         let (left, of) = self
             .budget
             .left()

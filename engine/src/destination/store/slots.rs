@@ -67,6 +67,11 @@ impl Slots {
         self.prefault.announced()
     }
 
+    /// See [`super::PageStore::check_beside`].
+    pub(super) fn check_beside(&self, bytes: u64) -> Result<(), StoreError> {
+        self.prefault.check_beside(bytes)
+    }
+
     /// Bytes of memory that are ready for pages.
     pub(super) fn ready(&self) -> u64 {
         self.prefault.ready()
