@@ -6,6 +6,10 @@ use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
+use pageferry_wire_format::version::Versions;
+use pageferry_wire_format::{
+    ControlMessage, HEADER_BYTES, Hello, RestoreChoices, Sequencer, Welcome, version,
+};
 use std::time::{Duration, Instant};
 
 pub fn tests() -> Vec<(&'static str, Test)> {
@@ -21,6 +25,8 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("resume: an engine that is started anew is taken at once", begun_anew),
         ("resume: a link that is lost in the freeze rolls back at once", in_the_freeze),
         ("resume: pages that were to come late, and did not have to wait for it", hybrid),
+        ("resume: a receiver of version 2 hears nothing newer, and nobody waits for it", older_receiver),
+        ("resume: a source of version 2 is answered in it", older_source),
     ]
 }
 
@@ -312,4 +318,85 @@ fn hybrid(ferry: &Ferry) -> anyhow::Result<()> {
     let report = outcome.moved()?;
     ensure!(report.interruptions == 1 && report.post_copy.is_some(), "{}", outcome.err);
     whole(ferry, &subject, receiver)
+}
+
+/// The first frame of a direction, in hexadecimal digits.
+fn frame(message: &ControlMessage) -> anyhow::Result<String> {
+    let mut bytes = Vec::new();
+    message.encode(&mut Sequencer::default(), &mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// It says `FRAME`, hears a megabyte, and is gone.
+const PEER: &str = r"
+import socket, sys
+server = socket.create_server(('10.77.0.2', 7077))
+server.settimeout(30)
+link = server.accept()[0]
+server.close()
+link.settimeout(10)
+heard = link.recv(65536)
+link.sendall(bytes.fromhex(sys.argv[1]))
+while len(heard) < 1 << 20:
+    more = link.recv(65536)
+    if not more:
+        break
+    heard += more
+open(sys.argv[2], 'wb').write(heard)
+";
+
+fn older_receiver(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = writer(ferry)?;
+    let engine = "0.0.9".to_owned();
+    let welcome = Welcome { version: version::FRAMES, engine, memory: 1 << 30, streams: 1, kept: 0 };
+    let welcome = frame(&ControlMessage::Welcome(welcome))?;
+    let heard = ferry.scratch.path().join(ferry.name("heard"));
+    let path = heard.display().to_string();
+    let command = ["timeout", "40", "python3", "-I", "-c", PEER, &welcome, &path];
+    let mut peer = ferry.hosts.exec(Host::Destination, command).spawn()?;
+    std::thread::sleep(Duration::from_millis(700));
+    let outcome = ferry.migrate(subject.pid, None, &["--coding", "raw", "--journal", "none"])?;
+    ensure!(peer.wait()?.success(), "the peer failed");
+    rolled_back(ferry, &subject, &outcome, &["the link to the peer failed"])?;
+    ensure!(!outcome.err.contains("is waited for"), "{}", outcome.err);
+    let heard = std::fs::read(heard)?;
+    let (mut at, mut frames) = (0, 0);
+    while let Some(header) = heard.get(at..at + HEADER_BYTES) {
+        let number =
+            |from: usize| u32::from_le_bytes(std::array::from_fn(|byte| header[from + byte])) as usize;
+        let written = u16::from_le_bytes([header[4], header[5]]);
+        ensure!(written == version::FRAMES, "frame {frames} is of version {written}");
+        at += HEADER_BYTES + number(8) + number(12);
+        frames += 1;
+    }
+    ensure!(frames > 3, "{frames} frames");
+    Ok(())
+}
+
+fn older_source(ferry: &Ferry) -> anyhow::Result<()> {
+    let receiver = ferry.receiver(None, &[])?;
+    let hello = frame(&ControlMessage::Hello(Hello {
+        versions: Versions { oldest: version::FRAMES, newest: version::FRAMES },
+        session: 77,
+        engine: "0.0.9".to_owned(),
+        program: "program".to_owned(),
+        verify: false,
+        choices: RestoreChoices::default(),
+    }))?;
+    // A header, the number of the message, and the version that is spoken.
+    let script = format!(
+        "python3 -I -c \"import socket; s = socket.create_connection(('10.77.0.2', 7077)); s.settimeout(10); \
+         s.sendall(bytes.fromhex('{hello}')); print(s.recv(4096)[:38].hex())\""
+    );
+    let said = ferry.sh(Host::Source, &script)?;
+    let byte = |at: usize| u8::from_str_radix(said.get(2 * at..2 * at + 2).unwrap_or("ff"), 16);
+    let fields = [byte(4)?, byte(32)?, byte(36)?, byte(37)?];
+    ensure!(fields == [2, 1, 2, 0], "version of the frame, message, version: {fields:?} of {said}");
+    let until = Instant::now() + Duration::from_secs(5);
+    while !receiver.log().contains("discarded") {
+        ensure!(Instant::now() < until, "{}", receiver.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(!receiver.log().contains("is waited for"), "{}", receiver.log());
+    receiver.stop()
 }

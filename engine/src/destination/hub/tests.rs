@@ -266,3 +266,70 @@ fn strangers_and_seconds_are_not_taken() {
     drop(hub.close());
     thread.join().unwrap();
 }
+
+/// A hub whose first connection came from this machine, and what waits for its link.
+fn waiting(hold: Duration) -> (Arc<Hub>, std::thread::JoinHandle<Result<Channel, ReceiveError>>) {
+    let hub = hub();
+    let (_source, first) = pair();
+    hub.begin(first.link(), "redis").unwrap();
+    hub.set_hold(hold);
+    let waits = {
+        let hub = Arc::clone(&hub);
+        std::thread::spawn(move || hub.wait_for_link(LinkError::Closed.into(), &|| Ok(())))
+    };
+    while !hub.lock().link.away {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    (hub, waits)
+}
+
+#[test]
+fn a_link_that_is_lost_takes_the_others_with_it_and_leaves_no_half_of_a_round() {
+    let hub = hub();
+    hub.set_hold(STALL * 10);
+    let (_source, thread) = further(&hub, 1);
+    bring(&hub, copy(5, 1, 4)).unwrap();
+    let (mut ours, theirs) = pair();
+    ours.control(&ControlMessage::Ping { n: 1 }).unwrap();
+    hub.rejoin(theirs).unwrap();
+    let mut taken = hub.wait_for_link(LinkError::Closed.into(), &|| Ok(())).unwrap();
+    assert!(matches!(taken.receive(), Ok(Incoming::Control(ControlMessage::Ping { n: 1 }))));
+    thread.join().unwrap();
+    assert!(!hub.alarm().is_cancelled(), "the new link is not disturbed by the end of the old");
+    // Its number is free again, and what waited for a page is not asked for: the source does not believe that it came.
+    let (mut source, thread) = further(&hub, 1);
+    source.control(&ControlMessage::RoundEnd { round: 0, pages: 0, bytes: 0 }).unwrap();
+    assert_eq!(hub.complete(0, 0).unwrap(), []);
+    assert!(hub.close().is_some());
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_session_is_held_for_as_long_as_was_said_and_as_it_is_wanted() {
+    let (hub, waits) = waiting(STALL / 3);
+    assert!(matches!(waits.join().unwrap(), Err(ReceiveError::NotBack { .. })));
+    let given_up = hub.wait_for_link(LinkError::Closed.into(), &|| Err(ReceiveError::UnknownSession));
+    assert!(matches!(given_up, Err(ReceiveError::UnknownSession)));
+    // From the freeze on.
+    hub.set_hold(Duration::ZERO);
+    assert!(hub.rejoin(pair().1).is_err());
+    assert!(hub.close().is_some());
+    assert!(hub.rejoin(pair().1).is_err());
+}
+
+#[test]
+fn only_its_own_source_may_begin_anew_in_place_of_a_held_session() {
+    let (hub, waits) = waiting(STALL * 100);
+    let (here, elsewhere) = (std::net::IpAddr::from([127, 0, 0, 1]), std::net::IpAddr::from([10, 0, 0, 9]));
+    assert!(!hub.give_way(elsewhere, "redis") && !hub.give_way(here, "postgres"));
+    assert!(!waits.is_finished());
+    assert!(hub.give_way(here, "redis"));
+    assert!(matches!(waits.join().unwrap(), Err(ReceiveError::Replaced)));
+    assert!(hub.rejoin(pair().1).is_err(), "the one before comes too late");
+
+    let hub = self::hub();
+    let (_source, first) = pair();
+    hub.begin(first.link(), "redis").unwrap();
+    hub.set_hold(STALL);
+    assert!(!hub.give_way(here, "redis"), "it has its link");
+}

@@ -372,3 +372,99 @@ proptest! {
         moves(&rounds, losses);
     }
 }
+
+/// A destination that holds page 4 of one space, and a source that has come back and says `says` of it; gives what it answers.
+fn answer(says: impl FnOnce(&mut Channel, SpaceInfo, SpaceDigest)) -> Result<(), crate::link::ChannelError> {
+    let (mut ours, mut theirs) = pair();
+    let hub = Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap();
+    hub.begin(theirs.link(), "program").unwrap();
+    let images = ImageDir::new().expect("this test makes a file system, which needs root");
+    let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());
+    let info = SpaceInfo { space: SpaceId(0), vpid: 1, name: "program".to_owned(), pages: 1 };
+    let content = digest::page(&bytes(3));
+    let mut batch = PageBatch::default();
+    batch.clear(info.space, 0, Coding::Raw);
+    batch.push(PageNo(4), false, content);
+    ours.control(&ControlMessage::Hold { ms: 2000 }).unwrap();
+    ours.control(&ControlMessage::Spaces { round: 0, spaces: vec![info.clone()] }).unwrap();
+    ours.pages(&batch, &[IoSlice::new(&bytes(3))]).unwrap();
+    ours.control(&ControlMessage::RoundEnd { round: 0, pages: 1, bytes: 4096 }).unwrap();
+    let answered = std::thread::scope(|scope| {
+        let hub = &hub;
+        let destination = scope.spawn(move || {
+            let mut network = Arrival::new(&plan, &Silent, 7, "program", String::new());
+            let reception = Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network);
+            let ended = reception.run().map(drop);
+            if let Err(error) = ended {
+                let _ = theirs.control(&ControlMessage::abort(error.code(), &error.chain()));
+            }
+        });
+        assert_eq!(ours.answer("the end of the round").unwrap(), ControlMessage::RoundAck { round: 0 });
+        let (mut again, back) = pair();
+        hub.rejoin(back).unwrap();
+        assert_eq!(again.answer("the session").unwrap(), ControlMessage::Rejoined);
+        let mut sum = SpaceDigest::default();
+        sum.insert(PageNo(4), &content);
+        says(&mut again, info, sum);
+        let answered = again.answer("what stands").map(|answer| {
+            assert_eq!(answer, ControlMessage::Stands { pages: 0 });
+        });
+        let _ = again.control(&ControlMessage::abort(pageferry_wire_format::AbortCode::Cancelled, ""));
+        destination.join().unwrap();
+        answered
+    });
+    drop(hub.close());
+    answered
+}
+
+#[test]
+fn an_account_that_is_not_what_is_here_or_contradicts_itself_ends_the_session() {
+    use crate::link::ChannelError::Aborted;
+    use pageferry_wire_format::{AbortCode, OwedBatch, PageRun};
+    let run = |start| vec![PageRun { start: PageNo(start), len: 1 }];
+    let owned = |start| OwnedBatch { space: SpaceId(0), runs: run(start), more: false };
+    let owed = |start| OwedBatch { space: SpaceId(0), runs: run(start), more: false };
+    let end =
+        |channel: &mut Channel, spaces| channel.control(&ControlMessage::StandingEnd { spaces }).unwrap();
+    let standing = |channel: &mut Channel, info, pages, digest| {
+        channel.control(&ControlMessage::Standing { info, pages, digest }).unwrap();
+    };
+    let told = answer(|channel, info, digest| {
+        channel.owned(&owned(4)).unwrap();
+        channel.owed(&owed(9)).unwrap();
+        standing(channel, info, 1, digest);
+        end(channel, 1);
+    });
+    assert!(told.is_ok(), "page 9 never came, which is said: {told:?}");
+
+    let another = answer(|channel, info, _| {
+        channel.owned(&owned(4)).unwrap();
+        standing(channel, info, 1, SpaceDigest::default());
+        end(channel, 1);
+    });
+    assert!(matches!(another, Err(Aborted { code: AbortCode::SealMismatch, .. })), "{another:?}");
+    let missing = answer(|channel, info, digest| {
+        channel.owned(&owned(5)).unwrap();
+        standing(channel, info, 1, digest);
+        end(channel, 1);
+    });
+    assert!(matches!(missing, Err(Aborted { code: AbortCode::SealMismatch, .. })), "{missing:?}");
+    let both = answer(|channel, info, digest| {
+        channel.owned(&owned(4)).unwrap();
+        channel.owed(&owed(4)).unwrap();
+        standing(channel, info, 1, digest);
+        end(channel, 1);
+    });
+    assert!(matches!(both, Err(Aborted { code: AbortCode::BadFrame, .. })), "{both:?}");
+    let counted = answer(|channel, info, digest| {
+        channel.owned(&owned(4)).unwrap();
+        standing(channel, info, 1, digest);
+        end(channel, 2);
+    });
+    assert!(matches!(counted, Err(Aborted { code: AbortCode::BadFrame, .. })), "{counted:?}");
+    let unsaid = answer(|channel, _, _| {
+        channel.owned(&owned(4)).unwrap();
+        end(channel, 1);
+    });
+    assert!(matches!(unsaid, Err(Aborted { code: AbortCode::BadFrame, .. })), "{unsaid:?}");
+}
