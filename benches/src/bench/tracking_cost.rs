@@ -10,6 +10,7 @@ use crate::sys::scan;
 use anyhow::{Context, ensure};
 use bytesize::ByteSize;
 use clap::Args;
+use nix::time::{ClockId, clock_gettime};
 use pageferry_tracker::probe::Kernel;
 use pageferry_tracker::{Run, Target, Tracker, TrackerKind, TreeState};
 use serde::Serialize;
@@ -69,6 +70,11 @@ struct Row {
     /// The same with a bare loop over `ioctl(PAGEMAP_SCAN)` in the tracker's place: what no tracker by this call can better.
     #[serde(skip_serializing_if = "Option::is_none")]
     bare_kept_throughput: Option<Runs>,
+    /// What a scan takes of a processor, in microseconds.
+    scan_us: Runs,
+    /// ... by the bare loop.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bare_scan_us: Option<Runs>,
     /// Operations a second without.
     without: Runs,
     /// Dirty pages of a scan.
@@ -173,6 +179,8 @@ struct Measured {
     kept: Runs,
     /// Kept with the bare loop, where there is one.
     bare: Option<Runs>,
+    scan_us: Runs,
+    bare_scan_us: Option<Runs>,
     without: Runs,
     dirty: Runs,
     pages_a_second: Runs,
@@ -187,7 +195,7 @@ fn compare(
     load: &mut dyn FnMut() -> anyhow::Result<f64>,
 ) -> anyhow::Result<Measured> {
     let (mut kept, mut without, mut dirty, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut bare = Vec::new();
+    let (mut bare, mut scan_us, mut bare_scan_us) = (Vec::new(), Vec::new(), Vec::new());
     let interval = Duration::from_millis(interval_ms);
     let mut before = load()?;
     for _ in 0..options.runs {
@@ -196,26 +204,43 @@ fn compare(
         let alone = f64::midpoint(before, after);
         before = after;
         if kind == TrackerKind::UffdWp {
-            let (scanned, _) = self::tracked(kind, pid, interval, Way::Bare, load)?;
+            let (scanned, its) = self::tracked(kind, pid, interval, Way::Bare, load)?;
+            bare_scan_us.push(its.us_each());
             after = load()?;
             bare.push(scanned / f64::midpoint(before, after));
             before = after;
         }
         kept.push(tracked / alone);
+        scan_us.push(scans.us_each());
         without.push(alone);
         dirty.push(scans.pages as f64 / scans.count as f64);
         rates.push(scans.pages as f64 / scans.time.as_secs_f64());
     }
     let [kept, without, dirty, pages_a_second] = [kept, without, dirty, rates].map(Runs::new);
-    let bare = (!bare.is_empty()).then(|| Runs::new(bare));
-    Ok(Measured { kept, bare, without, dirty, pages_a_second })
+    let [bare, bare_scan_us] = [bare, bare_scan_us].map(|runs| (!runs.is_empty()).then(|| Runs::new(runs)));
+    let scan_us = Runs::new(scan_us);
+    Ok(Measured { kept, bare, scan_us, bare_scan_us, without, dirty, pages_a_second })
 }
 
 /// Scans that were made under a load.
 struct Scans {
     count: u64,
     pages: u64,
+    /// Time of a processor that all of them took.
+    spent: Duration,
     time: Duration,
+}
+
+impl Scans {
+    fn us_each(&self) -> f64 {
+        self.spent.as_secs_f64() * 1e6 / self.count as f64
+    }
+}
+
+/// What the calling thread has had of processors.
+fn processor_time() -> anyhow::Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).context("reading the thread's clock")?;
+    Ok(time.into())
 }
 
 /// Who scans.
@@ -259,6 +284,7 @@ fn tracked(
         let scanner = scope.spawn(|| -> anyhow::Result<Scans> {
             let start = Instant::now();
             let (mut count, mut pages, mut due) = (0u64, 0u64, start + interval);
+            let mut spent = Duration::ZERO;
             while !ended.load(Ordering::Acquire) {
                 let left = due.saturating_duration_since(Instant::now());
                 if left > Duration::ZERO {
@@ -266,10 +292,12 @@ fn tracked(
                     continue;
                 }
                 due += interval;
+                let before = processor_time()?;
                 pages += look()?;
+                spent += processor_time()?.saturating_sub(before);
                 count += 1;
             }
-            Ok(Scans { count, pages, time: start.elapsed() })
+            Ok(Scans { count, pages, spent, time: start.elapsed() })
         });
         let throughput = load();
         ended.store(true, Ordering::Release);
@@ -291,7 +319,7 @@ fn report(
     limit: impl FnOnce(&Measured) -> f64,
 ) -> anyhow::Result<()> {
     let limit = limit(&measured);
-    let Measured { kept, bare, without, dirty, .. } = measured;
+    let Measured { kept, bare, scan_us, bare_scan_us, without, dirty, .. } = measured;
     let pass = kept.median >= limit;
     let source = TrackerName(kind);
     let row = Row {
@@ -300,6 +328,8 @@ fn report(
         interval_ms,
         kept_throughput: kept,
         bare_kept_throughput: bare,
+        scan_us,
+        bare_scan_us,
         without,
         dirty_pages: dirty,
         limit,
@@ -373,6 +403,8 @@ fn render(rows: &[Row], pauses: &[PauseRow], options: &Options) -> String {
             "dirty pages",
             "kept %",
             "ioctl alone keeps %",
+            "a scan us",
+            "ioctl alone us",
             "limit",
             "goal",
         ];
@@ -387,6 +419,8 @@ fn render(rows: &[Row], pauses: &[PauseRow], options: &Options) -> String {
                 row.dirty_pages.display(0),
                 percent(&row.kept_throughput),
                 row.bare_kept_throughput.as_ref().map_or_else(|| "-".to_owned(), percent),
+                row.scan_us.display(0),
+                row.bare_scan_us.as_ref().map_or_else(|| "-".to_owned(), |us| us.display(0)),
                 format!("{:.1}", row.limit * 100.0),
                 if row.pass { "met" } else { "missed" }.to_owned(),
             ]);
