@@ -130,19 +130,6 @@ fn the_time_of_day_is_written_down_and_decides_nothing() {
 }
 
 #[test]
-fn nothing_is_decided_by_the_time_of_day() {
-    // It jumps. The journal and recordings say it to people.
-    for room in ["tracker/src", "criu-glue/src", "wire-format/src", "engine/src"] {
-        forbid(
-            room,
-            &["SystemTime"],
-            |name| name.ends_with("engine/src/journal/mod.rs") || name.ends_with("cli/track/mod.rs"),
-            "a limit that goes by a clock that somebody sets",
-        );
-    }
-}
-
-#[test]
 fn the_tracker_knows_no_frames_and_criu_glue_no_rounds() {
     forbid(
         "tracker/src",
