@@ -352,7 +352,7 @@ pub enum ControlMessage {
         spaces: u32,
     },
     /// Destination, on late connection 0: nothing is owed any more, and what came is what was sent. The source's copy is of no use
-    /// now.
+    /// when this is followed by [`ControlMessage::Filled`]: until then the pages are in that engine only.
     LateSealed {
         /// Pages that came late.
         pages: u64,

@@ -15,7 +15,7 @@ use crate::policy::Decision;
 use crate::report::{DestinationPart, FillReport, RoundReport};
 use pageferry_criu_glue::{HideKind, Owned, Wait};
 use pageferry_tracker::{self as tracker, Collected, PageSet, TreeState};
-use pageferry_wire_format::{ControlMessage, ImageChunk, OwedBatch, OwnedBatch, limits};
+use pageferry_wire_format::{ControlMessage, HandoverState, ImageChunk, OwedBatch, OwnedBatch, limits};
 use std::io::Read;
 use std::time::{Duration, Instant};
 
@@ -362,10 +362,16 @@ impl Migration<'_> {
         let owing = self.late.is_some();
         self.post_copy()?;
         if owing {
-            // Everything is there, and this is only how it went.
-            if let Some(channel) = self.late_last.take()
-                && let Err(error) = self.hear_filled(channel)
-            {
+            // Everything is there, and the engine there is the only one that has what is not in place yet: should it end now, the program
+            // ends with it, and what is here is the only copy.
+            let heard = match self.late_last.take() {
+                Some(channel) => self.hear_filled(channel),
+                None => Err(SendError::Protocol("nothing more of what it had".to_owned())),
+            };
+            if let Err(error) = heard {
+                if !matches!(self.ask_what_became(), Some(HandoverState::Filled { .. })) {
+                    return Err(error);
+                }
                 let text = format!("the destination has everything, and did not say how it went: {error}");
                 self.observer.event(&Event::Warning { text });
             }

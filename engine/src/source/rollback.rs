@@ -155,7 +155,7 @@ impl Migration<'_> {
     }
 
     /// Asks the receiver over new connections, until it knows or the time is over.
-    fn ask_what_became(&mut self) -> Option<HandoverState> {
+    pub(super) fn ask_what_became(&mut self) -> Option<HandoverState> {
         if let Some(channel) = self.channel.take() {
             channel.link().shutdown();
         }

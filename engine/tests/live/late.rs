@@ -21,6 +21,10 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("the answer to the commit is lost while pages are owed", answer_lost),
         ("the sending engine is killed while pages are owed", source_killed),
         ("the receiving engine is killed while pages are owed", destination_killed),
+        (
+            "the receiving engine is killed when nothing is owed, and not all is in place",
+            destination_killed_at_last,
+        ),
         ("with owed pages too a failure before the commit changes nothing", before_the_commit),
         ("a program that does not converge goes on by post-copy", no_convergence),
     ]
@@ -222,6 +226,22 @@ fn destination_killed(ferry: &Ferry) -> anyhow::Result<()> {
     outcome.failed(4, &["pages that the program is owed", "stopped at the source", "kill -CONT"])?;
     receiver.wait()?;
     whole_at_the_source(ferry, &subject)
+}
+
+/// Nothing is owed any more, and the engine there is the only one that has what is not in place yet.
+fn destination_killed_at_last(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "32MiB", "--rate", "5MB"])?;
+    for strategy in ["post-copy", "hybrid"] {
+        (|| {
+            let receiver = ferry.receiver(Some("dest-late-sealed=kill"), &["--once"])?;
+            let outcome = ferry.migrate(subject.pid, None, &["--strategy", strategy])?;
+            ensure!(receiver.wait()? == 137, "the receiver did not reach the fault");
+            outcome.failed(4, &["in doubt", "stopped at the source", "kill -CONT"])?;
+            whole_at_the_source(ferry, &subject)
+        })()
+        .with_context(|| strategy.to_owned())?;
+    }
+    Ok(())
 }
 
 fn before_the_commit(ferry: &Ferry) -> anyhow::Result<()> {

@@ -185,6 +185,7 @@ impl Demand {
                     self.lose(error.into());
                 }
                 self.told = true;
+                crate::fault::point("dest-late-sealed");
                 true
             }
         }

@@ -229,7 +229,7 @@ impl Migration<'_> {
             self.late = Some(late);
             return Err(SendError::Owing { left, total, source: Box::new(error) });
         }
-        self.phase = Phase::Filled;
+        self.phase = Phase::Committed;
         self.control.enter(Stage::Committed);
         self.late_last = last;
         Ok(())
