@@ -2,7 +2,7 @@
 
 use super::failure::REFUSED;
 use super::render::printable;
-use super::units::{Bytes, Rate, micros};
+use super::units::{Bytes, Rate, Share, micros};
 use clap::{Args, Subcommand};
 use pageferry::control::{Answer, AskError, ErrorKind, Request, Status, ask, path_of};
 use std::error::Error;
@@ -46,6 +46,23 @@ enum What {
         #[arg(value_name = "RATE|none", value_parser = limit)]
         rate: Limit,
     },
+    /// Lets the program lose so much of its running time from now on. Not from the freeze on.
+    MaxSlowdown {
+        /// Such as 5%, or none: as much as it takes.
+        #[arg(value_name = "SHARE|none", value_parser = ceiling)]
+        share: Ceiling,
+    },
+}
+
+/// A share, or none.
+#[derive(Clone, Copy, Debug)]
+struct Ceiling(Option<f64>);
+
+fn ceiling(text: &str) -> Result<Ceiling, String> {
+    match text {
+        "none" => Ok(Ceiling(None)),
+        text => text.parse().map(|Share(share)| Ceiling(Some(share))),
+    }
 }
 
 /// A rate, or none.
@@ -68,6 +85,7 @@ pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
         What::Cancel => Request::Cancel {},
         What::PostCopy => Request::PostCopy {},
         What::Bandwidth { rate: Limit(bytes_per_second) } => Request::Bandwidth { bytes_per_second },
+        What::MaxSlowdown { share: Ceiling(share) } => Request::MaxSlowdown { share },
     };
     let path = verb.socket.clone().unwrap_or_else(|| path_of(verb.pid.unwrap_or_default()));
     let answer = match ask(&path, &request) {
@@ -144,6 +162,9 @@ fn describe(status: &Status) -> String {
     line("pages", format!("{} of {}", status.done_pages, status.total_pages));
     line("sent", Bytes(status.sent_bytes).to_string());
     line("bandwidth", status.bandwidth.map_or_else(|| "no limit".to_owned(), |rate| Rate(rate).to_string()));
+    if let Some(share) = status.max_slowdown {
+        line("may lose", format!("{:.1} % of its running time", share * 100.0));
+    }
     if status.throttle_share > 0.0 {
         line("slowed down by", format!("{:.0} %", status.throttle_share * 100.0));
     }
@@ -165,6 +186,8 @@ mod tests {
         assert_eq!(limit("none").unwrap().0, None);
         assert_eq!(limit("100MB").unwrap().0, Some(100_000_000));
         assert_eq!(limit("1Gbit").unwrap().0, Some(125_000_000));
+        assert_eq!((ceiling("none").unwrap().0, ceiling("5%").unwrap().0), (None, Some(0.05)));
+        assert!(ceiling("5").is_err() && ceiling("200%").is_err());
         assert!(limit("0").is_err() && limit("fast").is_err() && limit("").is_err());
     }
 
@@ -180,12 +203,14 @@ mod tests {
         status.link_away = true;
         status.throttle_share = 0.25;
         status.bandwidth = Some(12_500_000);
+        status.max_slowdown = Some(0.05);
         status.predicted_downtime_us = Some(1500);
         status.post_copy = true;
         let text = describe(&status);
         for part in [
             "pre-copy, paused, waiting for the link\n",
             "25 %",
+            "5.0 % of its running time",
             "12.5 MB/s",
             "1.50 ms",
             "comes after the program",

@@ -73,6 +73,9 @@ pub struct Status {
     pub sent_bytes: u64,
     /// Bytes a second to send at most before the freeze, and of owed pages that nobody waits for.
     pub bandwidth: Option<u64>,
+    /// Share of its running time that the program may lose before the freeze; none if nobody cares.
+    #[serde(default)]
+    pub max_slowdown: Option<f64>,
     /// Share of the time for which the program is made to stand still because it outruns the link; 0 while it is paused.
     pub throttle_share: f64,
     /// Downtime in microseconds, if the program had been frozen at the last look; none before the first.
@@ -105,6 +108,9 @@ pub enum Refused {
     /// A bandwidth of zero never ends.
     #[error("the bandwidth must be more than zero (a pause sends nothing at all)")]
     NoBandwidth,
+    /// Whatever is tracked is slowed down a little, and nothing by more than all of its time.
+    #[error("the share that the program may lose must be more than zero, and at most the whole")]
+    NoSlowdown,
 }
 
 /// A handle that is shared between the one who runs a migration ([`crate::send_controlled`]) and those who watch over it. Each is
@@ -122,6 +128,8 @@ struct Inner {
     done_pages: AtomicU64,
     /// Read by every worker before every batch; written with the state locked.
     holds: AtomicBool,
+    /// The bits of the share that the program may lose; of no number, if nobody cares. Read and written as `holds`.
+    max_slowdown: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -143,6 +151,8 @@ struct State {
     predicted_downtime: Option<Duration>,
     /// The limit is not the plan's any more.
     own_bandwidth: bool,
+    /// Nor is what the program may lose.
+    own_slowdown: bool,
     /// Grows when the limit changes.
     bandwidths: u32,
     /// Bytes that an earlier migration sent.
@@ -157,6 +167,7 @@ impl Control {
             limit: SharedShaper::new(None),
             done_pages: AtomicU64::new(0),
             holds: AtomicBool::new(false),
+            max_slowdown: AtomicU64::new(f64::NAN.to_bits()),
             state: Mutex::default(),
             changed: Condvar::new(),
         };
@@ -210,6 +221,22 @@ impl Control {
         Ok(())
     }
 
+    /// Lets the program lose so much of its running time from now on, as [`SendPlan::max_slowdown`] does from the start; `None` is as much
+    /// as it takes.
+    ///
+    /// # Errors
+    /// [`Refused`] for a share that is none, and from the freeze on.
+    pub fn set_max_slowdown(&self, share: Option<f64>) -> Result<(), Refused> {
+        if share.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            return Err(Refused::NoSlowdown);
+        }
+        let mut state = self.state();
+        state.stage.before_freeze()?;
+        state.own_slowdown = true;
+        self.inner.max_slowdown.store(share.unwrap_or(f64::NAN).to_bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Ends the rounds: the program is frozen and goes on at the destination, and the rest of its memory follows. The round under way
     /// is not brought to its end. While it is paused that waits.
     ///
@@ -254,6 +281,7 @@ impl Control {
             total_pages: state.total_pages,
             sent_bytes: self.inner.limit.carried() - state.carried_before,
             bandwidth: self.inner.limit.rate(),
+            max_slowdown: self.max_slowdown(),
             throttle_share: state.throttle_share,
             predicted_downtime_us: state.predicted_downtime.map(|time| time.as_micros() as u64),
             post_copy: state.post_copy || state.owes,
@@ -299,8 +327,17 @@ impl Control {
         if !state.own_bandwidth {
             self.inner.limit.set_rate(plan.bandwidth);
         }
+        if !state.own_slowdown {
+            let share = plan.max_slowdown.unwrap_or(f64::NAN);
+            self.inner.max_slowdown.store(share.to_bits(), Ordering::Relaxed);
+        }
         self.inner.done_pages.store(0, Ordering::Relaxed);
         self.hold(&state);
+    }
+
+    /// Share of its running time that the program may lose.
+    pub(crate) fn max_slowdown(&self) -> Option<f64> {
+        Some(f64::from_bits(self.inner.max_slowdown.load(Ordering::Relaxed))).filter(|share| !share.is_nan())
     }
 
     pub(crate) fn enter(&self, stage: Stage) {

@@ -13,7 +13,7 @@ pub const MAX_LINE: usize = 4096;
 const MOST_WORDS: usize = 500;
 
 /// What can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Only how far it is, which every other answer says too.
@@ -32,10 +32,16 @@ pub enum Request {
         #[serde(deserialize_with = "said")]
         bytes_per_second: Option<u64>,
     },
+    /// [`Control::set_max_slowdown`].
+    MaxSlowdown {
+        /// Of 1; `null` is as much as it takes, and it cannot be left out.
+        #[serde(deserialize_with = "said")]
+        share: Option<f64>,
+    },
 }
 
 /// A field that may be null and may not be missing.
-fn said<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+fn said<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     Option::deserialize(deserializer)
 }
 
@@ -112,6 +118,7 @@ fn obey(control: &Control, request: Request) -> Result<(), Refused> {
         Request::Cancel {} => control.cancel(),
         Request::PostCopy {} => control.post_copy_now(),
         Request::Bandwidth { bytes_per_second } => control.set_bandwidth(bytes_per_second),
+        Request::MaxSlowdown { share } => control.set_max_slowdown(share),
     }
 }
 
@@ -134,6 +141,13 @@ mod tests {
         assert_eq!(limited.bandwidth, Some(12_500_000));
         let free = ask(r#"{"bytes_per_second":null,"command":"bandwidth"}"#).status.unwrap();
         assert_eq!(free.bandwidth, None);
+        let slow = ask(r#"{"command":"max-slowdown","share":0.05}"#).status.unwrap();
+        assert_eq!(slow.max_slowdown, Some(0.05));
+        assert_eq!(ask(r#"{"command":"max-slowdown","share":null}"#).status.unwrap().max_slowdown, None);
+        for share in ["0", "-0.1", "1.1"] {
+            let no = ask(&format!("{{\"command\":\"max-slowdown\",\"share\":{share}}}"));
+            assert_eq!((no.ok, no.error), (false, Some(ErrorKind::Refused)), "{share}");
+        }
         assert!(ask(r#"{"command":"post-copy"}"#).status.unwrap().post_copy);
         assert!(ask(r#"{"command":"cancel"}"#).status.unwrap().cancelled);
         let status = ask(" {\"command\": \"status\"}\r");
@@ -158,6 +172,7 @@ mod tests {
             r#"{"command":"pause","for":5}"#,
             r#"{"command":"pause"}{"command":"pause"}"#,
             r#"{"command":"bandwidth"}"#,
+            r#"{"command":"max-slowdown"}"#,
             r#"{"command":"bandwidth","bytes_per_second":-1}"#,
             r#"{"command":"bandwidth","bytes_per_second":1.5}"#,
             r#"{"command":"bandwidth","bytes_per_second":"1Gbit"}"#,

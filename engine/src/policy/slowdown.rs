@@ -86,6 +86,11 @@ impl Pace {
         Self { ceiling, share: ceiling.clamp(LEAST, 1.0) }
     }
 
+    /// What the program may lose.
+    pub fn ceiling(&self) -> f64 {
+        self.ceiling
+    }
+
     /// Share of its time that each thread of the migration may work.
     pub fn share(&self) -> f64 {
         self.share

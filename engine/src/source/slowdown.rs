@@ -140,7 +140,10 @@ impl Watch {
 
     /// Within a round: sets the pace by what was seen since the last look, from time to time.
     pub(super) fn tick(&mut self, throttled: Duration, work: &WorkShare) {
-        let Some(mut pace) = self.pace else { return };
+        let Some(mut pace) = self.pace else {
+            work.set(1.0);
+            return;
+        };
         if self.looked.elapsed() < LOOK {
             return;
         }
@@ -166,6 +169,13 @@ impl Watch {
         Ok(seen.slowdown(self.usual))
     }
 
+    /// The program may lose so much from now on.
+    pub(super) fn allow(&mut self, ceiling: Option<f64>) {
+        if self.pace.as_ref().map(Pace::ceiling) != ceiling {
+            self.pace = ceiling.map(Pace::new);
+        }
+    }
+
     /// The share that each worker may work.
     pub(super) fn share(&self) -> f64 {
         self.pace.as_ref().map_or(1.0, Pace::share)
@@ -187,9 +197,9 @@ impl Watch {
 impl Migration<'_> {
     /// Begins to watch how the program gets on. Where the kernel does not tell, a ceiling cannot be kept.
     pub(super) fn watch_pace(&mut self) -> Result<(), SendError> {
-        match Watch::begin(self.root.clone(), self.plan.max_slowdown) {
+        match Watch::begin(self.root.clone(), self.control.max_slowdown()) {
             Ok(watch) => self.watch = Some(watch),
-            Err(error) if self.plan.max_slowdown.is_some() => return Err(SendError::Slowdown(error)),
+            Err(error) if self.control.max_slowdown().is_some() => return Err(SendError::Slowdown(error)),
             Err(error) => tracing::debug!(%error, "it is not known how much the program is slowed down"),
         }
         Ok(())
@@ -198,7 +208,7 @@ impl Migration<'_> {
     /// The program is about to be tracked.
     pub(super) fn note_usual_pace(&mut self) -> Result<(), SendError> {
         let Some(watch) = &mut self.watch else { return Ok(()) };
-        if self.plan.max_slowdown.is_some() {
+        if self.control.max_slowdown().is_some() {
             std::thread::sleep(BEFORE.saturating_sub(watch.looked.elapsed()));
         }
         self.note_slowdown_of(Watch::ready);
@@ -236,7 +246,7 @@ impl Migration<'_> {
             Some(Ok(noted)) => return Some(noted),
             Some(Err(error)) => {
                 self.watch = None;
-                if let Some(ceiling) = self.plan.max_slowdown
+                if let Some(ceiling) = self.control.max_slowdown()
                     && self.root.is_alive()
                 {
                     let text = format!(
@@ -257,8 +267,9 @@ impl Migration<'_> {
     }
 
     /// Waits until the next scan costs the program no more than it may lose.
-    pub(super) fn space_scans(&self, last: Option<Instant>) {
-        let (Some(watch), Some(last)) = (&self.watch, last) else { return };
+    pub(super) fn space_scans(&mut self, last: Option<Instant>) {
+        let (Some(watch), Some(last)) = (&mut self.watch, last) else { return };
+        watch.allow(self.control.max_slowdown());
         let until = watch.between_scans();
         while !self.cancel.is_cancelled()
             && !self.control.is_paused()
@@ -272,7 +283,10 @@ impl Migration<'_> {
 
     /// It is completed: says whether the ceiling was kept.
     pub(super) fn judge_slowdown(&mut self) {
-        let (Some(ceiling), Some(slowdown)) = (self.plan.max_slowdown, self.report.slowdown) else { return };
+        self.report.max_slowdown = self.control.max_slowdown();
+        let (Some(ceiling), Some(slowdown)) = (self.report.max_slowdown, self.report.slowdown) else {
+            return;
+        };
         self.report.max_slowdown_met = Some(slowdown <= ceiling);
         if slowdown > ceiling {
             let text = format!(

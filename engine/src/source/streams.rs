@@ -148,6 +148,7 @@ impl Migration<'_> {
             }
             if let Some(watch) = &mut watch {
                 let throttled = throttle.as_ref().map_or(Duration::ZERO, Throttle::stood);
+                watch.allow(control.max_slowdown());
                 watch.tick(throttled, &round.work);
             }
             Ok(goes_on())

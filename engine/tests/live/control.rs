@@ -226,14 +226,18 @@ fn post_copy(ferry: &Ferry) -> anyhow::Result<()> {
     control(ferry, &subject, &["status"])?.refused("no migration answers")?;
     ferry.lives_only(Host::Source, &subject)?;
 
+    let options = [&options[..], &["--strategy", "auto"]].concat();
     let migration = ferry.migrate_start(subject.pid, None, &options)?;
     wait_for(ferry, &subject, &migration, sends)?;
     control(ferry, &subject, &["bandwidth", "64MB"])?.status()?;
+    ensure!(control(ferry, &subject, &["max-slowdown", "50%"])?.status()?.max_slowdown == Some(0.5), "50 %");
     ensure!(control(ferry, &subject, &["post-copy"])?.status()?.post_copy, "it did not hear");
     let outcome = migration.wait()?;
     let report = outcome.moved()?;
     let late = report.post_copy.as_ref().context("nothing was owed")?;
     ensure!(report.verified && report.stop_reason == "post-copy", "{}", report.stop_reason);
+    ensure!(report.strategy_reason == "by-hand" && report.strategy != "pre-copy", "{}", report.strategy);
+    ensure!(report.max_slowdown == Some(0.5), "{:?}", report.max_slowdown);
     // The round was cut short: what it did not send came late.
     ensure!(late.owed_pages > 0 && late.demanded_pages + late.pushed_pages == late.owed_pages, "{late:?}");
     ferry.lives_only(Host::Destination, &subject)?;
