@@ -3,6 +3,7 @@
 mod arguments;
 mod calibration;
 mod check;
+mod checkpoint;
 mod control;
 mod failure;
 mod inspect;
@@ -45,6 +46,7 @@ pub fn run() -> ExitCode {
         Verb::Control(verb) => control::run(&verb),
         Verb::Predict(verb) => predict::run(&verb),
         Verb::Simulate(verb) => simulate::run(&verb),
+        Verb::Checkpoint(verb) => checkpoint::run(&verb),
         Verb::Inspect(verb) => inspect::run(&verb),
         Verb::Restore(verb) => restore::run(verb),
         Verb::Track(verb) => track::run(&verb),

@@ -137,9 +137,11 @@ fn directory(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = ferry.subject(&WRITER)?;
     let dir = fresh(ferry, "checkpoints");
     let to = format!("dir:{}", dir.display());
-    for _ in 0..2 {
-        keep(ferry, subject.pid, &to, None, &["--keep-running"])?.moved()?;
-    }
+    keep(ferry, subject.pid, &to, None, &["--keep-running"])?.moved()?;
+    let (command, pid) = (env!("CARGO_BIN_EXE_pageferry"), subject.pid);
+    let checkpoint =
+        format!("{command} checkpoint --pid {pid} --to {} --keep-running --quiet", dir.display());
+    ferry.sh(Host::Source, &checkpoint)?;
     keep(ferry, subject.pid, &to, Some("frame=cut@9"), &["--keep-running"])?;
     keep(ferry, subject.pid, &to, None, &[])?.moved()?;
     let (one, two, three) = ("000001.pageferry", "000002.pageferry", "000003.pageferry");

@@ -137,6 +137,17 @@ Exit codes:
         after_help = "Example:\n  # pageferry track --pid 4711 --interval 50ms --duration 30s --record redis.pft\n  $ pageferry simulate --trace redis.pft --bandwidth 1Gbit --policy fixed:5 --strategy pre-copy"
     )]
     Simulate(SimulateVerb),
+    /// Puts a program into a directory, from which `pageferry restore` brings it back, here or on a machine that sees the directory too.
+    ///
+    /// A program that moves by way of a disk: its memory is read in rounds while it runs, as in a migration, and the rest while it stands still.
+    /// Then it ends here, or goes on with --keep-running. The directory gets a file for each checkpoint, readable for root only. The same
+    /// as `migrate --to dir:DIR`, which has more options.
+    ///
+    /// Until all of it is on the disk, any failure leaves the program running here as if nothing had happened.
+    #[command(
+        after_help = "Example:\n  # pageferry checkpoint --pid 4711 --to /srv/checkpoints --keep-running --incremental\n  # pageferry restore /srv/checkpoints"
+    )]
+    Checkpoint(CheckpointVerb),
     /// Brings a program back from a file that `migrate --to file:PATH` has written.
     ///
     /// The program gets its old process ids, so these must be free, and the files that it has open must be there as they
@@ -235,6 +246,53 @@ pub(in crate::cli) struct InspectVerb {
     /// One JSON object instead of tables, with every region and every image.
     #[arg(long)]
     pub(in crate::cli) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct CheckpointVerb {
+    /// Root of the process tree.
+    #[arg(long, value_name = "PID")]
+    pub(in crate::cli) pid: i32,
+    /// The directory; it is made if it does not exist.
+    #[arg(long, value_name = "DIR")]
+    pub(in crate::cli) to: PathBuf,
+    /// Let the program run on here, instead of ending it.
+    #[arg(long)]
+    pub(in crate::cli) keep_running: bool,
+    /// Store only what the last checkpoint of the same program there does not have. It needs that one to be restored, and all
+    /// that it is on top of.
+    #[arg(long)]
+    pub(in crate::cli) incremental: bool,
+    /// Downtime to aim for [default: 100ms].
+    #[arg(long, value_name = "TIME")]
+    pub(in crate::cli) downtime: Option<String>,
+    /// What may be written a second, such as 100MB [default: all].
+    #[arg(long, value_name = "RATE")]
+    pub(in crate::cli) bandwidth: Option<String>,
+    /// Read and write at this nice value until the freeze: 0 to 19, the least.
+    #[arg(long, value_name = "N")]
+    pub(in crate::cli) nice: Option<u8>,
+    /// What becomes of established TCP connections in what is restored [default: close].
+    #[arg(long, value_name = "HOW", value_parser = ["refuse", "close"])]
+    pub(in crate::cli) tcp: Option<String>,
+    /// Write digests of the whole memory too, to be compared at each restore.
+    #[arg(long)]
+    pub(in crate::cli) verify: bool,
+    /// Write the report to a file, as JSON; also when it fails.
+    #[arg(long, value_name = "FILE")]
+    pub(in crate::cli) report: Option<PathBuf>,
+    /// CRIU to use [default: $PAGEFERRY_CRIU, the one that tools/setup installs, the system's].
+    #[arg(long, value_name = "PATH")]
+    pub(in crate::cli) criu: Option<PathBuf>,
+    /// The program was started from a shell, and shares its session or terminal.
+    #[arg(long)]
+    pub(in crate::cli) shell_job: bool,
+    /// One JSON object a line for every event; the last is the report.
+    #[arg(long)]
+    pub(in crate::cli) json: bool,
+    /// Say nothing but errors.
+    #[arg(short, long, conflicts_with = "json")]
+    pub(in crate::cli) quiet: bool,
 }
 
 #[derive(Debug, Args)]
