@@ -32,6 +32,8 @@ const DRAIN_BLOCKS: usize = 4;
 const PROBE: Duration = Duration::from_millis(200);
 /// The lowest pages that a program could have (vm.mmap_min_addr is 64 KiB).
 const LOWEST: u64 = 16;
+/// How long a thread that leaves nobody else its processor waits for somebody else's step.
+const YIELD: Duration = Duration::from_micros(50);
 /// After a failure: how long until the next try, doubling up to the second value.
 const RETRY: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(500));
 
@@ -167,6 +169,8 @@ impl Worker {
             Some(failure) if busy || unreadable => {
                 Some(failure.next.saturating_duration_since(Instant::now()))
             }
+            // What keeps it from answering is that a thread of the program has to run first.
+            _ if (faults || unreadable) && self.turns.is_some() => Some(YIELD),
             _ if faults || unreadable => Some(Duration::ZERO),
             _ if busy => Some(self.rest()),
             _ => None,
