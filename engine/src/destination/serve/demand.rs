@@ -112,6 +112,12 @@ impl Demand {
     }
 
     fn try_to_speak(&mut self) -> Result<(), ChannelError> {
+        if self.told {
+            // The last pages are in the store, and on their way into place. A thread may begin to wait for one of them
+            // just then: the source has said farewell to them, and is waiting for other words.
+            self.wanted.clear();
+            self.unwanted.clear();
+        }
         let Some(channel) = &mut self.channel else { return Ok(()) };
         for (space, pages) in std::mem::take(&mut self.wanted) {
             for runs in wire(&pages.runs()).chunks(RUNS) {
@@ -315,4 +321,59 @@ fn say_to(late: &Late, channel: &mut Channel, stats: &FillStats) -> Result<(), R
         max_us: us(waited.max()),
     })?;
     Ok(channel.control(&stats.message())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::TcpLink;
+    use pageferry_wire_format::SpaceDigest;
+
+    const SPACE: SpaceId = SpaceId(3);
+
+    /// All that is owed has come, or is not wanted.
+    fn complete() -> Arc<Late> {
+        let late = Arc::new(Late::new(7, Duration::from_secs(60)));
+        let owed = Run { start: 10, len: 5 };
+        late.with_books(|books| books.owe(SPACE, 1, std::iter::once(owed)));
+        late.forget(SPACE, &[owed]);
+        late.with_books(|books| {
+            books.seal(SPACE, 0, SpaceDigest::default())?;
+            books.end_seals(1)
+        })
+        .unwrap();
+        late
+    }
+
+    #[test]
+    fn after_the_word_that_nothing_is_owed_nothing_is_asked_for() {
+        let (here, there) = TcpLink::pair().unwrap();
+        let mut source = Channel::new(there);
+        let mut demand = Demand::new(complete());
+        demand.connected(Channel::new(here));
+        // A thread waits for a page that has come and that the page server has not heard of.
+        assert!(demand.settled());
+        demand.want(SPACE, 12);
+        demand.forget(SPACE, &[Run { start: 13, len: 1 }]);
+        demand.speak();
+        demand.take_channel().unwrap().control(&ControlMessage::Ping { n: 1 }).unwrap();
+        let heard: Vec<_> =
+            std::iter::from_fn(|| source.receive().ok()).map(|said| format!("{said:?}")).collect();
+        assert_eq!(heard, ["Control(LateSealed { pages: 0 })", "Control(Ping { n: 1 })"]);
+    }
+
+    #[test]
+    fn before_it_what_a_thread_waits_for_is_asked_for() {
+        let (here, there) = TcpLink::pair().unwrap();
+        let mut source = Channel::new(there);
+        let late = Arc::new(Late::new(7, Duration::from_secs(60)));
+        late.with_books(|books| books.owe(SPACE, 1, std::iter::once(Run { start: 10, len: 5 })));
+        let mut demand = Demand::new(late);
+        demand.connected(Channel::new(here));
+        assert!(!demand.settled());
+        demand.want(SPACE, 12);
+        demand.speak();
+        let wanted = vec![PageRun { start: PageNo(12), len: 1 }];
+        assert_eq!(source.answer("a wish").unwrap(), ControlMessage::Want { space: SPACE, runs: wanted });
+    }
 }

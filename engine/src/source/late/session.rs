@@ -306,13 +306,22 @@ impl Migration<'_> {
 
     /// How it went at the destination, over the connection on which it said that it has everything.
     pub(in crate::source) fn hear_filled(&mut self, mut channel: Channel) -> Result<(), SendError> {
-        match channel.answer("the times of page faults")? {
-            ControlMessage::FaultTimes { count, p50_us, p99_us, max_us } => {
-                if let Some(report) = &mut self.report.post_copy {
-                    report.faults = FaultReport { count, p50_us, p99_us, max_us };
+        loop {
+            match channel.answer("the times of page faults")? {
+                ControlMessage::FaultTimes { count, p50_us, p99_us, max_us } => {
+                    if let Some(report) = &mut self.report.post_copy {
+                        report.faults = FaultReport { count, p50_us, p99_us, max_us };
+                    }
+                    break;
+                }
+                // It has confirmed that it has everything. Some receivers ask once more for a page that a thread begins to wait
+                // for before it is in place: it comes there without our doing.
+                ControlMessage::Want { .. } | ControlMessage::Unwanted { .. } => {}
+                other => {
+                    let text = format!("{other:?} instead of times of page faults");
+                    return Err(SendError::Protocol(text));
                 }
             }
-            other => return Err(SendError::Protocol(format!("{other:?} instead of times of page faults"))),
         }
         match channel.answer("the destination to have every page in place")? {
             ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
