@@ -4,8 +4,10 @@
 //! bug), not from a peer that wants to deceive. For two different pages to agree by accident has a chance of
 //! 2^-128.
 
+use crate::limits::PAGE_SIZE;
 pub use crate::page::PageDigest;
 use crate::page::PageNo;
+use crate::sys;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// The digest of a page of zeros, so that it need not be computed for each.
@@ -13,10 +15,11 @@ pub const ZERO_PAGE: PageDigest = PageDigest(ZERO_PAGE_BYTES);
 
 const ZERO_PAGE_BYTES: [u8; 16] = xxhash_rust::const_xxh3::xxh3_128(&[0; 4096]).to_le_bytes();
 
-/// The digest of a page's bytes (or of any others).
+/// The digest of a page's bytes (or of any others). Of whole pages with the widest vectors that this processor has.
 #[inline]
 pub fn page(bytes: &[u8]) -> PageDigest {
-    PageDigest(xxh3_128(bytes).to_le_bytes())
+    let wide = <&[u8; PAGE_SIZE]>::try_from(bytes).ok().and_then(sys::page_digest);
+    PageDigest(wide.unwrap_or_else(|| xxh3_128(bytes)).to_le_bytes())
 }
 
 /// Whether all bytes are zero. Looks at 256 bytes at a time, so that a page with content is left after the
