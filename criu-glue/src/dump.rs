@@ -226,6 +226,15 @@ pub struct Dump {
     decided: bool,
 }
 
+/// What [`Dump::look_ahead`] took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookAhead {
+    /// Opening the counters of system calls.
+    pub counters: Duration,
+    /// Reading the areas.
+    pub areas: Duration,
+}
+
 /// The image directory under a descriptor of our own, so that a dump does not borrow the caller's.
 #[derive(Debug)]
 struct DumpImages(ImageDir);
@@ -315,16 +324,19 @@ impl Dump {
     ///
     /// Until the freeze the system calls of these processes are counted that could change it. If there was one, or they
     /// cannot be counted, what was read is compared with what is after the dump ([`Dump::confirm`]).
-    pub fn look_ahead(&mut self, pids: &[i32]) {
+    pub fn look_ahead(&mut self, pids: &[i32]) -> LookAhead {
         if !matches!(self.hide, Hide::Shim(_)) {
-            return;
+            return LookAhead::default();
         }
+        let began = Instant::now();
         (self.witness, self.doubt) = match Witness::open(pids) {
             Ok(witness) => (Some(witness), None),
             Err(reason) => (None, Some(reason.to_string())),
         };
+        let counters = began.elapsed();
         // One that ends meanwhile, or cannot be read, is left to criu.
         self.known = pids.iter().filter_map(|&pid| Some((pid, Areas::read(pid).ok()?))).collect();
+        LookAhead { counters, areas: began.elapsed() - counters }
     }
 
     /// Freezes the whole tree and returns while it is frozen, with nothing of criu inside the tasks yet. Now the

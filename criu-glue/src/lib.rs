@@ -28,14 +28,14 @@ mod service;
 mod sys;
 mod witness;
 
-pub use dump::{Dump, DumpError, DumpRequest, TcpPolicy};
+pub use dump::{Dump, DumpError, DumpRequest, LookAhead, TcpPolicy};
 pub use find::{Criu, ENVIRONMENT, FindError, MINIMUM, PRIVATE_PREFIX, Version};
 pub use hide::{HideError, HideKind, Owned};
 pub use image::{HiddenError, ImageError, check_hidden};
 pub use image_dir::{ImageDir, ImageDirError};
 pub use lazy::{LazyError, LazyEvent, LazyListener};
 pub use ranges::{Range, RunError};
-pub use restore::{InheritedFd, Restore, RestoreError, RestoreOptions, Stage};
+pub use restore::{GettingReady, InheritedFd, Restore, RestoreError, RestoreOptions, Stage};
 pub use service::{CallError, LogTail, Wait};
 
 /// Bytes per page, everywhere in criu's images and in the kernel interfaces used here.

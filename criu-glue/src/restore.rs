@@ -12,7 +12,7 @@ use crate::lazy::{self, LazyListener};
 use crate::process::{self, Member};
 use crate::rpc::message::{CGROUPS_IGNORE, Features, InheritFd, NETWORK_LOCK_SKIP};
 use crate::rpc::{Options, Request, RequestKind};
-use crate::service::{CallError, Service, Wait, deadline};
+use crate::service::{CallError, Notice, Service, Wait, deadline};
 
 /// criu's log of a restore, in the image directory.
 pub(crate) const LOG_FILE: &str = "criu-restore.log";
@@ -191,6 +191,23 @@ pub struct Restore {
     stop: (OwnedFd, OwnedFd),
     state: State,
     root: Option<Member>,
+    /// How long criu took to start, and its look at the kernel.
+    start: Duration,
+    look: Notice,
+}
+
+/// How long criu takes to be ready for a restore, while that goes on.
+#[derive(Clone, Debug)]
+pub struct GettingReady {
+    start: Duration,
+    look: Notice,
+}
+
+impl GettingReady {
+    /// From its start until it knew the kernel; until now, if it does not yet.
+    pub fn took(&self) -> Duration {
+        self.start + self.look.took()
+    }
 }
 
 /// How long criu may take to learn what the kernel can do.
@@ -225,9 +242,19 @@ impl Restore {
             .map_err(|e| of_io("making a pipe")(e.into()))?;
         // As a subreaper criu keeps what a task leaves behind when it dies: so everything that was restored can be
         // found, and ended, as long as criu is there.
+        let began = Instant::now();
         let mut service = Service::start(criu, &images, LOG_FILE, &[], true).map_err(RestoreError::Call)?;
-        service.send(&acquaint(&images), "its look at the kernel").map_err(RestoreError::Call)?;
-        Ok(Self { service, images, options, listener, stop, state: State::Prepared, root: None })
+        let start = began.elapsed();
+        let awaited = "its look at the kernel";
+        service.send(&acquaint(&images), awaited).map_err(RestoreError::Call)?;
+        let look = service.notice(awaited).map_err(RestoreError::Call)?;
+        let state = State::Prepared;
+        Ok(Self { service, images, options, listener, stop, state, root: None, start, look })
+    }
+
+    /// How long criu took, or has taken so far, to be ready.
+    pub fn getting_ready(&self) -> GettingReady {
+        GettingReady { start: self.start, look: self.look.clone() }
     }
 
     /// What becomes of TCP connections, if that is known later than the rest. To be said before [`Restore::start`].

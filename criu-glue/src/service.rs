@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use prost::Message;
@@ -245,7 +246,7 @@ impl Service {
     }
 
     fn died(&mut self, awaited: &'static str) -> CallError {
-        self.socket = None;
+        self.hang_up();
         let status = match self.reap(GRACE) {
             Ok(Some(status)) => status.to_string(),
             Ok(None) => "killed, as it closed its socket and went on".to_owned(),
@@ -256,7 +257,32 @@ impl Service {
 
     /// Closes the socket: criu undoes what it did when it next looks at it.
     pub(crate) fn close(&mut self) {
-        self.socket = None;
+        self.hang_up();
+    }
+
+    /// Ends the connection, whoever else has a descriptor of it.
+    fn hang_up(&mut self) {
+        if let Some(socket) = self.socket.take() {
+            let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+        }
+    }
+
+    /// Notes in another thread when criu says something next: what it is stays where it is. The thread ends with that, or with criu.
+    pub(crate) fn notice(&self, awaited: &'static str) -> Result<Notice, CallError> {
+        let failed = |source| CallError::Io { awaited, source };
+        let Some(socket) = &self.socket else { return Ok(Notice::new()) };
+        let socket = socket.try_clone().map_err(failed)?;
+        let notice = Notice::new();
+        let said = notice.said.clone();
+        let wait = move || {
+            let far = deadline(Duration::MAX);
+            // Should it fail, nothing is noticed: whoever asks is told the time that has passed.
+            if poll_until(&mut [PollFd::new(&socket, PollFlags::IN)], far).unwrap_or(false) {
+                let _ = said.set(Instant::now());
+            }
+        };
+        std::thread::Builder::new().name("notice".to_owned()).spawn(wait).map_err(failed)?;
+        Ok(notice)
     }
 
     /// Waits for criu's end until `deadline`, and does nothing else about it.
@@ -275,7 +301,7 @@ impl Service {
     /// Closes the socket, if that has not happened, and waits for criu's end; kills it when `grace` is over.
     /// `None` says that it had to be killed.
     pub(crate) fn reap(&mut self, grace: Duration) -> io::Result<Option<ExitStatus>> {
-        self.socket = None;
+        self.hang_up();
         if let Some(status) = self.status {
             return Ok(Some(status));
         }
@@ -315,6 +341,24 @@ impl Drop for Service {
         if let Err(error) = self.end() {
             tracing::error!(%error, "criu could not be waited for");
         }
+    }
+}
+
+/// When criu said something, told to whoever asks.
+#[derive(Clone, Debug)]
+pub(crate) struct Notice {
+    since: Instant,
+    said: Arc<OnceLock<Instant>>,
+}
+
+impl Notice {
+    fn new() -> Self {
+        Self { since: Instant::now(), said: Arc::default() }
+    }
+
+    /// How long it has taken; so far, if it has not come.
+    pub(crate) fn took(&self) -> Duration {
+        self.said.get().copied().unwrap_or_else(Instant::now).saturating_duration_since(self.since)
     }
 }
 

@@ -72,6 +72,9 @@ pub struct MigrationReport {
     pub complete_us: u64,
     /// How long the program stood still.
     pub downtime_us: Downtime,
+    /// What was done for the freeze before it, and so is no part of the downtime.
+    #[serde(default)]
+    pub prepared_us: Prepared,
     /// How long it was to stand still at most.
     #[serde(default)]
     pub downtime_goal_us: u64,
@@ -263,7 +266,7 @@ pub struct Downtime {
     /// Commit: the source is held for good, the destination lets the program run and says so.
     pub commit: u64,
     /// What the destination did inside `restore` and `commit`, on its own clock.
-    pub destination: Vec<DestinationPart>,
+    pub destination: Vec<TimedPart>,
 }
 
 impl Downtime {
@@ -293,9 +296,38 @@ impl Downtime {
     }
 }
 
-/// A step of the destination.
+/// What both sides did for the freeze while the program still ran; the rounds are not among it. Each side times its own, by its own
+/// clock, up to when the program was about to be stopped. The two sides, and threads of the destination, work side by side: `total` is
+/// work that was taken out of the downtime, and not a stretch of time.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct DestinationPart {
+pub struct Prepared {
+    /// Sum of all parts of both sides.
+    pub total: u64,
+    /// Parts of the source, in order: each begins when the one before is over.
+    pub source: Vec<TimedPart>,
+    /// Parts of the destination; empty where there is none, or an older one.
+    pub destination: Vec<TimedPart>,
+}
+
+impl Prepared {
+    /// Makes `total` what it is defined to be.
+    pub fn add_up(&mut self) {
+        self.total = self.source.iter().chain(&self.destination).map(|part| part.us).sum();
+    }
+
+    /// What was done at both sides or either, in order, and how long each side took for it.
+    pub fn parts(&self) -> Vec<(&str, Option<u64>, Option<u64>)> {
+        let of =
+            |parts: &[TimedPart], name: &str| parts.iter().find(|part| part.name == name).map(|part| part.us);
+        let there = self.destination.iter().filter(|part| of(&self.source, &part.name).is_none());
+        let names = self.source.iter().chain(there).map(|part| part.name.as_str());
+        names.map(|name| (name, of(&self.source, name), of(&self.destination, name))).collect()
+    }
+}
+
+/// A step, and how long it took.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct TimedPart {
     /// What it was.
     pub name: String,
     /// How long it took.

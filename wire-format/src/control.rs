@@ -132,6 +132,27 @@ impl std::fmt::Display for Part {
     }
 }
 
+/// What a destination does before the freeze, so that it is no part of the downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Preparation {
+    /// CRIU is started, and learns what the kernel can do.
+    Criu,
+    /// Memory for pages is taken from the system.
+    Memory,
+    /// Addresses that will move are put in place, silently.
+    Addresses,
+}
+
+impl std::fmt::Display for Preparation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Preparation::Criu => "criu",
+            Preparation::Memory => "memory",
+            Preparation::Addresses => "addresses",
+        })
+    }
+}
+
 /// What became of a session, as its destination says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum HandoverState {
@@ -431,6 +452,12 @@ pub enum ControlMessage {
         /// Pages of which a digest was told.
         pages: u64,
     },
+    /// Destination, once, between [`ControlMessage::Sealed`] and [`ControlMessage::Ready`]: what it had done when it heard that the
+    /// program is about to stop.
+    Prepared {
+        /// What, and its microseconds; nothing twice.
+        timings: Vec<(Preparation, u64)>,
+    },
 }
 
 impl ControlMessage {
@@ -452,6 +479,7 @@ impl ControlMessage {
             | Self::Standing { .. }
             | Self::StandingEnd { .. }
             | Self::Stands { .. } => version::HOLDS,
+            Self::Prepared { .. } => version::PREPARED,
             _ => version::FRAMES,
         }
     }

@@ -28,8 +28,8 @@ pub use batch::{Coding, PageBatch};
 pub use chooser::{CodingChooser, Way};
 pub use coding::{ZstdDecoder, ZstdEncoder};
 pub use control::{
-    AbortCode, ControlMessage, HandoverState, Hello, MovingAddress, Part, RegionInfo, RestoreChoices,
-    SpaceInfo, Welcome,
+    AbortCode, ControlMessage, HandoverState, Hello, MovingAddress, Part, Preparation, RegionInfo,
+    RestoreChoices, SpaceInfo, Welcome,
 };
 pub use decode::{Announced, Decoder, Head};
 pub use digest::{Chain, SpaceDigest};

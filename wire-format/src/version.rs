@@ -2,6 +2,7 @@
 //!
 //! | version | what changed, and why |
 //! |---|---|
+//! | 4 | A destination says what it had done before the freeze. |
 //! | 3 | A session whose connections are lost while the program runs is held, and goes on over new ones. |
 //! | 2 | Several connections for a session; copies of pages that the receiver has elsewhere, zstd on top of what was sent before, a store that was kept; pages that are asked for again; checks that are chained; an end of the round in the freeze. The reasons stand in docs/PROTOCOL.md. |
 //! | 1 | Never released, and no longer understood. The first: page batches (raw, zstd, delta), images, owned pages, digests, control messages. |
@@ -11,16 +12,20 @@
 //! chose, and nothing newer than that is sent.
 
 /// The version that is spoken.
-pub const CURRENT: u16 = 3;
+pub const CURRENT: u16 = 4;
 
 /// The oldest version that is still understood. Version 1 was never released: nobody speaks it.
 pub const OLDEST: u16 = 2;
 
-/// The version of all frames that have not changed since: all kinds, and all messages but those of [`HOLDS`].
+/// The version of all frames that have not changed since: all kinds, and all messages but those of [`HOLDS`] and [`PREPARED`].
 pub const FRAMES: u16 = 2;
 
 /// The version from which on sessions are held ([`ControlMessage::Hold`](crate::ControlMessage::Hold)) and taken up again.
 pub const HOLDS: u16 = 3;
+
+/// The version from which on a destination says what it had done before the freeze
+/// ([`ControlMessage::Prepared`](crate::ControlMessage::Prepared)).
+pub const PREPARED: u16 = 4;
 
 /// A range of versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Encode, bincode::Decode)]

@@ -2,7 +2,7 @@
 
 use super::units::{Bytes, Rate, micros};
 use pageferry::MigrationReport;
-use pageferry::report::Codings;
+use pageferry::report::{Codings, TimedPart};
 use std::fmt::Write;
 
 /// Columns that line up: as wide as their widest cell, `right` ones to the right.
@@ -91,6 +91,7 @@ pub(super) fn report(report: &MigrationReport) -> String {
     let total = vec!["total".to_owned(), micros(downtime.total).to_string()];
     text.push('\n');
     text += &table(&["downtime", ""], &[1], parts.into_iter().chain([total]));
+    text += &prepared(report);
     let _ = writeln!(
         text,
         "\nstopped pre-copy: {}   tracker: {}   hide: {}   CRIU {}",
@@ -211,6 +212,23 @@ pub(super) fn report(report: &MigrationReport) -> String {
     text
 }
 
+/// What was taken out of the downtime.
+fn prepared(report: &MigrationReport) -> String {
+    let prepared = &report.prepared_us;
+    if prepared.total == 0 {
+        return String::new();
+    }
+    let cell = |us: Option<u64>| us.map_or("-".to_owned(), |us| micros(us).to_string());
+    let rows = prepared
+        .parts()
+        .into_iter()
+        .map(|(name, source, destination)| vec![name.to_owned(), cell(source), cell(destination)]);
+    let sum = |parts: &[TimedPart]| micros(parts.iter().map(|part| part.us).sum()).to_string();
+    let total = vec!["total".to_owned(), sum(&prepared.source), sum(&prepared.destination)];
+    let header = ["before the freeze", "source", "destination"];
+    format!("\n{}", table(&header, &[1, 2], rows.chain([total])))
+}
+
 /// Which goals were met.
 fn goals(report: &MigrationReport) -> Option<String> {
     let goal = |name: &str, wanted: u64, got: u64, met: bool| {
@@ -227,7 +245,9 @@ fn goals(report: &MigrationReport) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry::report::{Downtime, FaultReport, FillReport, PostCopyReport, RoundReport, Share};
+    use pageferry::report::{
+        Downtime, FaultReport, FillReport, PostCopyReport, Prepared, RoundReport, Share,
+    };
 
     fn example() -> MigrationReport {
         let mut downtime = Downtime {
@@ -243,6 +263,15 @@ mod tests {
             ..Downtime::default()
         };
         downtime.add_up();
+        let parts = |parts: &[(&str, u64)]| {
+            parts.iter().map(|(name, us)| TimedPart { name: (*name).to_owned(), us: *us }).collect()
+        };
+        let mut prepared = Prepared {
+            source: parts(&[("connections", 1204), ("criu", 6310), ("counters", 2105), ("areas", 160)]),
+            destination: parts(&[("criu", 31_400), ("memory", 112_300)]),
+            ..Prepared::default()
+        };
+        prepared.add_up();
         MigrationReport {
             program: "redis-server".into(),
             processes: 1,
@@ -259,6 +288,7 @@ mod tests {
             verified: true,
             verified_pages: 17_183,
             downtime_us: downtime,
+            prepared_us: prepared,
             engine_peak_rss_bytes: 4_984_832,
             rounds: vec![
                 RoundReport {

@@ -388,8 +388,9 @@ impl Host {
         hub.begin(channel.link(), &hello.program)?;
         channel.link_mut().set_alarm(Some(hub.alarm()));
         crate::fault::point("dest-welcome");
+        let spoken = wire::version::negotiate(&hello.versions).unwrap_or(wire::version::OLDEST);
         channel.control(&ControlMessage::Welcome(Welcome {
-            version: wire::version::negotiate(&hello.versions).unwrap_or(wire::version::OLDEST),
+            version: spoken,
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory,
             streams: most_streams(),
@@ -414,7 +415,9 @@ impl Host {
             (_, true) => Err(GivenUp.into()),
             _ => Ok(()),
         };
-        let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network).run()?;
+        let ready = restore.getting_ready();
+        let criu = || ready.took();
+        let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network, &criu).run()?;
         if network.keeps_tcp() {
             restore.set_tcp(TcpPolicy::Established);
         }
@@ -435,6 +438,7 @@ impl Host {
             sessions: &self.sessions,
             session: hello.session,
             verify: hello.verify,
+            spoken,
             channel,
             cargo,
             images: &images,

@@ -10,7 +10,7 @@ use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
 use pageferry_wire_format::{ControlMessage, MovingAddress};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What comes of the network with a program. Dropped before [`Arrival::deliver`], everything is as it was; so it has to live longer than
 /// the restored processes.
@@ -27,6 +27,8 @@ pub(super) struct Arrival<'a> {
     state: State,
     keep_tcp: bool,
     release_us: u64,
+    /// How long it took to make everything ready.
+    prepared: Option<Duration>,
 }
 
 /// How far the hooks have come.
@@ -64,6 +66,7 @@ impl<'a> Arrival<'a> {
             state: State::Untouched,
             keep_tcp: false,
             release_us: 0,
+            prepared: None,
         }
     }
 
@@ -77,6 +80,7 @@ impl<'a> Arrival<'a> {
         if self.state != State::Untouched {
             return Err(ReceiveError::Order("what moves of the network twice"));
         }
+        let started = Instant::now();
         let mut places = Vec::new();
         for one in moving {
             if stays(one.address).is_some() || one.device.as_deref().is_some_and(|name| !is_device_name(name))
@@ -97,7 +101,14 @@ impl<'a> Arrival<'a> {
             let arriving = self.arriving.insert(Arriving::new(Machine::destination(name, places)));
             arriving.prepare()?;
         }
-        self.hook(HookStage::Prepare)
+        self.hook(HookStage::Prepare)?;
+        self.prepared = Some(started.elapsed());
+        Ok(())
+    }
+
+    /// How long that took; `None` if nothing of the network moves.
+    pub(super) fn prepared_in(&self) -> Option<Duration> {
+        self.prepared
     }
 
     /// Clients send here from now on. Says how long that took, in microseconds.

@@ -9,8 +9,8 @@ use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
 use pageferry_tracker::{PageSet, Run};
 use pageferry_wire_format::{
-    ControlMessage, OwedBatch, OwnedBatch, PageRun, RegionInfo, SpaceDigest, SpaceId, SpaceInfo, digest,
-    limits,
+    ControlMessage, OwedBatch, OwnedBatch, PageRun, Preparation, RegionInfo, SpaceDigest, SpaceId, SpaceInfo,
+    digest, limits,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -56,6 +56,8 @@ pub(super) fn page_set(runs: &[PageRun]) -> PageSet {
 /// What was received when the images are complete.
 pub(super) struct Cargo {
     pub(super) spaces: BTreeMap<SpaceId, Incomer>,
+    /// What had been done here when the source said that the program is about to stop, and what it took.
+    pub(super) prepared: Vec<(Preparation, u64)>,
 }
 
 /// Receives everything up to the end of the images.
@@ -67,6 +69,9 @@ pub(super) struct Reception<'a, 'b> {
     /// Whether the session is still wanted, while it has no connection over which to say otherwise.
     pub(super) still: &'a dyn Fn() -> Result<(), ReceiveError>,
     network: &'a mut Arrival<'b>,
+    /// How long CRIU took to be ready, or has taken so far.
+    criu: &'a dyn Fn() -> Duration,
+    prepared: Vec<(Preparation, u64)>,
     pub(super) spaces: BTreeMap<SpaceId, Incomer>,
     all_sealed: bool,
     files: BTreeMap<String, u64>,
@@ -90,6 +95,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         observer: &'a dyn Observer,
         still: &'a dyn Fn() -> Result<(), ReceiveError>,
         network: &'a mut Arrival<'b>,
+        criu: &'a dyn Fn() -> Duration,
     ) -> Self {
         Self {
             channel,
@@ -98,6 +104,8 @@ impl<'a, 'b> Reception<'a, 'b> {
             observer,
             still,
             network,
+            criu,
+            prepared: Vec::new(),
             spaces: BTreeMap::new(),
             all_sealed: false,
             files: BTreeMap::new(),
@@ -115,7 +123,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         let mut received = self.receive_all();
         loop {
             let error = match received {
-                Ok(()) => return Ok(Cargo { spaces: self.spaces }),
+                Ok(()) => return Ok(Cargo { spaces: self.spaces, prepared: self.prepared }),
                 Err(error @ ReceiveError::SourceAborted { .. }) => return Err(error),
                 // Where another connection failed first, that is the reason.
                 Err(error) => self.explain(self.hub.failure().unwrap_or(error)),
@@ -230,7 +238,12 @@ impl<'a, 'b> Reception<'a, 'b> {
                 spaces.into_iter().try_for_each(|info| self.open_space(info))?;
             }
             ControlMessage::SpaceGone { space } => self.close_space(space)?,
-            ControlMessage::Hold { ms } => self.hub.set_hold(Duration::from_millis(ms)),
+            ControlMessage::Hold { ms } => {
+                self.hub.set_hold(Duration::from_millis(ms));
+                if ms == 0 {
+                    self.note_prepared()?;
+                }
+            }
             ControlMessage::Discard { space, runs } => {
                 if self.spaces.get(&space).is_none_or(|incomer| incomer.sealed) {
                     return Err(ReceiveError::UnknownSpace(space));
@@ -291,6 +304,16 @@ impl<'a, 'b> Reception<'a, 'b> {
             other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
         }
         Ok(false)
+    }
+
+    /// The program is about to stop: what has been done here until now is no part of its downtime.
+    fn note_prepared(&mut self) -> Result<(), ReceiveError> {
+        let memory = self.hub.with_store(|store| Ok(store.ready_in()))?;
+        let addresses = self.network.prepared_in().map(|time| (Preparation::Addresses, time));
+        let prepared = [(Preparation::Criu, (self.criu)()), (Preparation::Memory, memory)];
+        let prepared = prepared.into_iter().chain(addresses);
+        self.prepared = prepared.map(|(what, time)| (what, time.as_micros() as u64)).collect();
+        Ok(())
     }
 
     /// A space that will come.

@@ -16,7 +16,7 @@ use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
 use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
 use pageferry_tracker::{self as tracker, Target, uffd::Uffd};
-use pageferry_wire_format::{ControlMessage, Part, SpaceId};
+use pageferry_wire_format::{ControlMessage, Part, SpaceId, version};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
@@ -36,6 +36,8 @@ pub(super) struct Rebirth<'a, 'b> {
     pub(super) sessions: &'a Sessions,
     pub(super) session: u128,
     pub(super) verify: bool,
+    /// Version of the protocol.
+    pub(super) spoken: u16,
     pub(super) channel: &'a mut Channel,
     pub(super) cargo: Cargo,
     pub(super) images: &'a pageferry_criu_glue::ImageDir,
@@ -123,6 +125,11 @@ impl Rebirth<'_, '_> {
         let mut laps = Laps { last: Instant::now(), timings: Vec::new() };
         fault::point("dest-restore");
         restore.start()?;
+        // While CRIU works there is time to say so.
+        if self.spoken >= version::PREPARED {
+            let timings = std::mem::take(&mut self.cargo.prepared);
+            self.channel.control(&ControlMessage::Prepared { timings })?;
+        }
         let root = restore.wait(Stage::PostRestore, wait)?;
         laps.lap(Part::Restore);
         if self.verify {

@@ -12,7 +12,7 @@ use crate::journal::{Process, Step};
 use crate::layout::split_at_regions;
 use crate::observe::Event;
 use crate::policy::Decision;
-use crate::report::{DestinationPart, FillReport, RoundReport};
+use crate::report::{FillReport, RoundReport, TimedPart};
 use pageferry_criu_glue::{HideKind, Owned, Wait};
 use pageferry_tracker::{self as tracker, Collected, PageSet, TreeState};
 use pageferry_wire_format::{ControlMessage, HandoverState, ImageChunk, OwedBatch, OwnedBatch, limits};
@@ -58,10 +58,18 @@ impl Migration<'_> {
         self.phase = Phase::Freezing;
         crate::fault::point("freeze");
         let pids: Vec<i32> = tracker::tree::discover(&self.root)?.iter().map(tracker::Target::pid).collect();
-        self.dump_mut().look_ahead(&pids);
+        let ahead = self.dump_mut().look_ahead(&pids);
+        self.prepared("counters", ahead.counters);
+        self.prepared("areas", ahead.areas);
+        let began = Instant::now();
         self.watchman = Some(Watchman::start().map_err(SendError::Watchman)?);
+        self.prepared("watchman", began.elapsed());
+        let began = Instant::now();
         self.look_at_connections()?;
         self.announce_network()?;
+        if self.network.is_some() {
+            self.prepared("announcement", began.elapsed());
+        }
         let mut laps = Laps { last: Instant::now() };
         let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         self.write_down(Step::Frozen, &[])?;
@@ -140,15 +148,7 @@ impl Migration<'_> {
         if stake == Stake::Image {
             self.let_go(&mut laps)?;
         }
-        match self.answer("the destination to be ready")? {
-            ControlMessage::Ready { timings, verified_pages } => {
-                // A file has the digests for it; the comparison is made at each restore.
-                self.report.verified = self.plan.verify && matches!(self.peer, Peer::Receiver(_));
-                self.report.verified_pages = verified_pages;
-                self.add_parts(timings);
-            }
-            other => return Err(SendError::Protocol(format!("{other:?} instead of ready"))),
-        }
+        self.hear_ready()?;
         if stake != Stake::Image {
             self.report.downtime_us.restore = laps.lap(self.observer, "restore");
             crate::fault::point("ready");
@@ -213,9 +213,40 @@ impl Migration<'_> {
         Ok(())
     }
 
+    /// The restored program could run, and the destination says what it did.
+    fn hear_ready(&mut self) -> Result<(), SendError> {
+        let mut prepared = false;
+        loop {
+            match self.answer("the destination to be ready")? {
+                ControlMessage::Prepared { timings } if !prepared => {
+                    prepared = true;
+                    self.report.prepared_us.destination = timed_parts(timings).collect();
+                    self.report.prepared_us.add_up();
+                }
+                ControlMessage::Ready { timings, verified_pages } => {
+                    // A file has the digests for it; the comparison is made at each restore.
+                    self.report.verified = self.plan.verify && matches!(self.peer, Peer::Receiver(_));
+                    self.report.verified_pages = verified_pages;
+                    self.add_parts(timings);
+                    return Ok(());
+                }
+                other => return Err(SendError::Protocol(format!("{other:?} instead of ready"))),
+            }
+        }
+    }
+
     fn add_parts(&mut self, timings: Vec<(pageferry_wire_format::Part, u64)>) {
-        let parts = timings.into_iter().map(|(part, us)| DestinationPart { name: part.to_string(), us });
-        self.report.downtime_us.destination.extend(parts);
+        self.report.downtime_us.destination.extend(timed_parts(timings));
+    }
+
+    /// Something for the freeze was done before it, and took so long.
+    pub(super) fn prepared(&mut self, name: &str, took: Duration) {
+        if took.is_zero() {
+            return;
+        }
+        let part = TimedPart { name: name.to_owned(), us: took.as_micros() as u64 };
+        self.report.prepared_us.source.push(part);
+        self.report.prepared_us.add_up();
     }
 
     /// Both sides agree on the memory: the destination confirms that it holds exactly the owned pages, with
@@ -407,6 +438,10 @@ impl Migration<'_> {
             None => Ok(()),
         }
     }
+}
+
+fn timed_parts(timings: Vec<(impl std::fmt::Display, u64)>) -> impl Iterator<Item = TimedPart> {
+    timings.into_iter().map(|(what, us)| TimedPart { name: what.to_string(), us })
 }
 
 /// Reads until the buffer is full or the file ends.

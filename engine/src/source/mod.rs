@@ -357,6 +357,7 @@ impl<'a> Migration<'a> {
             let (to, program) = (self.plan.to.to_string(), self.root.name());
             self.journal = Some(journal.begin(Role::Source, self.session, &to, &program, root)?);
         }
+        let began = Instant::now();
         let channel = self.open_channel()?;
         self.channel = Some(channel);
         self.control(&ControlMessage::Hello(Hello {
@@ -381,10 +382,18 @@ impl<'a> Migration<'a> {
         self.hear_of_kept(welcome.kept)?;
         let plan = self.plan;
         self.channel().link_mut().set_stall(plan.stall_timeout);
+        let session = began.elapsed();
+        let began = Instant::now();
         self.prepare_network(places)?;
+        let addresses = began.elapsed();
+        let began = Instant::now();
         self.open_streams(welcome.streams)?;
         if plan.may_owe() {
             self.open_late(welcome.streams)?;
+        }
+        self.prepared("connections", session + began.elapsed());
+        if self.network.is_some() {
+            self.prepared("addresses", addresses);
         }
         if let Peer::Receiver(to) = self.peer {
             self.observer.event(&Event::Connected { to, version: welcome.engine });
@@ -417,6 +426,7 @@ impl<'a> Migration<'a> {
         self.check_cancel()?;
         let tracker = Tracker::attach(self.root.clone(), self.tracker_choice)?;
         self.tracker = Some(tracker);
+        let began = Instant::now();
         let dump = match self.start_dump() {
             // A CRIU that is linked statically, or started by something that cleans its environment.
             Err(DumpError::ShimNotLoaded { .. }) if self.plan.hide.is_none() && self.soft_dirty => {
@@ -428,6 +438,7 @@ impl<'a> Migration<'a> {
             started => started,
         };
         self.dump = Some(dump?);
+        self.prepared("criu", began.elapsed());
         let processes = tracker::tree::discover(&self.root)?.len() as u32;
         self.report.processes = processes;
         self.observer.event(&Event::Attached {

@@ -41,11 +41,13 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// The program is about to stand still: from here on a lost link ends the migration, on both sides at once.
+    /// The program is about to stand still: from here on a lost link ends the migration, on both sides at once. A newer receiver hears of
+    /// it by this, and so in any case.
     pub(super) fn hold_no_longer(&mut self) -> Result<(), SendError> {
-        match self.held_for.take() {
-            Some(_) => self.control(&ControlMessage::Hold { ms: 0 }),
-            None => Ok(()),
+        let held = self.held_for.take().is_some();
+        match held || self.peer.is_receiver() && self.spoken >= version::PREPARED {
+            true => self.control(&ControlMessage::Hold { ms: 0 }),
+            false => Ok(()),
         }
     }
 

@@ -2,10 +2,12 @@
 
 use anyhow::{Context, bail, ensure};
 use pageferry::MigrationReport;
+use pageferry::report::TimedPart;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::workload::state::realtime_us;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
@@ -420,6 +422,7 @@ impl Outcome {
         ensure!(report.outcome == "completed", "outcome {}", report.outcome);
         let parts: u64 = report.downtime_us.parts().iter().map(|(_, us)| us).sum();
         ensure!(parts == report.downtime_us.total && parts > 0, "the downtime's parts do not sum to it");
+        taken_out_of_the_downtime(report)?;
         // Rounds before the freeze, where the strategy has any.
         let least = if matches!(report.strategy.as_str(), "stop-and-copy" | "post-copy") { 1 } else { 2 };
         ensure!(
@@ -438,6 +441,37 @@ impl Outcome {
         }
         Ok(())
     }
+}
+
+/// What was done before the freeze is told, nothing of it twice, and it adds up.
+fn taken_out_of_the_downtime(report: &MigrationReport) -> anyhow::Result<()> {
+    let prepared = &report.prepared_us;
+    let names = |parts: &[TimedPart]| parts.iter().map(|part| part.name.clone()).collect::<Vec<_>>();
+    let sum = |parts: &[TimedPart]| parts.iter().map(|part| part.us).sum::<u64>();
+    let (source, destination) = (names(&prepared.source), names(&prepared.destination));
+    for names in [&source, &destination] {
+        let each: BTreeSet<&String> = names.iter().collect();
+        ensure!(each.len() == names.len(), "something was prepared twice: {names:?}");
+    }
+    let needed =
+        |names: &[String], needed: &[&str]| needed.iter().all(|n| names.iter().any(|name| name == n));
+    ensure!(needed(&source, &["connections", "criu", "watchman"]), "at the source: {source:?}");
+    let into_file = report.to.starts_with("file:") || report.to.starts_with("dir:");
+    let there: &[&str] = if into_file { &[] } else { &["criu", "memory"] };
+    ensure!(
+        needed(&destination, there) && into_file == destination.is_empty(),
+        "at the destination: {destination:?}"
+    );
+    let total = sum(&prepared.source) + sum(&prepared.destination);
+    ensure!(total == prepared.total && total > 0, "what was prepared does not sum to it");
+    let before = report.total_us - report.downtime_us.total;
+    ensure!(
+        sum(&prepared.source) <= before,
+        "{prepared:?} in {before} us: not all of it was before the freeze"
+    );
+    let criu = prepared.destination.iter().find(|part| part.name == "criu");
+    ensure!(criu.is_none_or(|criu| criu.us > 0 && criu.us <= before), "{criu:?} in {before} us");
+    Ok(())
 }
 
 /// Output of a command that must succeed.

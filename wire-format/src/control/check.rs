@@ -67,6 +67,14 @@ impl ControlMessage {
             Self::Ready { timings, .. } | Self::Resumed { timings, .. } => {
                 limit("a list of timings", timings.len(), MAX_TIMINGS)
             }
+            Self::Prepared { timings } => {
+                limit("a list of timings", timings.len(), MAX_TIMINGS)?;
+                let twice = |n: usize| timings[..n].iter().any(|(one, _)| *one == timings[n].0);
+                match (0..timings.len()).any(twice) {
+                    true => Err(DecodeError::Invalid("a preparation that was made twice")),
+                    false => Ok(()),
+                }
+            }
             Self::Abort { code, detail } => {
                 if AbortCode::from_number(code.number()) != *code {
                     return Err(DecodeError::Invalid("a known code under the name of an unknown one"));

@@ -298,5 +298,15 @@ fn messages() -> Vec<(&'static str, ControlMessage)> {
         ),
         ("standing-end", ControlMessage::StandingEnd { spaces: 1 }),
         ("stands", ControlMessage::Stands { pages: 3 }),
+        (
+            "prepared",
+            ControlMessage::Prepared {
+                timings: vec![
+                    (Preparation::Criu, 31_000),
+                    (Preparation::Memory, 198_000),
+                    (Preparation::Addresses, 700),
+                ],
+            },
+        ),
     ]
 }

@@ -532,13 +532,24 @@ fn a_frame_is_written_in_the_oldest_version_that_has_it_and_in_no_other() {
     for (name, frame) in crate::examples::examples() {
         let mut bytes = frame.encode().unwrap();
         let written = u16::from_le_bytes([bytes[4], bytes[5]]);
-        let new = matches!(&frame, Frame::Control(message) if message.version() == version::HOLDS);
-        assert_eq!(written, if new { version::HOLDS } else { version::FRAMES }, "{name}");
-        let other = if new { version::FRAMES } else { version::HOLDS };
-        bytes[4..6].copy_from_slice(&other.to_le_bytes());
-        reseal(&mut bytes);
-        assert!(matches!(decode(&bytes), Some(Err(_))), "{name} in version {other}");
+        let oldest = match &frame {
+            Frame::Control(message) => message.version(),
+            _ => version::FRAMES,
+        };
+        assert_eq!(written, oldest, "{name}");
+        for other in (version::OLDEST..=version::CURRENT).filter(|version| *version != oldest) {
+            bytes[4..6].copy_from_slice(&other.to_le_bytes());
+            reseal(&mut bytes);
+            assert!(matches!(decode(&bytes), Some(Err(_))), "{name} in version {other}");
+        }
     }
+}
+
+#[test]
+fn nothing_is_prepared_twice() {
+    let prepared = |timings| writes(ControlMessage::Prepared { timings });
+    assert!(prepared(Vec::new()) && prepared(vec![(Preparation::Memory, 1), (Preparation::Criu, 2)]));
+    assert!(!prepared(vec![(Preparation::Criu, 1), (Preparation::Memory, 2), (Preparation::Criu, 3)]));
 }
 
 #[test]

@@ -323,7 +323,10 @@ fn moves(rounds: &[Vec<Write>], losses: Vec<u32>) -> u64 {
         let hub = &hub;
         let destination = scope.spawn(move || {
             let mut network = Arrival::new(&plan, &Silent, 7, "program", String::new());
-            let reception = Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network);
+            let reception =
+                Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network, &|| {
+                    Duration::ZERO
+                });
             reception.run().map(|cargo| cargo.spaces.len())
         });
         let hold = ControlMessage::Hold { ms: HOLD.as_millis() as u64 };
@@ -393,7 +396,10 @@ fn answer(says: impl FnOnce(&mut Channel, SpaceInfo, SpaceDigest)) -> Result<(),
         let hub = &hub;
         let destination = scope.spawn(move || {
             let mut network = Arrival::new(&plan, &Silent, 7, "program", String::new());
-            let reception = Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network);
+            let reception =
+                Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network, &|| {
+                    Duration::ZERO
+                });
             let ended = reception.run().map(drop);
             if let Err(error) = ended {
                 let _ = theirs.control(&ControlMessage::abort(error.code(), &error.chain()));

@@ -31,6 +31,7 @@ use pageferry_wire_format::{Chain, Coding, PageBatch, PageNo, PageRef as PageAt,
 use slots::Slots;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The pages received so far.
 #[derive(Debug)]
@@ -130,6 +131,11 @@ impl PageStore {
     /// Bytes of memory that are ready for pages, and taken from the machine already.
     pub fn ready_bytes(&self) -> u64 {
         self.slots.ready()
+    }
+
+    /// How long it has taken so far to make memory ready.
+    pub fn ready_in(&self) -> Duration {
+        self.slots.ready_in()
     }
 
     /// Bytes of memory that pages take now; zero pages take none.

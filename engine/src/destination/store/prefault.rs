@@ -7,6 +7,7 @@ use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Regio
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// How far ahead of use memory is made ready when nothing was announced.
 const AHEAD: u64 = 16 << 20;
@@ -34,6 +35,8 @@ struct State {
     reserved: u64,
     /// Bytes that the index takes: they count too.
     index: u64,
+    /// How long making memory ready has taken.
+    spent: Duration,
     stop: bool,
 }
 
@@ -114,6 +117,11 @@ impl Prefault {
     pub(super) fn ready(&self) -> u64 {
         let state = self.shared.lock();
         state.populated.saturating_sub(state.used)
+    }
+
+    /// How long that has taken so far.
+    pub(super) fn spent(&self) -> Duration {
+        self.shared.lock().spent
     }
 
     /// The next region, in order.
@@ -208,8 +216,11 @@ impl Shared {
             let offset = (at % REGION_BYTES as u64) as usize;
             let Some(populator) = state.populators.front().cloned() else { continue };
             drop(state);
+            let began = Instant::now();
             let done = populator.populate(offset, STEP as usize);
+            let spent = began.elapsed();
             state = self.lock();
+            state.spent += spent;
             let next = if done.is_ok() { at + STEP } else { state.mapped };
             state.skip_to(next);
         }

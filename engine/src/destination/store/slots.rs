@@ -3,6 +3,7 @@
 use super::error::{Bound, StoreError};
 use super::prefault::Prefault;
 use crate::destination::sys::arena::{Arena, BLOCK_SLOTS, Extent, REGION_SLOTS, SLOT_BYTES};
+use std::time::Duration;
 
 /// Slots between two looks at the budget: 4 MiB.
 const STRIDE: u64 = 1024;
@@ -75,6 +76,11 @@ impl Slots {
     /// Bytes of memory that are ready for pages.
     pub(super) fn ready(&self) -> u64 {
         self.prefault.ready()
+    }
+
+    /// How long it has taken to make memory ready.
+    pub(super) fn ready_in(&self) -> Duration {
+        self.prefault.spent()
     }
 
     /// Slots that hold pages, or are about to.
