@@ -126,6 +126,17 @@ pub enum Event {
         /// Bytes sent for these pages.
         sent_bytes: u64,
     },
+    /// In place of a source's engine that was killed: the program at the destination is sent what it is owed.
+    GoesOn {
+        /// The program.
+        program: String,
+        /// Where it runs.
+        to: SocketAddr,
+        /// Pages that it does not have yet.
+        left_pages: u64,
+        /// Pages that were owed in the beginning.
+        total_pages: u64,
+    },
     /// Both: every page was put in place at the destination.
     Filled {
         /// Pages.

@@ -7,7 +7,7 @@ use crate::policy::goals::Late;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
 use pageferry_wire_format::limits;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -75,7 +75,8 @@ impl Strategy {
 }
 
 /// How pages may be coded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CodingChoice {
     /// By what is measured of the link, the processor and the data: whatever is quickest.
     #[default]

@@ -67,6 +67,11 @@ impl PageReader {
         Ok(Self { target: target.clone(), memory })
     }
 
+    /// Whose memory it reads.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
     /// Reads the pages of `runs`, one after the other, into `buffer`, which has to be exactly as long. Returns the
     /// pages that are not mapped any more; their part of the buffer is zero.
     ///

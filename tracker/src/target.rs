@@ -366,6 +366,12 @@ impl Target {
         self.thread_state(tid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
     }
 
+    /// Whether every thread of it is stopped, by a signal or by a tracer.
+    pub fn is_stopped(&self) -> bool {
+        let stands = |tid: &i32| matches!(self.thread_state(*tid), Some('T' | 't'));
+        self.is_alive() && self.threads().is_ok_and(|threads| threads.iter().all(stands))
+    }
+
     /// Whether a thread waits in the kernel for a child that uses its memory (`vfork`, `posix_spawn`). It comes back
     /// when the child becomes another program or ends, and touches nothing until then.
     pub(crate) fn waits_for_vfork(&self, tid: i32) -> bool {

@@ -55,6 +55,9 @@ fn sentence(event: &Event) -> Option<String> {
         }
         Event::Strategy { chosen, because, .. } => format!("chose {chosen}: {because}"),
         Event::Resumed { pid } => format!("running at the destination as process {pid}"),
+        Event::GoesOn { program, to, left_pages, total_pages } => {
+            format!("sending {program} at {to} what it is owed: {left_pages} of {total_pages} pages")
+        }
         Event::Filled { pages, faults, max_fault_us } => format!(
             "all {pages} pages are in place ({faults} page faults served, the longest in {})",
             micros(*max_fault_us)

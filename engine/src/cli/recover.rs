@@ -1,12 +1,14 @@
 //! `pageferry recover`.
 
 use super::failure::REFUSED;
+use super::progress::{Bars, Plain};
 use super::render;
 use super::units::Time;
 use clap::Args;
-use pageferry::control;
 use pageferry::journal::recover::{Choice, Finding, RecoverPlan, Recovered, recover};
 use pageferry::journal::{self, Role};
+use pageferry::{Observer, Silent, control};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, Args)]
@@ -51,7 +53,13 @@ pub(super) fn run(verb: &RecoverVerb) -> anyhow::Result<u8> {
         dry_run: verb.dry_run,
         patience: verb.timeout.0,
     };
-    let Recovered { findings, broken, cleaned } = recover(&plan)?;
+    // With --json every line is a session's.
+    let observer: &dyn Observer = match (verb.json, std::io::stderr().is_terminal()) {
+        (true, _) => &Silent,
+        (false, true) => &Bars::new(),
+        (false, false) => &Plain,
+    };
+    let Recovered { findings, broken, cleaned } = recover(&plan, observer)?;
     if !verb.dry_run {
         control::sweep(Path::new(control::DIRECTORY));
     }

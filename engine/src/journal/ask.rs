@@ -17,8 +17,14 @@ pub(crate) fn ask(channel: &mut Channel, session: u128) -> Result<Option<Handove
     }
 }
 
-/// Asks until there is an answer that does not change any more, or the time is over; then what was heard last, if anything.
-pub(super) fn ask_until(to: SocketAddr, session: u128, patience: Duration) -> Option<HandoverState> {
+/// Asks until there is an answer that does not change by itself any more, or the time is over; then what was heard last, if anything.
+/// `owes`: a program that runs there and is owed pages is such an answer.
+pub(super) fn ask_until(
+    to: SocketAddr,
+    session: u128,
+    owes: bool,
+    patience: Duration,
+) -> Option<HandoverState> {
     let end = Instant::now() + patience;
     let mut last = None;
     loop {
@@ -28,10 +34,8 @@ pub(super) fn ask_until(to: SocketAddr, session: u128, patience: Duration) -> Op
             ask(&mut Channel::new(link), session)
         });
         match heard {
-            Ok(Some(
-                HandoverState::ReadyToRun | HandoverState::Receiving | HandoverState::Resumed { .. },
-            ))
-            | Err(_) => {}
+            Ok(Some(HandoverState::Resumed { .. })) if !owes => {}
+            Ok(Some(HandoverState::ReadyToRun | HandoverState::Receiving)) | Err(_) => {}
             Ok(state) => return state,
         }
         if let Ok(state) = heard {

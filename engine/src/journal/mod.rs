@@ -9,20 +9,22 @@
 //! [`recover`] reads what was left behind and brings it to an end.
 
 mod ask;
+mod owed;
 pub mod recover;
 #[cfg(test)]
 mod simulated;
 mod verdict;
 
 pub(crate) use ask::ask;
+pub(crate) use owed::{Owed, OwedSpace, Terms};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Where the journals are unless something else is asked for.
 pub const DIRECTORY: &str = "/run/pageferry/journal";
@@ -30,6 +32,8 @@ pub const DIRECTORY: &str = "/run/pageferry/journal";
 const VERSION: u32 = 1;
 /// The line of the step `filled`, for who cannot tell the time.
 pub(crate) const FILLED_LINE: &str = r#"{"step":"filled","at_us":0}"#;
+/// How long others may have the lock of a journal only to read it.
+const GLANCE: Duration = Duration::from_secs(1);
 /// More than any journal has: two lines for each step, and the processes of a large tree.
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -120,7 +124,7 @@ pub struct Begin {
     pub role: Role,
     /// Identity of the session: 32 hexadecimal digits.
     pub session: String,
-    /// Process id of the engine.
+    /// Process id of the engine, or of who went on in its place last.
     pub engine: i32,
     /// The other side: at the source where the program goes to, at the destination who connected.
     pub peer: String,
@@ -149,6 +153,9 @@ struct Line {
     /// Source, with the commit: addresses that are taken away here with it, as `--move-address` names them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     addresses: Vec<String>,
+    /// Source: this process goes on in place of an engine that has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    engine: Option<i32>,
 }
 
 /// A journal as it was read.
@@ -335,13 +342,18 @@ impl Writer {
     pub(crate) fn step(&mut self, step: Step, processes: &[Process]) -> Result<(), JournalError> {
         let processes = processes.to_vec();
         let (at_us, up_us) = (now_us(), up_us());
-        self.line(&Line { step, at_us, up_us, processes, owes: false, addresses: Vec::new() })
+        self.line(&Line { step, at_us, up_us, processes, owes: false, addresses: Vec::new(), engine: None })
+    }
+
+    /// Writes down which pages will be owed, and how they are sent: for whoever goes on when this engine is killed.
+    pub(crate) fn owe(&mut self, owed: &Owed) -> Result<(), JournalError> {
+        owed::write(&self.path, owed)
     }
 
     /// The commit is about to be sent: pages may be owed from then on, and these addresses not be here any more.
     pub(crate) fn committing(&mut self, owes: bool, addresses: Vec<String>) -> Result<(), JournalError> {
         let (step, at_us, up_us) = (Step::Committing, now_us(), up_us());
-        self.line(&Line { step, at_us, up_us, processes: Vec::new(), owes, addresses })
+        self.line(&Line { step, at_us, up_us, processes: Vec::new(), owes, addresses, engine: None })
     }
 
     /// The file, for a process that writes to it and holds its lock when the engine has ended.
@@ -351,10 +363,74 @@ impl Writer {
 
     /// Nothing is open any more: both sides know what became of the program.
     pub(crate) fn close(self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if let Err(error) = remove(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "a journal that is over could not be removed");
         }
     }
+}
+
+impl Entry {
+    /// Which pages were owed when the commit was sent; `None` where the engine did not write it down.
+    pub(crate) fn owed(&self) -> Result<Option<Owed>, JournalError> {
+        owed::read(&self.path)
+    }
+
+    /// Takes the place of the engine, which has ended: from now on the session is under way for everybody else. `None` if somebody else
+    /// has done so, or has brought it to its end, since this was read.
+    pub(crate) fn take_over(&self) -> Result<Option<Writer>, JournalError> {
+        let file = match OpenOptions::new().read(true).append(true).open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file.map_err(Journal::failed(&self.path, "opened"))?,
+        };
+        let until = Instant::now() + GLANCE;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                // Whoever reads a journal has its lock for that long.
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(errno) => return Err(Journal::failed(&self.path, "locked")(errno.into())),
+            }
+        }
+        let mut text = Vec::new();
+        (&file).take(MAX_BYTES).read_to_end(&mut text).map_err(Journal::failed(&self.path, "read"))?;
+        let unchanged = parse(&self.path, &text, self.live)?.is_some_and(|entry| entry == *self);
+        // One that was removed can still be locked.
+        let listed = std::fs::metadata(&self.path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+        let ours = file.metadata().map(|metadata| (metadata.dev(), metadata.ino())).ok();
+        if !unchanged || listed != ours {
+            return Ok(None);
+        }
+        let mut writer = Writer { file, path: self.path.clone() };
+        writer.line(&Line {
+            step: Step::Resumed,
+            at_us: now_us(),
+            up_us: up_us(),
+            processes: Vec::new(),
+            owes: false,
+            addresses: Vec::new(),
+            engine: Some(std::process::id() as i32),
+        })?;
+        Ok(Some(writer))
+    }
+
+    /// Takes it away: nobody will ask about the session any more.
+    pub(crate) fn remove(&self) -> Result<(), JournalError> {
+        match remove(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Journal::failed(&self.path, "removed")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Takes a journal away, and what stands beside it before it: alone nobody would find that.
+fn remove(path: &Path) -> io::Result<()> {
+    owed::remove(path)?;
+    std::fs::remove_file(path)
 }
 
 /// Reads a journal; `None` if it is not there, or was being begun when its engine ended.
@@ -403,6 +479,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         (entry.step, entry.at_us) = (line.step, line.at_us.max(entry.at_us));
         entry.up_us = line.up_us.max(entry.up_us);
         entry.owes |= line.owes;
+        entry.begin.engine = line.engine.unwrap_or(entry.begin.engine);
         entry.addresses.extend(line.addresses);
         if !line.processes.is_empty() {
             entry.processes = line.processes;
@@ -444,6 +521,31 @@ mod tests {
         assert!(journal.begin(Role::Source, 5, "", "", None).is_err(), "a session is written once");
         journal.begin(Role::Destination, 5, "", "", None).unwrap().close();
         assert_eq!(journal.entries().unwrap().0.len(), 1, "what is closed is gone");
+    }
+
+    #[test]
+    fn one_at_a_time_takes_the_place_of_an_engine_that_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
+        writer.committing(true, Vec::new()).unwrap();
+        let alive = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert!(alive.take_over().unwrap().is_none(), "its engine lives");
+        drop(writer);
+        left_behind(&journal, Role::Source, 5);
+        let dead = journal.find(Role::Source, 5).unwrap().unwrap();
+        let second = dead.take_over().unwrap().expect("nobody has it");
+        let taken = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert!(taken.live && taken.owes && taken.step == Step::Resumed);
+        assert_eq!(taken.begin.engine, std::process::id() as i32);
+        assert!(dead.take_over().unwrap().is_none(), "somebody has it");
+        drop(second);
+        left_behind(&journal, Role::Source, 5);
+        assert!(dead.take_over().unwrap().is_none(), "something was written since");
+        let again = journal.find(Role::Source, 5).unwrap().unwrap();
+        again.take_over().unwrap().expect("nobody has it").close();
+        assert!(again.take_over().unwrap().is_none(), "it was brought to its end");
+        again.remove().unwrap();
     }
 
     #[test]

@@ -6,8 +6,12 @@
 
 use super::ask::ask_until;
 use super::verdict::{self, Tree, Verdict};
-use super::{Entry, Journal, JournalError, Process, Role, Step};
+use super::{Entry, Journal, JournalError, Owed, Process, Role, Step};
 use crate::network::{self, MovedAddress, traces};
+use crate::observe::Observer;
+use crate::report::PostCopyReport;
+use crate::source::failure::SendError;
+use crate::source::late::Orphaned;
 use pageferry_tracker::{self as tracker, Target};
 use pageferry_wire_format::HandoverState;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -74,8 +78,8 @@ pub enum RecoverError {
     },
     /// Ending the copy here would lose the program, and letting it run would make two.
     #[error(
-        "the program of session {session} runs at {peer}, and not all of its pages are in place there: ask again when they are, or, where pages \
-         are only here, when it was ended there after the receiver's --post-copy-timeout"
+        "the program of session {session} runs at {peer}, and not all of its pages are in place there: `pageferry recover` sends it what is \
+         only here, or waits; choose when it was ended there, which the receiver does after its --post-copy-timeout"
     )]
     Needed {
         /// Which.
@@ -111,6 +115,8 @@ pub struct Finding {
     pub verdict: Verdict,
     /// What was done, or would be; or what a person can do.
     pub text: String,
+    /// What the program was sent of the pages that it was owed, if all of them are in place there now.
+    pub served: Option<PostCopyReport>,
     /// Whether nothing is left to decide.
     pub settled: bool,
 }
@@ -126,11 +132,12 @@ pub struct Recovered {
     pub cleaned: Vec<String>,
 }
 
-/// Looks at every session that an engine of this machine left behind, and ends what can be ended.
+/// Looks at every session that an engine of this machine left behind, and ends what can be ended. Where a program at the other side is owed
+/// pages that are here, it sends them first, in place of the engine: `observer` is told how far that is.
 ///
 /// # Errors
 /// [`RecoverError`]; what was done before stays done, and is found done by the next call.
-pub fn recover(plan: &RecoverPlan) -> Result<Recovered, RecoverError> {
+pub fn recover(plan: &RecoverPlan, observer: &dyn Observer) -> Result<Recovered, RecoverError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(RecoverError::NotRoot);
     }
@@ -150,7 +157,27 @@ pub fn recover(plan: &RecoverPlan) -> Result<Recovered, RecoverError> {
     }
     // What comes to its end at a destination here can be asked about by a source here.
     entries.sort_by_key(|entry| entry.begin.role == Role::Source);
-    let findings = entries.into_iter().map(|entry| settle(plan, entry)).collect::<Result<_, _>>()?;
+    let mut findings = Vec::with_capacity(entries.len());
+    let mut owing = Vec::new();
+    for entry in entries {
+        match settle(plan, entry)? {
+            Settled::Found(finding) => findings.push(*finding),
+            Settled::Owes(debtor) => owing.push(debtor),
+        }
+    }
+    // Beside each other: a program that waits for its pages is not given all the time that another one takes.
+    let served = std::thread::scope(|scope| {
+        let serve = |debtor: Box<Debtor>| scope.spawn(move || debtor.serve(plan, observer));
+        let all: Vec<_> = owing.into_iter().map(serve).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Finding, RecoverError>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        // All of them come to their end before one's failure is told.
+        all.into_iter().map(join).collect::<Vec<_>>()
+    });
+    for finding in served {
+        findings.push(finding?);
+    }
     // Afterwards: an address that is still announced here may be that of a program that is let go above.
     let cleaned = if plan.dry_run { Vec::new() } else { traces::clean() };
     Ok(Recovered { findings, broken, cleaned })
@@ -177,7 +204,14 @@ fn is_process(pid: i32) -> bool {
     rustix::process::Pid::from_raw(pid).is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
 }
 
-fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Finding, RecoverError> {
+/// What a first look at a session came to.
+enum Settled {
+    Found(Box<Finding>),
+    /// The program at the other side is owed pages that are here.
+    Owes(Box<Debtor>),
+}
+
+fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Settled, RecoverError> {
     let begin = &entry.begin;
     let tree = Copy::find(&entry);
     let state = tree.state();
@@ -187,18 +221,61 @@ fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Finding, RecoverError> {
     }
     let mut answer = None;
     if verdict == Verdict::Ask {
-        answer = ask(plan, &entry);
-        verdict = verdict::answered(answer.as_ref());
+        answer = ask(&entry, plan.patience);
+        verdict = verdict::answered(answer.as_ref(), entry.owes, state);
     }
-    if verdict == Verdict::Unclear && plan.choice.is_some() && needed_there(answer.as_ref()) {
+    if matches!(verdict, Verdict::Unclear | Verdict::Serve)
+        && plan.choice.is_some()
+        && needed_there(answer.as_ref())
+    {
         return Err(RecoverError::Needed { session: begin.session.clone(), peer: begin.peer.clone() });
     }
+    let mut failure = None;
+    if verdict == Verdict::Serve {
+        match entry.owed().map_err(SendError::from).and_then(|owed| owed.ok_or(SendError::NothingOwed)) {
+            Ok(owed) if !plan.dry_run => return Ok(Settled::Owes(Box::new(Debtor { entry, tree, owed }))),
+            Ok(_) => {}
+            Err(error) => (verdict, failure) = (Verdict::Unclear, Some(error)),
+        }
+    }
+    let finding = conclude(plan, entry, &tree, state, verdict, Heard { answer, served: None, failure })?;
+    Ok(Settled::Found(Box::new(finding)))
+}
+
+/// What was heard of the other side, and of who sent pages there.
+#[derive(Default)]
+struct Heard {
+    answer: Option<HandoverState>,
+    served: Option<PostCopyReport>,
+    /// Why pages could not be sent.
+    failure: Option<SendError>,
+}
+
+/// Does what was found is to be done, and says it.
+fn conclude(
+    plan: &RecoverPlan,
+    entry: Entry,
+    tree: &Copy,
+    state: Tree,
+    verdict: Verdict,
+    heard: Heard,
+) -> Result<Finding, RecoverError> {
+    let Heard { answer, served, failure } = heard;
     let chosen = match (verdict, plan.choice) {
         (Verdict::Unclear, Some(Choice::RunHere)) => Verdict::RunHere,
         (Verdict::Unclear, Some(Choice::EndHere)) => Verdict::EndHere,
         (verdict, _) => verdict,
     };
-    let mut text = describe(chosen, &entry, state, answer.as_ref(), plan.dry_run);
+    let mut text = match (&served, failure) {
+        (Some(report), _) => format!(
+            "ended here: it runs at {}, and was sent what it was owed ({} of {} pages were missing)",
+            entry.begin.peer,
+            report.demanded_pages + report.pushed_pages,
+            report.owed_pages
+        ),
+        (None, Some(error)) => not_sent(&error, &entry, state, answer.as_ref()),
+        (None, None) => describe(chosen, &entry, state, answer.as_ref(), plan.dry_run),
+    };
     if chosen == Verdict::RunHere && !entry.addresses.is_empty() {
         let addresses = entry.addresses.join(", ");
         text += &match plan.dry_run {
@@ -211,11 +288,81 @@ fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Finding, RecoverError> {
         };
     }
     if !plan.dry_run {
-        act(chosen, &entry, &tree)?;
+        act(chosen, &entry, tree)?;
     }
-    let settled = chosen != Verdict::Unclear;
+    let settled = !matches!(chosen, Verdict::Unclear | Verdict::Serve);
     let answer = answer.map(|answer| format!("{answer:?}"));
-    Ok(Finding { tree: state, answer, verdict: chosen, text, settled, entry })
+    Ok(Finding { tree: state, answer, verdict: chosen, text, served, settled, entry })
+}
+
+/// A copy that has pages which the program at the other side needs.
+struct Debtor {
+    entry: Entry,
+    tree: Copy,
+    owed: Owed,
+}
+
+/// How often the sending is begun anew when the last word of the other side is lost.
+const TRIES: u32 = 3;
+
+impl Debtor {
+    /// Sends them, and ends the copy when the other side has said that every page is in place.
+    fn serve(self, plan: &RecoverPlan, observer: &dyn Observer) -> Result<Finding, RecoverError> {
+        let Self { mut entry, tree, owed } = self;
+        let Some(mut writer) = entry.take_over()? else {
+            // Somebody else has, meanwhile.
+            let state = tree.state();
+            return conclude(plan, entry, &tree, state, Verdict::UnderWay, Heard::default());
+        };
+        (entry.begin.engine, entry.step) = (std::process::id() as i32, Step::Resumed);
+        let mut tries = 0;
+        let (verdict, heard) = loop {
+            tries += 1;
+            let orphaned = || {
+                let to = entry.begin.peer.parse().map_err(|_| SendError::NothingOwed)?;
+                let (session, program) = (session_of(&entry).unwrap_or_default(), &entry.begin.program);
+                let (owed, tree, patience) = (owed.clone(), tree.0.as_slice(), plan.patience);
+                Orphaned { session, program, to, owed, tree, patience, observer }.serve()
+            };
+            let error = match orphaned() {
+                Ok(report) => break (Verdict::EndHere, Heard { served: Some(report), ..Heard::default() }),
+                Err(error) => error,
+            };
+            // What became of it meanwhile says more than how the sending ended.
+            let answer = ask(&entry, plan.patience);
+            match verdict::answered(answer.as_ref(), entry.owes, tree.state()) {
+                Verdict::Serve if error.is_lost_link() && tries < TRIES => {}
+                Verdict::Serve | Verdict::Unclear => {
+                    break (Verdict::Unclear, Heard { answer, served: None, failure: Some(error) });
+                }
+                verdict => break (verdict, Heard { answer, ..Heard::default() }),
+            }
+        };
+        if verdict == Verdict::EndHere {
+            writer.step(Step::Filled, &[])?;
+        }
+        let state = tree.state();
+        conclude(plan, entry, &tree, state, verdict, heard)
+    }
+}
+
+/// Why owed pages were not sent, where the program is, and what to do.
+fn not_sent(error: &SendError, entry: &Entry, tree: Tree, answer: Option<&HandoverState>) -> String {
+    let (peer, short) = (&entry.begin.peer, &entry.begin.session[..8]);
+    let why = error.chain();
+    if tree != Tree::Stopped || !needed_there(answer) {
+        return format!("{why}; {}", describe(Verdict::Unclear, entry, tree, answer, false));
+    }
+    let again = match error.is_lost_link()
+        || matches!(error, SendError::Owing { source, .. } if source.is_lost_link())
+    {
+        true => format!("`pageferry recover --session {short}` tries again, and goes on from there"),
+        false => "they cannot be sent".to_owned(),
+    };
+    format!(
+        "{why}; stopped here, and whole; it runs at {peer} and waits for pages that are only here: {again}. Without them it is ended there after the \
+         receiver's --post-copy-timeout; then `pageferry recover --session {short} --run-here` lets it run here as it was when it moved"
+    )
 }
 
 fn put_back(entry: &Entry) -> Result<(), String> {
@@ -232,10 +379,10 @@ fn needed_there(answer: Option<&HandoverState>) -> bool {
     matches!(answer, Some(HandoverState::Resumed { .. }))
 }
 
-fn ask(plan: &RecoverPlan, entry: &Entry) -> Option<HandoverState> {
+fn ask(entry: &Entry, patience: Duration) -> Option<HandoverState> {
     // Nobody can be asked about a file.
     let to: SocketAddr = entry.begin.peer.parse().ok()?;
-    ask_until(to, session_of(entry)?, plan.patience)
+    ask_until(to, session_of(entry)?, entry.owes, patience)
 }
 
 fn session_of(entry: &Entry) -> Option<u128> {
@@ -245,17 +392,15 @@ fn session_of(entry: &Entry) -> Option<u128> {
 /// Does what a verdict says, and takes the journal away where nobody will ask about it.
 fn act(verdict: Verdict, entry: &Entry, tree: &Copy) -> Result<(), RecoverError> {
     match verdict {
-        Verdict::UnderWay | Verdict::Ask | Verdict::Unclear => return Ok(()),
+        Verdict::UnderWay | Verdict::Ask | Verdict::Serve | Verdict::Unclear => return Ok(()),
         Verdict::Over => {}
         // Before that step nobody but its user has stopped it.
         Verdict::RunHere if entry.step >= Step::Held => tree.signal(Signal::CONT)?,
         Verdict::RunHere => {}
         Verdict::EndHere => tree.end()?,
     }
-    if entry.begin.role == Role::Source
-        && let Err(source) = std::fs::remove_file(&entry.path)
-    {
-        return Err(JournalError::Io { path: entry.path.clone(), what: "removed", source }.into());
+    if entry.begin.role == Role::Source {
+        entry.remove()?;
     }
     // A destination's stays: the source may ask.
     Ok(())
@@ -276,7 +421,15 @@ fn describe(
         (Role::Source, Verdict::Over) if tree == Tree::Running => {
             format!("runs here as process {root}: somebody has let it go")
         }
+        (Role::Source, Verdict::Over) if entry.owes && *step != Step::Filled => format!(
+            "no process of it is left here: should it run at {}, and have been owed pages, it is ended there after the receiver's --post-copy-timeout",
+            begin.peer
+        ),
         (Role::Source, Verdict::Over) => "no process of it is left here".to_owned(),
+        (_, Verdict::Serve) => format!(
+            "stopped here, and whole; it runs at {}, and would be sent the pages that it is owed, and then ended here",
+            begin.peer
+        ),
         (Role::Destination, Verdict::Over) if *step == Step::Filled && tree != Tree::Gone => {
             format!("runs here, complete, as process {root}; whoever asks is told so")
         }
@@ -313,17 +466,19 @@ fn describe(
                         begin.peer
                     );
                 }
-                Some(HandoverState::Resumed { .. }) => {
-                    return format!(
-                        "stopped here, and whole; it runs at {} and waits for pages that are only here. They do not come any more: it is ended there after the \
-                         receiver's --post-copy-timeout. Then `pageferry recover --session {short} --run-here` lets it run here as it was when it moved",
-                        begin.peer
-                    );
-                }
+                Some(HandoverState::Resumed { .. }) => format!(
+                    "it runs at {} and waits for pages that were only here, and may be others by now: nothing is sent, and it is ended there after the \
+                     receiver's --post-copy-timeout",
+                    begin.peer
+                ),
                 Some(_) => format!("{} is not done with it", begin.peer),
             };
+            let here = match tree {
+                Tree::Running => "runs here, because somebody has let it go",
+                _ => "stopped here, and whole",
+            };
             format!(
-                "stopped here, and whole; {heard}. If there is none there: `pageferry recover --session {short} --run-here`; if it runs \
+                "{here}; {heard}. If there is none there: `pageferry recover --session {short} --run-here`; if it runs \
                  there: `pageferry recover --session {short} --end-here`"
             )
         }
@@ -438,7 +593,7 @@ pub(crate) fn sweep(journal: &Journal) {
         let verdict = verdict::judge(entry.begin.role, entry.step, entry.live, tree);
         let untouched = verdict == Verdict::RunHere && (entry.step < Step::Held || tree == Tree::Running);
         if entry.begin.role == Role::Source && (verdict == Verdict::Over || untouched) {
-            let _ = std::fs::remove_file(&entry.path);
+            let _ = entry.remove();
         }
     }
     journal.forget_older_than(REMEMBERED);

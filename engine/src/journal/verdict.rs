@@ -31,6 +31,8 @@ pub enum Verdict {
     EndHere,
     /// The other side has to be asked.
     Ask,
+    /// The program is at the other side, and is sent the pages of it that are only here.
+    Serve,
     /// Only a person can know.
     Unclear,
 }
@@ -58,11 +60,15 @@ pub(super) fn judge(role: Role, step: Step, live: bool, tree: Tree) -> Verdict {
     }
 }
 
-/// The same, with the other side's answer (`None`: it could not be asked).
-pub(super) fn answered(answer: Option<&HandoverState>) -> Verdict {
+/// The same, with the other side's answer (`None`: it could not be asked). `owes`: pages were left here with the commit.
+pub(super) fn answered(answer: Option<&HandoverState>, owes: bool, tree: Tree) -> Verdict {
     match answer {
         Some(HandoverState::Discarded) => Verdict::RunHere,
         Some(HandoverState::Filled { .. }) => Verdict::EndHere,
+        // A copy that was let go has other pages by now.
+        Some(HandoverState::Resumed { .. }) if owes && tree == Tree::Stopped => Verdict::Serve,
+        // A person has let it go, and there is no other.
+        Some(HandoverState::Ended) if tree == Tree::Running => Verdict::Over,
         // Also where it runs there and has not all of its pages: should it lose them, what is here is all that there is.
         _ => Verdict::Unclear,
     }
@@ -159,9 +165,11 @@ mod tests {
                         continue;
                     }
                     let verdict = match judge(Role::Source, here, false, Tree::Stopped) {
-                        Verdict::Ask => answered(Some(&answer)),
+                        Verdict::Ask => answered(Some(&answer), true, Tree::Stopped),
                         verdict => verdict,
                     };
+                    // An engine that lives is served; what a dead one left has come to its end, one way or the other.
+                    assert_ne!(verdict, Verdict::Serve, "{here} and {there}");
                     assert!(!(verdict == Verdict::RunHere && lives_there), "two: {here} and {there}");
                     assert!(verdict != Verdict::EndHere || lives_there, "none: {here} and {there}");
                 }
@@ -172,8 +180,15 @@ mod tests {
     #[test]
     fn without_a_certain_answer_nothing_is_done() {
         for answer in ANSWERS {
-            let verdict = answered(answer.as_ref());
+            for (owes, tree) in [(false, Tree::Stopped), (true, Tree::Running), (true, Tree::Gone)] {
+                let verdict = answered(answer.as_ref(), owes, tree);
+                assert_ne!(verdict, Verdict::Serve, "{answer:?}, {owes}, {tree:?}");
+                let over = tree == Tree::Running && answer == Some(HandoverState::Ended);
+                assert_eq!(verdict == Verdict::Over, over, "{answer:?}, {owes}, {tree:?}");
+            }
+            let verdict = answered(answer.as_ref(), true, Tree::Stopped);
             match answer {
+                Some(HandoverState::Resumed { .. }) => assert_eq!(verdict, Verdict::Serve),
                 Some(HandoverState::Discarded) => assert_eq!(verdict, Verdict::RunHere),
                 Some(HandoverState::Filled { .. }) => assert_eq!(verdict, Verdict::EndHere),
                 _ => assert_eq!(verdict, Verdict::Unclear),

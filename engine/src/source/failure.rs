@@ -129,6 +129,12 @@ pub(crate) enum SendError {
     LateThread(#[source] std::io::Error),
     #[error("of process {pid}, {pages} pages came late at the receiver, and they are not what is here")]
     LateDiffers { pid: i32, pages: u64 },
+    #[error(
+        "process {pid} does not stand still here any more: its pages may not be those that the program is owed"
+    )]
+    NotStanding { pid: i32 },
+    #[error("which pages the program is owed was not written down here")]
+    NothingOwed,
     #[error("{left} of {total} pages that the program is owed could not be sent")]
     Owing {
         left: u64,

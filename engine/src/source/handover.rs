@@ -144,6 +144,7 @@ impl Migration<'_> {
         if self.plan.verify {
             self.send_digests(&collected)?;
         }
+        self.write_down_debt()?;
         let stake = self.stake();
         if stake == Stake::Image {
             self.let_go(&mut laps)?;

@@ -2,10 +2,10 @@
 
 pub(crate) mod books;
 mod deltas;
-mod failure;
+pub(crate) mod failure;
 mod handover;
 mod keep;
-mod late;
+pub(crate) mod late;
 pub(crate) mod machine;
 mod network;
 mod niceness;

@@ -205,10 +205,15 @@ impl Migration<'_> {
             Aftermath::Ask | Aftermath::Hold | Aftermath::Serve => FailureKind::InDoubt,
         };
         let help = match aftermath {
-            Aftermath::Hold if failed_in == Phase::PostCopy => Some(format!(
-                "the program is stopped here, whole, as it was when it moved; the receiver {} ends its copy, which cannot go on without these \
+            Aftermath::Hold | Aftermath::Serve if failed_in == Phase::PostCopy => Some(format!(
+                "{}the program is stopped here, whole, as it was when it moved; the receiver {} ends its copy, which cannot go on without these \
                  pages, or has done so. When it has, `kill -CONT {}` lets the program run on here from where it was, without what it did \
                  there; `kill -KILL {}` ends it",
+                match self.plan.journal {
+                    Some(_) =>
+                        "`pageferry recover` sends these pages, as long as the receiver waits for them; ",
+                    None => "",
+                },
                 self.plan.to,
                 pids(&self.held),
                 pids(&self.held)

@@ -134,7 +134,7 @@ fn cut(ferry: &Ferry) -> anyhow::Result<()> {
 }
 
 /// The source's end of the link.
-fn interface(ferry: &Ferry) -> anyhow::Result<String> {
+pub(super) fn interface(ferry: &Ferry) -> anyhow::Result<String> {
     ferry.sh(Host::Source, "ip -o link show up type veth | sed 's/^[0-9]*: //; s/[@:].*//'")
 }
 

@@ -11,6 +11,7 @@ mod full;
 mod kept;
 mod late;
 mod network;
+mod owed;
 mod policy;
 mod predict;
 mod programs;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         resume::tests(),
         full::tests(),
         recover::tests(),
+        owed::tests(),
         kept::tests(),
         late::tests(),
         network::tests(),

@@ -18,6 +18,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("connections go on when the receiving engine dies before the commit", destination_dies),
         ("connections go on when the sending engine dies before the commit", source_dies),
         ("connections go on when the sending engine dies and has taken the address away", recovered),
+        ("connections go on when the sending engine dies and owes pages", recovered_late),
         ("connections go on after an interrupted migration", interrupted),
         ("connections that nobody moves are refused, or closed when that is asked for", refused),
         ("addresses that cannot move are refused", cannot_move),
@@ -270,6 +271,24 @@ fn recovered(ferry: &Ferry) -> anyhow::Result<()> {
     receiver.stop()?;
     ensure!(service.has(V4)? == ["source"], "it is at {:?}", service.has(V4)?);
     ferry.nothing_is_left()?;
+    service.end(5)
+}
+
+/// The server waits for its pages, and its clients for it, until `pageferry recover` sends them; the copy here ends without a word to anybody.
+fn recovered_late(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let mut service = Service::start(ferry, &[V4], 5)?;
+    let receiver = ferry.receiver(None, &["--once"])?;
+    let options = [&MOVE_V4[..], &["--strategy", "post-copy"]].concat();
+    let outcome = ferry.migrate(service.pid, Some("post-copy=kill"), &options)?;
+    ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+    finds(ferry, Host::Source, "", 0, "was sent what it was owed")?;
+    service.goes_on()?;
+    ensure!(service.has(V4)? == ["destination"], "it is at {:?}", service.has(V4)?);
+    ensure!(ferry.state(Host::Source, service.pid)?.is_none(), "it is left at the source");
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.nothing_is_left()?;
+    service.goes_on()?;
     service.end(5)
 }
 

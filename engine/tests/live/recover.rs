@@ -21,14 +21,14 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     ]
 }
 
-const COMMAND: &str = env!("CARGO_BIN_EXE_pageferry");
+pub(super) const COMMAND: &str = env!("CARGO_BIN_EXE_pageferry");
 
 fn subject(ferry: &Ferry) -> anyhow::Result<Subject> {
     ferry.subject(&["forked", "--memory", "8MiB", "--workers", "2", "--rate", "1MB"])
 }
 
 /// `pageferry recover` in a host: its exit code, and the sessions that it names.
-fn recover(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, Vec<Value>)> {
+pub(super) fn recover(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, Vec<Value>)> {
     let script = format!("{COMMAND} recover --json {options} 2>&1; echo \"exit $?\"");
     let text = ferry.sh(host, &script)?;
     let (lines, code) = text.rsplit_once("exit ").with_context(|| text.clone())?;
@@ -60,7 +60,7 @@ pub(super) fn writes(ferry: &Ferry, host: Host, step: &str) -> anyhow::Result<()
 }
 
 /// Nothing is left to be recovered, nor of the journals.
-fn nothing_is_left(ferry: &Ferry, host: Host) -> anyhow::Result<()> {
+pub(super) fn nothing_is_left(ferry: &Ferry, host: Host) -> anyhow::Result<()> {
     let (code, findings) = recover(ferry, host, "")?;
     ensure!(code == 0 && findings.is_empty(), "{}: exit code {code}, {findings:#?}", host.name());
     let files = ferry.sh(host, "ls /run/pageferry/journal")?;
@@ -246,7 +246,7 @@ fn bad_input(ferry: &Ferry) -> anyhow::Result<()> {
     forget(ferry)
 }
 
-fn refused(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, String)> {
+pub(super) fn refused(ferry: &Ferry, host: Host, options: &str) -> anyhow::Result<(i32, String)> {
     let text = ferry.sh(host, &format!("{COMMAND} recover {options} 2>&1; echo \"exit $?\""))?;
     let (said, code) = text.rsplit_once("exit ").with_context(|| text.clone())?;
     Ok((code.trim().parse()?, said.to_owned()))

@@ -196,7 +196,8 @@ Exit codes:
     ///
     /// Both `migrate` and `receive` write down how far they are (--journal). Of what an engine has left behind, this says where the program
     /// is: a copy that was stopped for a move which did not come to its commit is let go; one whose program runs at the other side is ended.
-    /// Where only the other side can know it is asked, so a receiver should listen there: any `pageferry receive` at the same address can
+    /// A program there that is owed pages which are only here is sent them first, in place of the engine; that takes its time, and can be
+    /// interrupted and called again. Where only the other side can know it is asked, so a receiver should listen there: any `pageferry receive` at the same address can
     /// answer for one that was killed. Where nobody knows, nothing is done until you say which copy is the program.
     ///
     /// Migrations whose engines live are shown and left alone.

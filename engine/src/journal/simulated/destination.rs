@@ -191,7 +191,7 @@ impl World {
             }
             Next::SayFilled => {
                 // In a post-copy over the connection that there is then; otherwise over the first.
-                let late = self.stake == Stake::Part && self.link_up && self.source.serves();
+                let late = self.stake == Stake::Part && self.link_up && self.source_serves();
                 self.connected |= late;
                 self.destination.told &= self.connected;
                 self.send(Event::ToSource(Message::Filled));
@@ -209,7 +209,7 @@ impl World {
         if !self.there.there {
             return self.destination_ended_by_itself();
         }
-        if !owes || (self.link_up && self.source.serves()) {
+        if !owes || (self.link_up && self.source_serves()) {
             self.destination.missing -= 1;
             self.destination.heard = self.now;
         } else if self.now - self.destination.heard > POST_COPY {

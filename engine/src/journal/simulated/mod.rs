@@ -7,6 +7,7 @@
 
 mod destination;
 mod source;
+mod successor;
 
 use super::verdict::{self, Tree, Verdict};
 use super::{Role, Step};
@@ -18,6 +19,7 @@ use source::Source;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
+use successor::Successor;
 
 /// Of virtual time, in microseconds.
 type Us = u64;
@@ -65,6 +67,9 @@ enum Event {
     GuardKills,
     LinkUp,
     ReceiverStarts,
+    /// `pageferry recover` is called at the source, and later looks how far it is.
+    SuccessorComes,
+    SuccessorLooks,
 }
 
 /// What can end.
@@ -134,6 +139,7 @@ struct World {
     /// Of the first connection; messages of a connection that is no more get lost.
     connected: bool,
     source: Source,
+    successor: Successor,
     destination: Destination,
     sessions: Sessions,
     here: Copy,
@@ -177,6 +183,7 @@ impl World {
             queue: BinaryHeap::new(),
             count: 0,
             source: Source::new(random.below(4) as u32),
+            successor: Successor::default(),
             random,
             base: Instant::now(),
             stake,
@@ -260,13 +267,22 @@ impl World {
             Event::GuardKills => self.guard_kills(),
             Event::LinkUp => self.link_up = true,
             Event::ReceiverStarts => self.start_receiver(),
+            Event::SuccessorComes => self.successor_comes(),
+            Event::SuccessorLooks => self.successor_looks(),
         }
     }
 
     fn strike(&mut self, fault: Fault) {
         self.say(fault);
         match fault {
-            Fault::SourceEngine => self.kill_source(),
+            Fault::SourceEngine => {
+                self.kill_source();
+                // Before long, in most cases: the receiver waits for some minutes only.
+                if self.random.below(2) == 0 {
+                    let after = self.while_of(400 * SECOND);
+                    self.at(after, Event::SuccessorComes);
+                }
+            }
             Fault::DestinationEngine => self.kill_destination(),
             Fault::DestinationEngineAnew => {
                 self.kill_destination();
@@ -335,6 +351,7 @@ impl World {
     /// Somebody looks after it: the link is whole, a receiver runs, and `recover` is called, at the destination first.
     fn recover(&mut self) -> Outcome {
         assert!(!self.source.alive, "the source's engine waits for ever:\n{}", self.story());
+        assert!(!self.successor.serves, "who goes on in its place waits for ever:\n{}", self.story());
         self.link_up = true;
         if !self.destination.alive {
             self.start_receiver();
@@ -351,7 +368,7 @@ impl World {
             Some(step) => verdict::judge(Role::Source, step, false, before),
         };
         if verdict == Verdict::Ask {
-            verdict = verdict::answered(self.answer().as_ref());
+            verdict = verdict::answered(self.answer().as_ref(), self.stake == Stake::Part, before);
         }
         self.say(("recover", verdict, before));
         match verdict {
@@ -404,12 +421,14 @@ const WORLDS: u64 = 20_000;
 fn whatever_ends_at_whatever_moment_there_is_one_program() {
     let mut outcomes = BTreeMap::new();
     let mut failed_in = BTreeMap::new();
+    let mut served = 0;
     for seed in 0..WORLDS {
         let mut world = World::new(seed);
         world.run();
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.recover()))
             .unwrap_or_else(|_| panic!("seed {seed}"));
         *outcomes.entry(outcome).or_insert(0u64) += 1;
+        served += u64::from(world.successor.done);
         if let Some(phase) = world.source.failed_in {
             *failed_in.entry(phase).or_insert(0u64) += 1;
         }
@@ -417,6 +436,7 @@ fn whatever_ends_at_whatever_moment_there_is_one_program() {
     for outcome in [Outcome::Here, Outcome::There, Outcome::Asked, Outcome::Killed] {
         assert!(outcomes.get(&outcome).is_some_and(|count| *count > WORLDS / 200), "{outcomes:?}");
     }
+    assert!(served > WORLDS / 200, "few went on in place of an engine: {served}");
     assert!(failed_in.len() >= 12, "not every phase was struck: {failed_in:?}");
 }
 

@@ -82,12 +82,17 @@ impl Source {
     }
 
     /// It answers what the destination asks for.
-    pub(super) fn serves(&self) -> bool {
+    fn serves(&self) -> bool {
         self.alive && matches!(self.next, Next::WriteResumed | Next::Wait(Message::Filled | Message::Resumed))
     }
 }
 
 impl World {
+    /// Somebody answers what the destination asks for.
+    pub(super) fn source_serves(&self) -> bool {
+        self.source.serves() || self.successor.serves
+    }
+
     pub(super) fn source_soon(&mut self) {
         self.source.turn += 1;
         let (after, turn) = (self.while_of(5 * MS), self.source.turn);
@@ -199,6 +204,9 @@ impl World {
     }
 
     pub(super) fn source_hears(&mut self, message: Message) {
+        if self.successor.serves && message == Message::Filled {
+            return self.successor_hears_filled();
+        }
         if !self.source.alive {
             return;
         }
@@ -331,8 +339,9 @@ impl World {
         self.source.alive = false;
     }
 
-    /// SIGKILL: CRIU lets the tree go, and so does the watchman, if it still watches.
+    /// SIGKILL: CRIU lets the tree go, and so does the watchman, if it still watches. Or to who goes on in its place.
     pub(super) fn kill_source(&mut self) {
+        self.successor.serves = false;
         if !self.source.alive {
             return;
         }

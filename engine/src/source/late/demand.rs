@@ -83,6 +83,8 @@ impl<'a> Answers<'a> {
             if !self.sealed
                 && let Some(spaces) = self.debt.all_sent()
             {
+                // What was read of a tree that was let go meanwhile is not what the program is owed.
+                self.debt.look()?;
                 for (space, pages, digest) in &spaces {
                     let message = ControlMessage::LateSeal { space: *space, pages: *pages, digest: *digest };
                     self.channel.control(&message)?;

@@ -7,16 +7,19 @@
 //! the connections are made anew.
 
 mod demand;
+mod orphaned;
 mod push;
+mod serving;
 mod session;
 mod taking_up;
 
+pub(crate) use orphaned::Orphaned;
 pub(super) use session::LateSession;
 
 use super::failure::SendError;
 use crate::page_bits::PageBits;
 use crate::policy::Bubbling;
-use pageferry_tracker::{PageReader, PageSet, ReadError, Run};
+use pageferry_tracker::{PageReader, PageSet, ReadError, Run, Target};
 use pageferry_wire_format::digest::{self, SpaceDigest};
 use pageferry_wire_format::{PageDigest, PageNo, PageRun, SpaceId};
 use rustix::event::{EventfdFlags, eventfd};
@@ -87,6 +90,8 @@ enum Wanted {
 pub(super) struct Debt {
     spaces: BTreeMap<SpaceId, DebtSpace>,
     total: u64,
+    /// Processes that only a signal keeps from running: what is read of them counts as long as they stand.
+    standing: Vec<Target>,
     state: Mutex<State>,
     changed: Condvar,
     /// The thread that answers is at it: the others leave it the processor and the link.
@@ -117,11 +122,25 @@ impl Debt {
         Ok(Self {
             spaces,
             total,
+            standing: Vec::new(),
             state: Mutex::default(),
             changed: Condvar::new(),
             answering: AtomicBool::new(false),
             alarm: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
+    }
+
+    /// No CRIU holds the tree: these are to be looked at.
+    fn standing(self, tree: Vec<Target>) -> Self {
+        Self { standing: tree, ..self }
+    }
+
+    /// Looks whether the tree still stands.
+    fn look(&self) -> Result<(), SendError> {
+        match self.standing.iter().find(|target| !target.is_stopped()) {
+            Some(target) => Err(SendError::NotStanding { pid: target.pid() }),
+            None => Ok(()),
+        }
     }
 
     /// All pages that were owed in the beginning.
@@ -345,7 +364,6 @@ fn end_of(error: SendError) -> End {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_tracker::Target;
 
     const A: SpaceId = SpaceId(1);
 

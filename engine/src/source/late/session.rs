@@ -1,28 +1,22 @@
-//! The connections for owed pages: opening them, having threads at work on them, and making them anew.
+//! The connections for owed pages: opening them, and having threads at work on them.
 
-use super::taking_up::{Taken, recount, take_up};
-use super::{Debt, DebtSpace, End, demand, push};
+use super::serving::{self, Sender, count, serve};
+use super::{Debt, DebtSpace, demand, push};
 use crate::control::Stage;
-use crate::link::{Channel, ChannelError};
-use crate::observe::Event;
-use crate::plan::CodingChoice;
-use crate::report::{FaultReport, FillReport, PostCopyReport};
+use crate::journal::{Owed, OwedSpace, Process, Terms};
+use crate::link::Channel;
+use crate::observe::Observer;
+use crate::report::PostCopyReport;
 use crate::source::failure::SendError;
 use crate::source::precopy::Todo;
 use crate::source::{Migration, Phase};
 use pageferry_tracker::{self as tracker, Collected, PageReader, PageSet};
-use pageferry_wire_format::{Coding, CodingChooser, ControlMessage};
+use pageferry_wire_format::CodingChooser;
 use std::collections::BTreeMap;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// How often progress is told.
-const TELL: Duration = Duration::from_millis(100);
-
-/// How long to wait between two tries to make the connections anew.
-const TRY_AGAIN: Duration = Duration::from_millis(200);
 
 /// Pages around each stack pointer that go along with the program: every thread touches these at once.
 const STACK_PAGES: u64 = 2;
@@ -42,7 +36,7 @@ pub(in crate::source) struct LateSession {
 }
 
 impl LateSession {
-    fn start(debt: Arc<Debt>) -> Self {
+    pub(super) fn start(debt: Arc<Debt>) -> Self {
         Self {
             debt,
             answers: None,
@@ -53,8 +47,12 @@ impl LateSession {
         }
     }
 
+    pub(super) fn debt(&self) -> &Arc<Debt> {
+        &self.debt
+    }
+
     /// Begins to answer on the first of the channels, and keeps the others.
-    fn answer_on(&mut self, channels: Vec<Channel>) -> Result<(), SendError> {
+    pub(super) fn answer_on(&mut self, channels: Vec<Channel>) -> Result<(), SendError> {
         self.handles = channels
             .iter()
             .map(|channel| channel.link().handle())
@@ -70,7 +68,7 @@ impl LateSession {
     }
 
     /// Begins to send what nobody asks for.
-    fn push_on(&mut self, mut chooser: impl FnMut() -> CodingChooser) -> Result<(), SendError> {
+    pub(super) fn push_on(&mut self, mut chooser: impl FnMut() -> CodingChooser) -> Result<(), SendError> {
         for channel in std::mem::take(&mut self.idle) {
             let thread = push::start(&self.debt, channel, chooser()).map_err(SendError::LateThread)?;
             self.pushes.push(thread);
@@ -79,7 +77,7 @@ impl LateSession {
     }
 
     /// Has the threads end, and waits for it. If the destination has everything, gives the connection on which it said so.
-    fn stop(&mut self, complete: bool) -> Option<Channel> {
+    pub(super) fn stop(&mut self, complete: bool) -> Option<Channel> {
         self.debt.halt();
         if !complete {
             for handle in &self.handles {
@@ -120,11 +118,7 @@ impl Migration<'_> {
         if self.phase >= Phase::PostCopy {
             channel.link_mut().set_cancel(None);
         }
-        channel.control(&ControlMessage::Late { session: self.session, stream })?;
-        match channel.answer("a connection for owed pages to be taken")? {
-            ControlMessage::Joined => {}
-            other => return Err(SendError::Protocol(format!("{other:?} instead of taking a connection"))),
-        }
+        serving::join(&mut channel, self.session, stream)?;
         channel.link_mut().set_stall(self.plan.stall_timeout);
         // The threads on it are ended otherwise.
         channel.link_mut().set_cancel(None);
@@ -189,20 +183,18 @@ impl Migration<'_> {
         }
     }
 
-    fn late_chooser(&self) -> impl FnMut() -> CodingChooser + use<> {
-        let (coding, bandwidth) = (self.plan.coding, self.control.limit().rate());
-        let streams = self.workers.len().max(1) as u64;
-        move || {
-            let mut chooser = match coding {
-                CodingChoice::Auto => CodingChooser::default(),
-                CodingChoice::Raw => CodingChooser::only(Coding::Raw),
-                CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
-            };
-            if let Some(bandwidth) = bandwidth {
-                chooser.observe_link((bandwidth / streams) as usize, Duration::from_secs(1));
-            }
-            chooser
-        }
+    /// Writes down what is owed, for whoever goes on if this engine is killed. The destination restores meanwhile, so it takes nothing of
+    /// the downtime.
+    pub(in crate::source) fn write_down_debt(&mut self) -> Result<(), SendError> {
+        let (Some(late), Some(journal)) = (&self.late, &mut self.journal) else { return Ok(()) };
+        let streams = self.workers.len().max(1) as u16;
+        let terms = Terms::of(self.plan, streams, self.control.limit().rate());
+        let spaces = late.debt.spaces.iter().map(|(id, space)| OwedSpace {
+            space: id.0,
+            process: Process { pid: space.pid, start: space.reader.target().start_time() },
+            runs: space.owed.runs().iter().map(|run| (run.start, run.len)).collect(),
+        });
+        Ok(journal.owe(&Owed { terms, spaces: spaces.collect() })?)
     }
 
     /// The program runs at the destination: sends what is owed, until the destination has everything.
@@ -212,17 +204,12 @@ impl Migration<'_> {
         crate::fault::point("post-copy");
         let started = Instant::now();
         self.control.enter(Stage::PostCopy);
-        let served = self.serve(&mut late);
+        let served = serve(self, &mut late, None);
         let last = late.stop(served.is_ok());
         self.closed_bytes += late.closed_bytes + last.as_ref().map_or(0, |channel| channel.link().sent());
         let counts = late.debt.counts();
         if let Some(report) = &mut self.report.post_copy {
-            report.demanded_pages = counts.demanded;
-            report.pushed_pages = counts.pushed;
-            report.repeated_pages = counts.repeated;
-            report.zero_pages = counts.zero;
-            report.sent_bytes = counts.bytes;
-            report.duration_us = started.elapsed().as_micros() as u64;
+            count(report, counts, started.elapsed());
         }
         if let Err(error) = served {
             let (total, left) = (late.debt.total(), late.debt.left());
@@ -235,102 +222,42 @@ impl Migration<'_> {
         Ok(())
     }
 
-    fn serve(&mut self, late: &mut LateSession) -> Result<(), SendError> {
-        let debt = Arc::clone(&late.debt);
-        let mut taken: Option<Taken> = None;
-        loop {
-            late.push_on(self.late_chooser())?;
-            let recounted = taken.take().map_or(Ok(()), |taken| recount(&debt, &taken));
-            let end = match recounted {
-                Err(error) => End::Failed(error),
-                Ok(()) => loop {
-                    if let Some(end) = debt.wait_end(TELL) {
-                        break end;
-                    }
-                    let (left_pages, counts) = (debt.left(), debt.counts());
-                    self.control.owed(debt.total(), left_pages);
-                    self.observer.event(&Event::Owed {
-                        left_pages,
-                        total_pages: debt.total(),
-                        demanded_pages: counts.demanded,
-                        sent_bytes: counts.bytes,
-                    });
-                },
-            };
-            match end {
-                End::Sealed => return Ok(()),
-                End::Failed(error) => return Err(error),
-                End::Lost(error) => {
-                    late.stop(false);
-                    let text = format!("the connections for owed pages were lost: {}", error.chain());
-                    self.observer.event(&Event::Warning { text });
-                    taken = Some(self.take_up(late)?);
-                }
-            }
-        }
-    }
-
-    /// Makes the connections anew, as soon as it can be done.
-    fn take_up(&mut self, late: &mut LateSession) -> Result<Taken, SendError> {
-        let end = Instant::now() + self.plan.post_copy_timeout;
-        loop {
-            let failed = match self.try_to_take_up(late) {
-                Ok(taken) => {
-                    if let Some(report) = &mut self.report.post_copy {
-                        report.reconnections += 1;
-                    }
-                    return Ok(taken);
-                }
-                Err(SendError::Channel(error @ (ChannelError::Link(_) | ChannelError::Frame(_)))) => {
-                    error.into()
-                }
-                Err(error) => return Err(error),
-            };
-            if Instant::now() >= end {
-                return Err(failed);
-            }
-            std::thread::sleep(TRY_AGAIN);
-        }
-    }
-
-    fn try_to_take_up(&mut self, late: &mut LateSession) -> Result<Taken, SendError> {
-        let mut first = self.open_late_one(0)?;
-        let taken = take_up(&late.debt, &mut first)?;
-        let mut channels = vec![first];
-        for stream in 1..=self.workers.len() as u16 {
-            channels.push(self.open_late_one(stream)?);
-        }
-        late.answer_on(channels)?;
-        Ok(taken)
-    }
-
     /// How it went at the destination, over the connection on which it said that it has everything.
     pub(in crate::source) fn hear_filled(&mut self, mut channel: Channel) -> Result<(), SendError> {
-        loop {
-            match channel.answer("the times of page faults")? {
-                ControlMessage::FaultTimes { count, p50_us, p99_us, max_us } => {
-                    if let Some(report) = &mut self.report.post_copy {
-                        report.faults = FaultReport { count, p50_us, p99_us, max_us };
-                    }
-                    break;
-                }
-                // It has confirmed that it has everything. Some receivers ask once more for a page that a thread begins to wait
-                // for before it is in place: it comes there without our doing.
-                ControlMessage::Want { .. } | ControlMessage::Unwanted { .. } => {}
-                other => {
-                    let text = format!("{other:?} instead of times of page faults");
-                    return Err(SendError::Protocol(text));
-                }
-            }
-        }
-        match channel.answer("the destination to have every page in place")? {
-            ControlMessage::Filled { pages, prefilled_pages, faults, max_fault_us, duration_us } => {
-                self.observer.event(&Event::Filled { pages, faults, max_fault_us });
-                self.report.fill =
-                    Some(FillReport { pages, prefilled_pages, faults, max_fault_us, duration_us });
-                Ok(())
-            }
-            other => Err(SendError::Protocol(format!("{other:?} instead of filled"))),
+        let filled = serving::hear_filled(&mut channel, self.report.post_copy.as_mut(), self.observer)?;
+        self.report.fill = Some(filled);
+        Ok(())
+    }
+}
+
+impl Sender for Migration<'_> {
+    fn open(&mut self, stream: u16) -> Result<Channel, SendError> {
+        self.open_late_one(stream)
+    }
+
+    fn streams(&self) -> u16 {
+        self.workers.len() as u16
+    }
+
+    fn chooser(&self) -> CodingChooser {
+        serving::chooser(self.plan.coding, self.control.limit().rate(), self.streams())
+    }
+
+    fn patience(&self) -> Duration {
+        self.plan.post_copy_timeout
+    }
+
+    fn observer(&self) -> &dyn Observer {
+        self.observer
+    }
+
+    fn progress(&mut self, debt: &Debt) {
+        self.control.owed(debt.total(), debt.left());
+    }
+
+    fn reconnected(&mut self) {
+        if let Some(report) = &mut self.report.post_copy {
+            report.reconnections += 1;
         }
     }
 }
