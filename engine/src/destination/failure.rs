@@ -60,6 +60,14 @@ pub(crate) enum ReceiveError {
     Lazy(#[from] criu::LazyError),
     #[error("CRIU could not restore the process tree")]
     Restore(#[from] criu::RestoreError),
+    #[error(
+        "there was too little memory for the restore: meanwhile the kernel has ended {} here for want of it", processes(*.count)
+    )]
+    Starved {
+        count: u64,
+        #[source]
+        source: Box<ReceiveError>,
+    },
     #[error("could not take over the memory of the restored tree")]
     Serve(#[from] ServeError),
     #[error("could not look at the restored process {pid}")]
@@ -130,7 +138,9 @@ impl ReceiveError {
             {
                 AbortCode::VersionMismatch
             }
-            ReceiveError::Store(StoreError::OutOfMemory { .. }) => AbortCode::OutOfMemory,
+            ReceiveError::Store(StoreError::OutOfMemory { .. }) | ReceiveError::Starved { .. } => {
+                AbortCode::OutOfMemory
+            }
             ReceiveError::Store(StoreError::DigestMismatch { .. }) | ReceiveError::ImageDigest { .. } => {
                 AbortCode::DigestMismatch
             }
@@ -181,6 +191,16 @@ impl ReceiveError {
         )
     }
 
+    /// The same, if the kernel has ended so many processes for want of memory while it came about: that says more than what they
+    /// leave behind. A link that was lost has its own reasons.
+    pub(crate) fn starved(self, count: u64) -> Self {
+        match self {
+            error if count == 0 || error.is_link() => error,
+            error @ (Self::SourceAborted { .. } | Self::GivenUp(_)) => error,
+            error => Self::Starved { count, source: Box::new(error) },
+        }
+    }
+
     /// The text with its causes.
     pub(crate) fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -194,4 +214,8 @@ impl ReceiveError {
         }
         text
     }
+}
+
+fn processes(count: u64) -> String {
+    format!("{count} {}", if count == 1 { "process" } else { "processes" })
 }

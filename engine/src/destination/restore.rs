@@ -7,6 +7,7 @@ use super::network::Arrival;
 use super::receive::Cargo;
 use super::serve::{Budget, FillStats, ServeError, Server, say_filled};
 use super::sessions::Sessions;
+use super::store::Kills;
 use super::verify;
 use crate::Cancel;
 use crate::fault::{self, Fault};
@@ -59,11 +60,12 @@ pub(super) struct Alive {
 impl Rebirth<'_, '_> {
     /// Restores, waits for the commit, and lets the program run.
     pub(super) fn run(mut self, restore: Restore, server: Server) -> Result<Alive, ReceiveError> {
+        let kills = Kills::begin();
         match self.bring_up(restore, &server) {
             Ok((restore, (told, pid), guard)) => Ok(Alive { server, restore, pid, told, guard }),
             Err(error) => {
                 server.abort();
-                Err(error)
+                Err(error.starved(kills.since()))
             }
         }
     }

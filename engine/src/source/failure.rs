@@ -238,6 +238,9 @@ impl SendError {
             SendError::NotTakenUp { .. } => {
                 "the receiver does not have the session any more: begin anew, and look at its messages for why".to_owned()
             }
+            _ if self.peers_abort() == Some(AbortCode::OutOfMemory) => {
+                "give the receiver more memory: its machine, its control group, or `pageferry receive --memory-limit`".to_owned()
+            }
             SendError::TooOld => "use the same version of pageferry on both sides".to_owned(),
             SendError::Channel(ChannelError::Link(LinkError::Connect { to, .. })) => {
                 format!("is `pageferry receive --listen {to}` running there?")

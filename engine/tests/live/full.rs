@@ -1,5 +1,5 @@
-//! A destination that runs out of memory, in each phase in which it takes some: the migration ends with a reason, the program runs on,
-//! and nobody is killed for it.
+//! A destination that runs out of memory, in each phase in which it takes some: the migration ends with a reason, and the program runs on.
+//! Only a restore has the kernel end somebody for it: what CRIU makes of its images is not announced.
 
 use super::Test;
 use super::ferry::{Ferry, Ignored, Receiver};
@@ -12,6 +12,10 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("full: the receiver's control group has no room for the pages", pages),
         ("full: the receiver's control group has no room for the images", images),
+        (
+            "full: the receiver's control group has room for the images, and not for what is made of them",
+            restore,
+        ),
         ("full: the program grows beyond the receiver's limit while it is copied", grows),
     ]
 }
@@ -104,6 +108,34 @@ fn images(ferry: &Ferry) -> anyhow::Result<()> {
     let receiver = ferry.receiver(None, &["--once"])?;
     let outcome = ferry.migrate(pid, None, &[])?;
     ensure!(outcome.moved()?.image_bytes > 128 << 20, "what was to be in the images was not");
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.hosts.kill(Host::Destination, pid)
+}
+
+/// The kernel ends something there while CRIU restores: whoever that is, the program runs on here, and nothing of it is left there.
+fn restore(ferry: &Ferry) -> anyhow::Result<()> {
+    let program = "import mmap, os, time\n\
+                   memory = mmap.mmap(-1, 96 << 20)\n\
+                   for page in range(0, len(memory), 4096): memory[page:page + 8] = os.urandom(8)\n\
+                   open('/dev/shm/ready', 'w').close()\n\
+                   while True: time.sleep(0.1)";
+    let pid = ferry.program(&["python3", "-I", "-c", program])?;
+    ferry.sh(Host::Source, "while ! rm /dev/shm/ready 2>/dev/null; do sleep 0.05; done")?;
+    // The images and the receiver take some 125 MiB, and CRIU makes 96 more of the former.
+    let group = Group::of(190 << 20)?;
+    let receiver = ferry.receiver(None, &[])?;
+    group.take(ferry, &receiver)?;
+    let outcome = ferry.migrate(pid, None, &[])?;
+    outcome.failed(1, &["out of memory", "the kernel has ended", "running at the source", "more memory"])?;
+    ensure!(group.killed()? > 0, "there was memory enough: it fails for something else");
+    ensure!(outcome.report.context("no report")?.outcome == "rolled-back", "the report's outcome");
+    ensure!(ferry.state(Host::Source, pid)? == Some('S'), "it does not run at the source");
+    ensure!(ferry.state(Host::Destination, pid)?.is_none(), "something of it is left at the destination");
+    receiver.stop()?;
+    drop(group);
+    // With room it moves.
+    let receiver = ferry.receiver(None, &["--once"])?;
+    ferry.migrate(pid, None, &[])?.moved()?;
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     ferry.hosts.kill(Host::Destination, pid)
 }

@@ -56,7 +56,7 @@ fn kib_field(meminfo: &str, name: &str) -> Option<u64> {
 }
 
 /// The directories of the control groups that bound this process's memory: its own and all above it.
-fn group_dirs(own: &str) -> Vec<PathBuf> {
+pub(super) fn group_dirs(own: &str) -> Vec<PathBuf> {
     let mut dirs = Vec::new();
     for line in own.lines() {
         let mut parts = line.splitn(3, ':');

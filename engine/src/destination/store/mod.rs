@@ -10,6 +10,7 @@ mod budget;
 mod copies;
 mod error;
 mod index;
+mod kills;
 mod landing;
 mod prefault;
 mod slots;
@@ -20,6 +21,7 @@ pub use copies::CopyOrder;
 use error::Bound;
 pub use error::StoreError;
 pub(crate) use index::Mask;
+pub(crate) use kills::Kills;
 pub use landing::Landing;
 
 use super::sys::arena::SLOT_BYTES;
