@@ -61,7 +61,7 @@ const FAULTS: [Fault; 7] = [
     Fault::Target,
     Fault::Link,
 ];
-const STRATEGIES: [&str; 4] = ["pre-copy", "hybrid", "post-copy", "stop-and-copy"];
+const STRATEGIES: [&str; 5] = ["auto", "pre-copy", "hybrid", "post-copy", "stop-and-copy"];
 
 /// When it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,6 +253,9 @@ mod tests {
         assert_ne!(text(5), text(6));
         for fault in FAULTS {
             assert!(cases(1, None, 7).iter().any(|case| case.fault == fault));
+        }
+        for strategy in STRATEGIES {
+            assert!(cases(1, None, 40).iter().any(|case| case.strategy == strategy), "{strategy}");
         }
         assert!(cases(1, Some(Fault::Link), 9).iter().all(|case| case.fault == Fault::Link));
     }
