@@ -204,9 +204,10 @@ pub(super) fn report(report: &MigrationReport) -> String {
             "established TCP connections were closed: clients have to connect again, to the destination\n"
                 .to_owned()
         }
-        (_, "kept", Some(network)) => {
-            format!("{} established TCP connections were kept\n", network.connections)
-        }
+        (_, "kept", Some(network)) => match network.connections {
+            1 => "1 established TCP connection was kept\n".to_owned(),
+            connections => format!("{connections} established TCP connections were kept\n"),
+        },
         _ => String::new(),
     };
     text
@@ -362,7 +363,10 @@ mod tests {
             lost_packets: 0,
             away_us: 35_000,
         });
-        insta::assert_snapshot!(report(&MigrationReport { network, tcp: "kept".into(), ..example() }));
+        let kept = |network| report(&MigrationReport { network, tcp: "kept".into(), ..example() });
+        insta::assert_snapshot!(kept(network.clone()));
+        let one = network.map(|network| pageferry::report::NetworkReport { connections: 1, ..network });
+        assert!(kept(one).ends_with("\n1 established TCP connection was kept\n"));
     }
 
     #[test]
