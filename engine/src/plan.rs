@@ -4,6 +4,7 @@ use crate::model::Site;
 use crate::network::{Hooks, MovedAddress};
 use crate::policy::estimate::FreezeCost;
 use crate::policy::goals::Late;
+use crate::policy::memory;
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::TrackerKind;
 use pageferry_wire_format::limits;
@@ -177,6 +178,9 @@ pub struct SendPlan {
     /// Bytes that the delta cache may take: what was last sent of pages that are likely to be sent again, so that they
     /// travel as what differs. 0 turns it off; `None` is a sixteenth of the program's memory.
     pub delta_cache: Option<u64>,
+    /// Bytes of memory that the engine may take for itself: books, buffers and caches. Where it is little, the delta cache and the table
+    /// of equal pages are made smaller, and there are fewer connections; `None` is as much as it takes.
+    pub engine_memory: Option<u64>,
     /// Connections, each with a worker of its own that reads, hashes, codes and sends; `None` is one for each
     /// processor, eight at most, and never more than the receiver takes.
     pub streams: Option<u16>,
@@ -241,6 +245,7 @@ impl SendPlan {
             max_slowdown: None,
             bandwidth: None,
             delta_cache: None,
+            engine_memory: None,
             streams: None,
             congestion: None,
             coding: CodingChoice::Auto,
@@ -310,6 +315,7 @@ impl SendPlan {
         if self.max_slowdown.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
             return Err(PlanError::NoSlowdown);
         }
+        check_memory(self.engine_memory, memory::LEAST_AT_SOURCE)?;
         if self.streams == Some(0) {
             return Err(PlanError::NoStreams);
         }
@@ -357,8 +363,11 @@ pub struct ReceivePlan {
     pub listen: SocketAddr,
     /// Whether an address other than loopback is wanted although nothing authenticates the sender.
     pub insecure: bool,
-    /// Bytes of memory that the page store may take at most; `None` is what the machine has free.
+    /// Bytes of memory that the page store may take at most, with its index; `None` is what the machine has free.
     pub memory_limit: Option<u64>,
+    /// Bytes of memory that the engine may take for itself: everything but the pages in the store. Where it is little there are fewer
+    /// connections, and a program whose index does not fit is refused; `None` is as much as it takes.
+    pub engine_memory: Option<u64>,
     /// Bytes of memory that are made ready while nobody is migrating: fresh memory costs more than the copying into it.
     pub standby: u64,
     /// Directory of a store in which the pages of a program are kept when it has come, and from which the next one is
@@ -386,6 +395,7 @@ impl ReceivePlan {
             listen,
             insecure: false,
             memory_limit: None,
+            engine_memory: None,
             standby: 0,
             keep_store: None,
             criu: None,
@@ -401,12 +411,20 @@ impl ReceivePlan {
     ///
     /// # Errors
     /// [`PlanError::NotLoopback`] for an address that others can reach, unless `insecure` says that this is
-    /// meant.
+    /// meant; [`PlanError::EngineMemory`].
     pub fn validate(&self) -> Result<(), PlanError> {
+        check_memory(self.engine_memory, memory::LEAST_AT_DESTINATION)?;
         if !self.insecure && !self.listen.ip().is_loopback() {
             return Err(PlanError::NotLoopback(self.listen));
         }
         Ok(())
+    }
+}
+
+fn check_memory(limit: Option<u64>, least: u64) -> Result<(), PlanError> {
+    match limit {
+        Some(limit) if limit < least => Err(PlanError::EngineMemory { limit, least: least >> 20 }),
+        _ => Ok(()),
     }
 }
 
@@ -439,6 +457,16 @@ pub enum PlanError {
     /// The receiver takes no other migration meanwhile.
     #[error("a lost link can be waited for an hour at most")]
     ResumeTimeout,
+    /// Code, buffers and stacks take some.
+    #[error(
+        "{limit} bytes of memory are too few for the engine: it needs {least} MiB, and more for the books over a large program"
+    )]
+    EngineMemory {
+        /// Bytes that were stated.
+        limit: u64,
+        /// MiB that it needs for the smallest program.
+        least: u64,
+    },
     /// Pages need a connection.
     #[error("the number of connections must be at least 1")]
     NoStreams,

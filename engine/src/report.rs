@@ -136,6 +136,12 @@ pub struct MigrationReport {
     pub network: Option<NetworkReport>,
     /// Largest resident size of the sending engine.
     pub engine_peak_rss_bytes: u64,
+    /// How much memory it was to take for itself at most; absent if nobody cared.
+    #[serde(default)]
+    pub engine_memory_bytes: Option<u64>,
+    /// What the delta cache might take of it in the last round.
+    #[serde(default)]
+    pub delta_cache_bytes: u64,
 }
 
 /// One round.

@@ -55,6 +55,8 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--cpu", "half"], "write it like 50%"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--cpu", "0%"], "--coding raw"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--max-rounds", "0"], "at least 1"),
+        (&["migrate", "--pid", "5", "--to", "127.0.0.1:1", "--engine-memory", "8MiB"], "it needs 34 MiB"),
+        (&["receive", "--engine-memory", "8MiB"], "it needs 26 MiB"),
         (&["migrate", "--pid", "-5", "--to", "127.0.0.1:1"], "-5 is not a process id"),
         (&["migrate", "--pid", "5", "--to", "127.0.0.1:0"], "has no port"),
         (&["migrate", "--pid", "5", "--to", "no such host"], "is no receiver"),

@@ -52,6 +52,23 @@ enum What {
         #[arg(value_name = "SHARE|none", value_parser = ceiling)]
         share: Ceiling,
     },
+    /// Lets the engine take so much memory for itself from now on; caches are made smaller or larger. Not from the freeze on.
+    EngineMemory {
+        /// Such as 64MiB, or none: as much as it takes.
+        #[arg(value_name = "SIZE|none", value_parser = size)]
+        size: Size,
+    },
+}
+
+/// A size, or none.
+#[derive(Clone, Copy, Debug)]
+struct Size(Option<u64>);
+
+fn size(text: &str) -> Result<Size, String> {
+    match text {
+        "none" => Ok(Size(None)),
+        text => text.parse().map(|Bytes(bytes)| Size(Some(bytes))),
+    }
 }
 
 /// A share, or none.
@@ -86,6 +103,7 @@ pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
         What::PostCopy => Request::PostCopy {},
         What::Bandwidth { rate: Limit(bytes_per_second) } => Request::Bandwidth { bytes_per_second },
         What::MaxSlowdown { share: Ceiling(share) } => Request::MaxSlowdown { share },
+        What::EngineMemory { size: Size(bytes) } => Request::EngineMemory { bytes },
     };
     let path = verb.socket.clone().unwrap_or_else(|| path_of(verb.pid.unwrap_or_default()));
     let answer = match ask(&path, &request) {
@@ -165,6 +183,9 @@ fn describe(status: &Status) -> String {
     if let Some(share) = status.max_slowdown {
         line("may lose", format!("{:.1} % of its running time", share * 100.0));
     }
+    if let Some(bytes) = status.engine_memory {
+        line("engine memory", format!("{} at most", Bytes(bytes)));
+    }
     if status.throttle_share > 0.0 {
         line("slowed down by", format!("{:.0} %", status.throttle_share * 100.0));
     }
@@ -204,6 +225,7 @@ mod tests {
         status.throttle_share = 0.25;
         status.bandwidth = Some(12_500_000);
         status.max_slowdown = Some(0.05);
+        status.engine_memory = Some(64 << 20);
         status.predicted_downtime_us = Some(1500);
         status.post_copy = true;
         let text = describe(&status);
@@ -211,6 +233,7 @@ mod tests {
             "pre-copy, paused, waiting for the link\n",
             "25 %",
             "5.0 % of its running time",
+            "64.0 MiB at most",
             "12.5 MB/s",
             "1.50 ms",
             "comes after the program",

@@ -116,6 +116,7 @@ fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {
     plan.total_time = verb.total_time.map(|time| time.0);
     plan.max_rounds = verb.max_rounds;
     plan.bandwidth = verb.bandwidth.map(|rate| rate.0);
+    plan.engine_memory = verb.engine_memory.map(|size| size.0);
     plan.delta_cache = verb.delta_cache.map(|size| size.0);
     plan.policy = verb.policy;
     plan.on_no_convergence = verb.on_no_convergence.map(NoConvergenceName::choice);

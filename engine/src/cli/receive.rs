@@ -22,6 +22,7 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     let mut plan = ReceivePlan::new(listen);
     plan.insecure = verb.insecure;
     plan.memory_limit = verb.memory_limit.map(|bytes| bytes.0);
+    plan.engine_memory = verb.engine_memory.map(|bytes| bytes.0);
     plan.standby = verb.standby.0;
     plan.keep_store = verb.keep_store;
     plan.hooks = verb.hooks.hooks();

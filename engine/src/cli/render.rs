@@ -99,10 +99,13 @@ pub(super) fn report(report: &MigrationReport) -> String {
     );
     let _ = writeln!(
         text,
-        "sent {} in all, {} of it CRIU's images; engine memory at most {}",
+        "sent {} in all, {} of it CRIU's images; engine memory at most {}{}",
         Bytes(report.bytes_sent),
         Bytes(report.image_bytes),
-        Bytes(report.engine_peak_rss_bytes)
+        Bytes(report.engine_peak_rss_bytes),
+        report
+            .engine_memory_bytes
+            .map_or_else(String::new, |most| format!(", of {} that are allowed", Bytes(most)))
     );
     if !report.strategy_because.is_empty() {
         let _ = writeln!(text, "chose {}: {}", report.strategy, report.strategy_because);

@@ -76,6 +76,9 @@ pub struct Status {
     /// Share of its running time that the program may lose before the freeze; none if nobody cares.
     #[serde(default)]
     pub max_slowdown: Option<f64>,
+    /// Bytes of memory that the engine may take for itself; none if nobody cares.
+    #[serde(default)]
+    pub engine_memory: Option<u64>,
     /// Share of the time for which the program is made to stand still because it outruns the link; 0 while it is paused.
     pub throttle_share: f64,
     /// Downtime in microseconds, if the program had been frozen at the last look; none before the first.
@@ -111,6 +114,12 @@ pub enum Refused {
     /// Whatever is tracked is slowed down a little, and nothing by more than all of its time.
     #[error("the share that the program may lose must be more than zero, and at most the whole")]
     NoSlowdown,
+    /// The books over the program, and the connections that there are, take more.
+    #[error("the engine needs {} MiB of memory for this program over its connections", needed.div_ceil(1 << 20))]
+    Memory {
+        /// Bytes that it needs.
+        needed: u64,
+    },
 }
 
 /// A handle that is shared between the one who runs a migration ([`crate::send_controlled`]) and those who watch over it. Each is
@@ -153,6 +162,11 @@ struct State {
     own_bandwidth: bool,
     /// Nor is what the program may lose.
     own_slowdown: bool,
+    /// Nor what the engine may take.
+    own_memory: bool,
+    /// Bytes of memory that the engine may take for itself, and as many as it needs.
+    memory: Option<u64>,
+    needed: u64,
     /// Grows when the limit changes.
     bandwidths: u32,
     /// Bytes that an earlier migration sent.
@@ -237,6 +251,23 @@ impl Control {
         Ok(())
     }
 
+    /// Lets the engine take so many bytes of memory for itself from the next look on, as [`SendPlan::engine_memory`] does from the start:
+    /// caches are made smaller or larger. The connections stay as they are. `None` is as much as it takes.
+    ///
+    /// # Errors
+    /// [`Refused`] for less than it needs, and from the freeze on.
+    pub fn set_engine_memory(&self, bytes: Option<u64>) -> Result<(), Refused> {
+        let mut state = self.state();
+        state.stage.before_freeze()?;
+        let needed = state.needed.max(crate::policy::memory::LEAST_AT_SOURCE);
+        if bytes.is_some_and(|bytes| bytes < needed) {
+            return Err(Refused::Memory { needed });
+        }
+        state.own_memory = true;
+        state.memory = bytes;
+        Ok(())
+    }
+
     /// Ends the rounds: the program is frozen and goes on at the destination, and the rest of its memory follows. The round under way
     /// is not brought to its end. While it is paused that waits.
     ///
@@ -282,6 +313,7 @@ impl Control {
             sent_bytes: self.inner.limit.carried() - state.carried_before,
             bandwidth: self.inner.limit.rate(),
             max_slowdown: self.max_slowdown(),
+            engine_memory: state.memory,
             throttle_share: state.throttle_share,
             predicted_downtime_us: state.predicted_downtime.map(|time| time.as_micros() as u64),
             post_copy: state.post_copy || state.owes,
@@ -331,8 +363,23 @@ impl Control {
             let share = plan.max_slowdown.unwrap_or(f64::NAN);
             self.inner.max_slowdown.store(share.to_bits(), Ordering::Relaxed);
         }
+        if !state.own_memory {
+            state.memory = plan.engine_memory;
+        }
         self.inner.done_pages.store(0, Ordering::Relaxed);
         self.hold(&state);
+    }
+
+    /// Bytes of memory that the engine may take for itself.
+    pub(crate) fn engine_memory(&self) -> Option<u64> {
+        self.state().memory
+    }
+
+    /// The engine needs so much; says what it may take.
+    pub(crate) fn needs_memory(&self, needed: u64) -> Option<u64> {
+        let mut state = self.state();
+        state.needed = needed;
+        state.memory
     }
 
     /// Share of its running time that the program may lose.

@@ -38,6 +38,12 @@ pub enum Request {
         #[serde(deserialize_with = "said")]
         share: Option<f64>,
     },
+    /// [`Control::set_engine_memory`].
+    EngineMemory {
+        /// `null` is as much as it takes, and it cannot be left out.
+        #[serde(deserialize_with = "said")]
+        bytes: Option<u64>,
+    },
 }
 
 /// A field that may be null and may not be missing.
@@ -119,6 +125,7 @@ fn obey(control: &Control, request: Request) -> Result<(), Refused> {
         Request::PostCopy {} => control.post_copy_now(),
         Request::Bandwidth { bytes_per_second } => control.set_bandwidth(bytes_per_second),
         Request::MaxSlowdown { share } => control.set_max_slowdown(share),
+        Request::EngineMemory { bytes } => control.set_engine_memory(bytes),
     }
 }
 
@@ -144,6 +151,12 @@ mod tests {
         let slow = ask(r#"{"command":"max-slowdown","share":0.05}"#).status.unwrap();
         assert_eq!(slow.max_slowdown, Some(0.05));
         assert_eq!(ask(r#"{"command":"max-slowdown","share":null}"#).status.unwrap().max_slowdown, None);
+        let memory = ask(r#"{"command":"engine-memory","bytes":67108864}"#).status.unwrap();
+        assert_eq!(memory.engine_memory, Some(64 << 20));
+        let little = ask(r#"{"command":"engine-memory","bytes":1048576}"#);
+        assert_eq!((little.ok, little.error), (false, Some(ErrorKind::Refused)));
+        let memory = ask(r#"{"command":"engine-memory","bytes":null}"#).status.unwrap();
+        assert_eq!(memory.engine_memory, None);
         for share in ["0", "-0.1", "1.1"] {
             let no = ask(&format!("{{\"command\":\"max-slowdown\",\"share\":{share}}}"));
             assert_eq!((no.ok, no.error), (false, Some(ErrorKind::Refused)), "{share}");

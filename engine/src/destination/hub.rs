@@ -11,6 +11,7 @@ use super::store::{CopyOrder, PageStore, StoreError};
 use crate::Cancel;
 use crate::fault::Fault;
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
+use crate::policy::memory;
 use away::Away;
 use pageferry_wire_format::{Coding, ControlMessage, PageBatch, PageNo, PageRun, SpaceId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -30,10 +31,6 @@ pub(super) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Pages that may be put off beyond those that were announced: a program may grow while it is copied.
 const SLACK_PAGES: u64 = 1 << 20;
-
-/// Bytes of payloads that may wait for what they are on top of: some batches, which are mostly much smaller. A source whose
-/// connections are further apart is asked for the rest again.
-const MOST_LATER_BYTES: usize = 32 << 20;
 
 /// The meeting point of a session's connections.
 #[derive(Debug)]
@@ -57,6 +54,11 @@ struct Books {
     later: VecDeque<Later>,
     later_bytes: usize,
     later_pages: u64,
+    /// Bytes of payloads that may wait for what they are on top of: some batches, which are mostly much smaller. A source whose
+    /// connections are further apart is asked for the rest again.
+    most_later: usize,
+    /// Connections that the session may have.
+    most_streams: u16,
     /// Pages whose base or original was not here.
     again: BTreeMap<SpaceId, BTreeSet<PageNo>>,
     /// Most pages that may be put off or asked for again.
@@ -96,6 +98,8 @@ impl Hub {
             later: VecDeque::new(),
             later_bytes: 0,
             later_pages: 0,
+            most_later: memory::LATER as usize,
+            most_streams: MOST_STREAMS + 1,
             again: BTreeMap::new(),
             patience: SLACK_PAGES,
             stored_pages: 0,
@@ -106,6 +110,13 @@ impl Hub {
         };
         let alarm = Mutex::new(Cancel::new().map_err(LinkError::Lost)?);
         Ok(Self { session, stall, books: Mutex::new(books), changed: Condvar::new(), alarm })
+    }
+
+    /// Takes no more connections than these, and keeps no more bytes of pages that wait for others.
+    pub(super) fn limit(&self, streams: u16, later: u64) {
+        let mut books = self.lock();
+        books.most_streams = streams;
+        books.most_later = usize::try_from(later).unwrap_or(usize::MAX);
     }
 
     pub(super) fn session(&self) -> u128 {
@@ -299,7 +310,7 @@ impl Hub {
             if books.closed
                 || books.link.away
                 || stream == FIRST
-                || stream > MOST_STREAMS
+                || stream >= books.most_streams
                 || books.streams.contains_key(&stream)
             {
                 return Err(ReceiveError::Order("a further connection that the session does not take"));
@@ -399,7 +410,7 @@ impl Books {
             return Ok(());
         }
         self.moves += 1;
-        if self.later_bytes + later.bytes() > MOST_LATER_BYTES {
+        if self.later_bytes.saturating_add(later.bytes()) > self.most_later {
             return self.ask_again(later.space(), later.pages());
         }
         self.later_bytes += later.bytes();

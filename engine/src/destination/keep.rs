@@ -19,10 +19,33 @@ pub(super) struct Keeper {
     owned: BTreeMap<i32, Vec<Run>>,
 }
 
+/// What lists of pages take.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Lists {
+    pub(super) bytes: u64,
+    /// And for each page of the program.
+    pub(super) page: u64,
+}
+
+/// What writing down a program's pages takes, each: their digests, some of them twice.
+const KEEPING: u64 = 100;
+
+/// Bytes of the digests of a store.
+fn bytes(store: &KeptStore) -> u64 {
+    std::mem::size_of_val(store.pages().digests()) as u64
+}
+
 impl Keeper {
-    /// Takes the store. One that cannot be had is done without: only bytes are lost by that.
-    pub(super) fn take(dir: Option<&Path>) -> Self {
+    /// Takes the store. One that cannot be had is done without: only bytes are lost by that; as is one whose digests take more than half of
+    /// the `room` that there is for them and the index.
+    pub(super) fn take(dir: Option<&Path>, room: Option<u64>) -> Self {
         let store = dir.and_then(|dir| match KeptStore::open(dir) {
+            Ok(store) if room.is_some_and(|room| bytes(&store) > room / 2) => {
+                tracing::warn!(
+                    "the digests of the kept store have no room in the memory that the engine may take"
+                );
+                None
+            }
             Ok(store) => Some(store),
             Err(error) => {
                 tracing::warn!(error = %error.chain(), "this session goes without the kept store");
@@ -30,6 +53,12 @@ impl Keeper {
             }
         });
         Self { store, owned: BTreeMap::new() }
+    }
+
+    /// What its lists take besides, and what a page takes that will be kept.
+    pub(super) fn lists(&self) -> Lists {
+        let store = self.store.as_ref();
+        Lists { bytes: store.map_or(0, bytes), page: store.map_or(0, |_| KEEPING) }
     }
 
     /// What is there from before.

@@ -20,6 +20,7 @@ use crate::journal::{self, Journal, Role, Step};
 use crate::kept::{KeptPages, KeptStore};
 use crate::link::{Channel, Incoming, LinkError, TcpLink};
 use crate::observe::Event;
+use crate::policy::memory::{self, AtDestination};
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
 use hub::Hub;
@@ -214,12 +215,17 @@ impl Host {
         Self { base: Some(base), ..self }
     }
 
+    /// What the engine's own memory goes to.
+    fn own(&self) -> AtDestination {
+        memory::at_destination(self.plan.engine_memory, most_streams())
+    }
+
     /// Begins to make memory ready for the next session.
     fn stand_by(&self) -> Result<(), store::StoreError> {
         if self.plan.standby == 0 {
             return Ok(());
         }
-        let store = PageStore::new(self.plan.memory_limit)?;
+        let store = PageStore::new(self.plan.memory_limit, self.own().index)?;
         store.reserve(self.plan.standby)?;
         *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
         Ok(())
@@ -373,16 +379,18 @@ impl Host {
         }
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
+        let own = self.own();
         let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut store = match standby {
             Some(store) => store,
-            None => PageStore::new(self.plan.memory_limit)?,
+            None => PageStore::new(self.plan.memory_limit, own.index)?,
         };
         let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
-        let mut keeper = Keeper::take(self.plan.keep_store.as_deref());
+        let mut keeper = Keeper::take(self.plan.keep_store.as_deref(), own.index);
         let kept = keeper.pages();
         store.set_kept(self.base.clone().unwrap_or_else(|| Arc::clone(&kept)));
         let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
+        hub.limit(own.streams, own.later);
         let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout));
         let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));
         hub.begin(channel.link(), &hello.program)?;
@@ -393,7 +401,7 @@ impl Host {
             version: spoken,
             engine: env!("CARGO_PKG_VERSION").to_owned(),
             memory,
-            streams: most_streams(),
+            streams: own.streams,
             kept: kept.digests().len() as u64,
         }))?;
         keeper.offer(channel)?;
@@ -417,7 +425,9 @@ impl Host {
         };
         let ready = restore.getting_ready();
         let criu = || ready.took();
-        let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network, &criu).run()?;
+        let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network, &criu)
+            .beside(keeper.lists())
+            .run()?;
         if network.keeps_tcp() {
             restore.set_tcp(TcpPolicy::Established);
         }

@@ -2,6 +2,7 @@
 
 use super::failure::ReceiveError;
 use super::hub::{Hub, LAST_WORDS};
+use super::keep::Lists;
 use super::network::Arrival;
 use super::store::StoreError;
 use crate::link::{Channel, ChannelError, Incoming};
@@ -19,6 +20,9 @@ use std::time::Duration;
 
 /// Memory is asked about for so many bytes of images at a time: most programs have less, and the program stands still meanwhile.
 const IMAGES_AHEAD: u64 = 8 << 20;
+
+/// What a run in a list takes, with the copies that are made of it for comparisons.
+const LIST_BYTES: usize = 4 * size_of::<PageRun>();
 
 /// A space of the incoming program.
 #[derive(Debug, Default)]
@@ -71,6 +75,9 @@ pub(super) struct Reception<'a, 'b> {
     network: &'a mut Arrival<'b>,
     /// How long CRIU took to be ready, or has taken so far.
     criu: &'a dyn Fn() -> Duration,
+    /// What lists of pages take that are kept elsewhere, and here.
+    lists: Lists,
+    list_bytes: u64,
     prepared: Vec<(Preparation, u64)>,
     pub(super) spaces: BTreeMap<SpaceId, Incomer>,
     all_sealed: bool,
@@ -105,6 +112,8 @@ impl<'a, 'b> Reception<'a, 'b> {
             still,
             network,
             criu,
+            lists: Lists::default(),
+            list_bytes: 0,
             prepared: Vec::new(),
             spaces: BTreeMap::new(),
             all_sealed: false,
@@ -116,6 +125,19 @@ impl<'a, 'b> Reception<'a, 'b> {
             announced: 0,
             sealed_pages: 0,
         }
+    }
+
+    /// Counts these lists too.
+    pub(super) fn beside(self, lists: Lists) -> Self {
+        Self { lists, ..self }
+    }
+
+    /// Lists grow by so many bytes.
+    fn keep_list(&mut self, bytes: usize) -> Result<(), ReceiveError> {
+        self.list_bytes = self.list_bytes.saturating_add(bytes as u64);
+        let of_pages = (self.announced / 4096).saturating_mul(self.lists.page);
+        let all = self.list_bytes.saturating_add(self.lists.bytes).saturating_add(of_pages);
+        self.hub.with_store(|store| store.keep_lists(all))
     }
 
     /// The receiving loop.
@@ -188,9 +210,10 @@ impl<'a, 'b> Reception<'a, 'b> {
         if incomer.owned.len() + batch.runs.len() > limits::MAX_OWNED_RUNS {
             return Err(ReceiveError::Order("more owned runs than a space may have"));
         }
+        let bytes = batch.runs.len() * LIST_BYTES;
         incomer.owned.extend(batch.runs);
         incomer.owned_complete = !batch.more;
-        Ok(())
+        self.keep_list(bytes)
     }
 
     fn owed(&mut self, batch: OwedBatch) -> Result<(), ReceiveError> {
@@ -201,9 +224,10 @@ impl<'a, 'b> Reception<'a, 'b> {
         if incomer.owed.len() + batch.runs.len() > limits::MAX_OWNED_RUNS {
             return Err(ReceiveError::Order("more owed runs than a space may have"));
         }
+        let bytes = batch.runs.len() * LIST_BYTES;
         incomer.owed.extend(batch.runs);
         incomer.owed_complete = !batch.more;
-        Ok(())
+        self.keep_list(bytes)
     }
 
     fn image(&mut self, name: &str, offset: u64, bytes: &[u8]) -> Result<(), ReceiveError> {
@@ -323,6 +347,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         }
         self.announced = self.announced.saturating_add(info.pages.saturating_mul(4096));
         let announced = self.announced;
+        self.keep_list(0)?;
         self.hub.with_store(|store| store.reserve(announced))?;
         self.spaces.insert(info.space, Incomer { vpid: info.vpid, ..Incomer::default() });
         self.hub.open(info.space, announced / 4096);
@@ -370,16 +395,18 @@ impl<'a, 'b> Reception<'a, 'b> {
                 return Err(ReceiveError::Seal { space, source: None });
             }
         }
+        let bytes = regions.len() * size_of::<RegionInfo>();
         self.sealed_pages += pages;
         incomer.vpid = vpid;
         incomer.regions = regions;
         incomer.sealed = true;
-        Ok(())
+        self.keep_list(bytes)
     }
 
     /// The source seals anew when it has sent what was asked for.
     fn unseal(&mut self) {
         self.sealed_pages = 0;
+        self.list_bytes = 0;
         for incomer in self.spaces.values_mut() {
             *incomer = Incomer { vpid: incomer.vpid, ..Incomer::default() };
         }

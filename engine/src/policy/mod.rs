@@ -7,6 +7,7 @@ pub mod fixed;
 pub mod goals;
 pub(crate) mod headroom;
 pub mod hot;
+pub mod memory;
 pub mod reasons;
 pub mod slowdown;
 pub mod throttle;

@@ -5,6 +5,7 @@ use super::deltas::DeltaCache;
 use super::relatives::Relatives;
 use super::sent::SentPages;
 use super::twins::Twins;
+use crate::policy::memory::Savings;
 use pageferry_tracker::PageSet;
 use pageferry_wire_format::delta::{self, Page};
 use pageferry_wire_format::{PageDigest, PageNo, PageRef, PageRun, SpaceId, digest};
@@ -135,16 +136,19 @@ impl Books {
         spaces.map(|(space, sent)| (*space, sent.forget_doubted())).collect()
     }
 
-    /// The tree has `pages` pages in `processes` processes, and the delta cache may take so many bytes.
-    pub(crate) fn make_room(&mut self, pages: u64, processes: usize, cache: u64) {
+    /// The tree has `pages` pages in `processes` processes, and what saves bytes on the wire may take so many of memory.
+    /// Says whether something was thrown away for it.
+    pub(crate) fn make_room(&mut self, pages: u64, processes: usize, savings: Savings) -> bool {
         if self.plain {
-            return;
+            return false;
         }
-        self.cache.set_budget(cache);
+        let had = self.twins.bytes();
+        let shrunk = self.cache.set_budget(savings.cache);
         let kept = self.spaces.get(&SpaceId::KEPT).map_or(0, SentPages::len);
-        if self.twins.reserve(pages + kept, processes > 1 || kept > 0) {
+        if self.twins.reserve(pages + kept, processes > 1 || kept > 0, savings.twins) {
             self.enter_all();
         }
+        shrunk || self.twins.bytes() < had
     }
 
     /// Enters everything that the destination holds into a table that is new.
@@ -269,6 +273,7 @@ mod tests {
     use super::*;
 
     const A: SpaceId = SpaceId(0);
+    const SAVINGS: Savings = Savings { twins: u64::MAX, cache: 1 << 20 };
     const SEVEN: PageRun = PageRun { start: PageNo(7), len: 1 };
     const B: SpaceId = SpaceId(1);
 
@@ -280,7 +285,7 @@ mod tests {
     impl Bench {
         fn new() -> Self {
             let mut books = Books::default();
-            books.make_room(1000, 2, 1 << 20);
+            books.make_room(1000, 2, SAVINGS);
             Self { books, out: Output::default() }
         }
 
@@ -470,7 +475,7 @@ mod tests {
         let mut books = Books::default();
         let page = noise(1);
         books.enter_kept(77, digest::page(&page));
-        books.make_room(1000, 1, 1 << 20);
+        books.make_room(1000, 1, SAVINGS);
         let mut bench = Bench { books, out: Output::default() };
         let kept = Fate::Copy(PageRef { space: SpaceId::KEPT, page: PageNo(77) });
         assert_eq!(bench.send(A, 7, &page, 0), kept);

@@ -33,8 +33,8 @@ pub(crate) struct DeltaCache {
 }
 
 impl DeltaCache {
-    /// What the cache may take, in bytes. 0 turns it off.
-    pub(crate) fn set_budget(&mut self, bytes: u64) {
+    /// What the cache may take, in bytes. 0 turns it off. Says whether pages were thrown away for it.
+    pub(crate) fn set_budget(&mut self, bytes: u64) -> bool {
         self.room = usize::try_from(bytes / (4096 + OVERHEAD)).unwrap_or(usize::MAX);
         let excess = self.pages.len().saturating_sub(self.room);
         if excess > 0 {
@@ -42,7 +42,10 @@ impl DeltaCache {
             out.iter().for_each(|page| drop(self.pages.remove(page)));
             let pages = &self.pages;
             self.once.retain(|page| pages.contains_key(page));
+            self.pages.shrink_to_fit();
+            self.once.shrink_to_fit();
         }
+        excess > 0
     }
 
     /// The bytes with this digest that were sent of a page, if they are here.

@@ -7,6 +7,7 @@ use crate::link::{ChannelError, LinkError};
 use crate::network::NetworkError;
 use crate::network::established::Connection;
 use crate::plan::PlanError;
+use crate::policy::memory::TooLittle;
 use pageferry_criu_glue as criu;
 use pageferry_tracker as tracker;
 use pageferry_wire_format::{AbortCode, EncodeError};
@@ -80,6 +81,8 @@ pub(crate) enum SendError {
     NoConvergence { predicted: std::time::Duration, wanted: std::time::Duration },
     #[error("the receiver has {available} bytes of memory free, and the program takes {needed}")]
     NoRoom { available: u64, needed: u64 },
+    #[error(transparent)]
+    Memory(#[from] TooLittle),
     #[error("could not hold process {pid} for the commit")]
     Hold {
         pid: i32,
@@ -214,6 +217,7 @@ impl SendError {
                 "allow a longer --downtime, give it more --bandwidth, or let it freeze all the same (--on-no-convergence freeze)"
                     .to_owned()
             }
+            SendError::Memory(_) => "allow it more (--engine-memory), or as much as it takes".to_owned(),
             SendError::Slowdown(_) => "go without --max-slowdown, and limit it with --bandwidth and --nice".to_owned(),
             SendError::Congestion { .. } => {
                 let file = "/proc/sys/net/ipv4/tcp_available_congestion_control";

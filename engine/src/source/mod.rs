@@ -7,6 +7,7 @@ mod handover;
 mod keep;
 pub(crate) mod late;
 pub(crate) mod machine;
+mod memory;
 mod network;
 mod niceness;
 mod pages;
@@ -20,6 +21,7 @@ mod slowdown;
 mod standby;
 mod strategy;
 mod streams;
+mod sys;
 mod tally;
 mod twins;
 mod verify;
@@ -36,6 +38,7 @@ use crate::observe::{Event, Observer};
 use crate::plan::{SendPlan, SendTo, Strategy, TcpChoice};
 use crate::policy::HotPages;
 use crate::policy::goals::Choice;
+use crate::policy::memory::Extent;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
@@ -206,6 +209,8 @@ struct Migration<'a> {
     closed_bytes: u64,
     /// The receiver holds the session when the link is lost, and for so long it is tried to make it anew.
     held_for: Option<Duration>,
+    /// What is known of how much memory the books over the program take.
+    extent: Extent,
 }
 
 impl<'a> Migration<'a> {
@@ -273,7 +278,7 @@ impl<'a> Migration<'a> {
                 Peer::Archive(Archive::in_directory(dir, plan.incremental.then(|| root.name()).as_deref())?)
             }
         };
-        Ok(Self {
+        let mut migration = Self {
             plan,
             observer,
             control,
@@ -319,7 +324,10 @@ impl<'a> Migration<'a> {
             to_keep: Vec::new(),
             closed_bytes: 0,
             held_for: None,
-        })
+            extent: Extent::default(),
+        };
+        migration.expect_room()?;
+        Ok(migration)
     }
 
     /// The happy path, step by step.

@@ -65,6 +65,7 @@ impl Migration<'_> {
         self.take_in(&collected, 0, false)?;
         let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
         self.check_room(resident_pages)?;
+        self.share_out(&collected, 0)?;
         let predicted_downtime = self.plan.freeze_cost.of(collected.spaces.len() as u32, resident_pages);
         let stop = if self.owes { StopReason::PostCopy } else { StopReason::StopAndCopy };
         Ok(Decision { stop: Some(stop), predicted_downtime })
@@ -122,7 +123,7 @@ impl Migration<'_> {
         self.check_room(resident_pages)?;
         let share = resident_pages * 4096 / DELTA_CACHE_SHARE;
         let cache = self.plan.delta_cache.unwrap_or(share);
-        self.books().make_room(resident_pages, collected.spaces.len(), cache);
+        self.make_room(&collected, cache)?;
         let sample = RoundSample {
             round,
             todo_pages,

@@ -35,6 +35,7 @@ impl Migration<'_> {
     pub(super) fn open_streams(&mut self, most: u16) -> Result<(), SendError> {
         let wanted =
             self.plan.streams.map_or_else(default_streams, usize::from).min(usize::from(most)).max(1);
+        let wanted = self.workers_within(wanted)?;
         for _ in 0..wanted {
             let mut chooser = match self.plan.coding {
                 CodingChoice::Auto => CodingChooser::default(),

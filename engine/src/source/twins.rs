@@ -40,14 +40,17 @@ pub(crate) struct Twins {
     looked: u64,
     found: u64,
     victim: usize,
+    /// Bytes that it may take.
+    most: u64,
 }
 
 impl Twins {
-    /// There are `pages` pages. With `thorough` every page is looked at, whatever was found so far. Says whether the
-    /// table was laid out anew, and is empty.
-    pub(crate) fn reserve(&mut self, pages: u64, thorough: bool) -> bool {
+    /// There are `pages` pages, and the table may take `most` bytes. With `thorough` every page is looked at, whatever was found so
+    /// far. Says whether the table was laid out anew, and is empty.
+    pub(crate) fn reserve(&mut self, pages: u64, thorough: bool, most: u64) -> bool {
         self.pages = self.pages.max(pages);
         self.thorough = thorough;
+        self.most = most;
         self.lay_out()
     }
 
@@ -56,12 +59,15 @@ impl Twins {
         // What is not looked at needs no room.
         let pages =
             if self.is_worth_it() { self.pages } else { TRIAL.max(self.pages / SAMPLED).min(self.pages) };
-        let wanted = (pages as f64 * SLACK / WAYS as f64).ceil() as usize;
-        if wanted <= self.buckets.len() {
+        // One that is smaller than it should be forgets more.
+        let most = usize::try_from(self.most / size_of::<[u64; WAYS]>() as u64).unwrap_or(usize::MAX);
+        let wanted = ((pages as f64 * SLACK / WAYS as f64).ceil() as usize).min(most);
+        if (wanted..=most).contains(&self.buckets.len()) {
             return false;
         }
         // A program that grows a little at a time must not empty the table every round.
         let room = if self.buckets.is_empty() { wanted } else { wanted + wanted / 8 };
+        let room = room.min(most);
         self.buckets = Vec::new();
         self.buckets.resize(room, [NONE; WAYS]);
         true
@@ -113,8 +119,7 @@ impl Twins {
     }
 
     /// Bytes that the table takes.
-    #[cfg(test)]
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.buckets.len() * size_of::<[u64; WAYS]>()
     }
 
@@ -150,7 +155,7 @@ mod tests {
     fn what_was_entered_is_found_and_nothing_else() {
         let mut twins = Twins::default();
         assert_eq!(twins.find(&content(1), |_, _| true), None, "an empty table");
-        twins.reserve(10_000, true);
+        twins.reserve(10_000, true, u64::MAX);
         for n in 0..10_000 {
             twins.enter(&content(n), SpaceId((n % 7) as u32), 0x7f00_0000 + n);
         }
@@ -172,7 +177,7 @@ mod tests {
     #[test]
     fn a_place_that_does_not_have_the_content_any_more_is_passed_over() {
         let mut twins = Twins::default();
-        twins.reserve(100, true);
+        twins.reserve(100, true, u64::MAX);
         twins.enter(&content(5), SpaceId(0), 1);
         twins.enter(&content(5), SpaceId(3), 2);
         assert_eq!(twins.find(&content(5), |space, _| space == SpaceId(3)), Some((SpaceId(3), 2)));
@@ -182,7 +187,7 @@ mod tests {
     #[test]
     fn places_that_cannot_be_named_are_not_entered() {
         let mut twins = Twins::default();
-        twins.reserve(100, true);
+        twins.reserve(100, true, u64::MAX);
         twins.enter(&content(1), SpaceId(0), 1 << PAGE_BITS);
         twins.enter(&content(1), SpaceId(1 << SPACE_BITS), 1);
         twins.enter(&content(1), SpaceId(KEPT as u32 - 1), 1);
@@ -196,7 +201,7 @@ mod tests {
     #[test]
     fn a_program_without_equal_pages_is_soon_left_alone_and_one_that_gets_some_is_noticed() {
         let mut twins = Twins::default();
-        twins.reserve(1 << 16, false);
+        twins.reserve(1 << 16, false, u64::MAX);
         let look = |twins: &mut Twins, n: u64| {
             let digest = content(n);
             if !twins.is_of_interest(&digest) {
@@ -220,10 +225,24 @@ mod tests {
     }
 
     #[test]
+    fn one_that_may_take_little_forgets_more_and_gives_back_what_it_has() {
+        let mut twins = Twins::default();
+        twins.reserve(10_000, true, 20_000);
+        assert!((15_000..=20_000).contains(&twins.bytes()), "{}", twins.bytes());
+        (0..10_000).for_each(|n| twins.enter(&content(n), SpaceId(0), n));
+        let found = (0..10_000).filter(|n| twins.find(&content(*n), |_, page| page == *n).is_some()).count();
+        assert!((1500..=2500).contains(&found), "{found}");
+        assert!(!twins.reserve(10_000, true, 20_000), "it stays as it is");
+        assert!(twins.reserve(10_000, true, 6400) && twins.bytes() == 6400);
+        assert!(twins.reserve(10_000, true, 0) && twins.bytes() == 0);
+        assert!(!twins.is_of_interest(&content(1)) && !twins.reserve(20_000, true, 0));
+    }
+
+    #[test]
     fn it_takes_a_quarter_of_a_per_cent_and_a_tenth_of_that_where_nothing_is_equal() {
         let of = |thorough| {
             let mut twins = Twins::default();
-            twins.reserve(1 << 20, thorough);
+            twins.reserve(1 << 20, thorough, u64::MAX);
             twins.bytes() as f64 / (1u64 << 32) as f64
         };
         assert!(of(true) <= 0.003 && of(false) <= 0.0003, "{} and {}", of(true), of(false));

@@ -27,20 +27,20 @@ const ENDLESS: [&str; 6] = ["--policy", "fixed:1000000", "--coding", "raw", "--d
 const WRITER: [&str; 6] = ["writer", "--memory", "64MiB", "--rate", "30MB", "--full-page"];
 
 /// What the command said and wrote.
-struct Said {
+pub struct Said {
     code: i32,
     out: String,
     err: String,
 }
 
 impl Said {
-    fn status(&self) -> anyhow::Result<Status> {
+    pub fn status(&self) -> anyhow::Result<Status> {
         ensure!(self.code == 0, "exit code {}: {}", self.code, self.err);
         let answer: Answer = serde_json::from_str(&self.out).with_context(|| self.out.clone())?;
         answer.status.context("no status")
     }
 
-    fn refused(&self, because: &str) -> anyhow::Result<()> {
+    pub fn refused(&self, because: &str) -> anyhow::Result<()> {
         ensure!(self.code == 3 && self.err.contains(because), "{}: {}", self.code, self.err);
         Ok(())
     }
@@ -55,13 +55,13 @@ fn run(ferry: &Ferry, command: &[&str]) -> anyhow::Result<Said> {
     })
 }
 
-fn control(ferry: &Ferry, subject: &Subject, what: &[&str]) -> anyhow::Result<Said> {
+pub fn control(ferry: &Ferry, subject: &Subject, what: &[&str]) -> anyhow::Result<Said> {
     let pid = subject.pid.to_string();
     run(ferry, &[&[env!("CARGO_BIN_EXE_pageferry"), "control", "--json", "--pid", &pid], what].concat())
 }
 
 /// Asks until the answer is as it should be.
-fn wait_for(
+pub fn wait_for(
     ferry: &Ferry,
     subject: &Subject,
     migration: &Migration,
@@ -82,7 +82,7 @@ fn wait_for(
     }
 }
 
-fn sends(status: &Status) -> bool {
+pub fn sends(status: &Status) -> bool {
     status.stage == Stage::PreCopy && status.done_pages > 0
 }
 

@@ -10,6 +10,7 @@ mod ferry;
 mod full;
 mod kept;
 mod late;
+mod memory;
 mod network;
 mod owed;
 mod policy;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         faults::tests(),
         resume::tests(),
         full::tests(),
+        memory::tests(),
         recover::tests(),
         owed::tests(),
         kept::tests(),

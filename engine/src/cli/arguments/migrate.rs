@@ -86,6 +86,11 @@ pub(in crate::cli) struct MigrateVerb {
     /// it off [default: a sixteenth of the program's memory].
     #[arg(long, value_name = "SIZE")]
     pub(in crate::cli) delta_cache: Option<Bytes>,
+    /// Memory that the engine may take for itself, such as 64MiB: books (0.4 % of the program's memory), buffers and caches. Where it is
+    /// little the delta cache and the table of equal pages are smaller, and there are fewer connections; with less than it needs
+    /// nothing is begun. `pageferry control` changes it [default: as much as it takes].
+    #[arg(long, value_name = "SIZE")]
+    pub(in crate::cli) engine_memory: Option<Bytes>,
     /// Connections, each with a worker of its own [default: one a processor, 8 at most].
     #[arg(long, value_name = "N")]
     pub(in crate::cli) streams: Option<u16>,

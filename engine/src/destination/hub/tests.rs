@@ -17,7 +17,7 @@ fn bytes(seed: u8) -> Bytes {
 }
 
 fn hub() -> Arc<Hub> {
-    let hub = Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap();
+    let hub = Hub::new(7, PageStore::new(None, None).unwrap(), STALL).unwrap();
     hub.open(SPACE, 100);
     Arc::new(hub)
 }
@@ -147,7 +147,8 @@ fn what_is_on_top_of_another_page_waits_for_it_and_is_asked_for_if_it_does_not_c
 #[test]
 fn what_waits_has_a_limit() {
     let hub = hub();
-    hub.lock().later_bytes = MOST_LATER_BYTES;
+    let most = hub.lock().most_later;
+    hub.lock().later_bytes = most;
     bring(&hub, made(Coding::Delta, 20, 1, 4)).unwrap();
     bring(&hub, whole(4, 1)).unwrap();
     let run = PageRun { start: PageNo(20), len: 1 };
@@ -211,7 +212,7 @@ fn a_round_is_complete_when_every_connection_says_so() {
 
 #[test]
 fn pages_that_are_ahead_of_their_announcement_wait_for_it() {
-    let hub = Arc::new(Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap());
+    let hub = Arc::new(Hub::new(7, PageStore::new(None, None).unwrap(), STALL).unwrap());
     let (mut source, thread) = further(&hub, 1);
     let (batch, payload) = whole(8, 4);
     source.pages(&batch, &[IoSlice::new(&payload)]).unwrap();

@@ -8,6 +8,7 @@ use crate::destination::store::PageStore;
 use crate::link::{Channel, Incoming, TcpLink};
 use crate::observe::Silent;
 use crate::plan::ReceivePlan;
+use crate::policy::memory::Savings;
 use crate::source::books::{Books, Fate, Look, Output};
 use crate::source::rejoin::{hear_what_stands, say_what_stands};
 use crate::source::sent::wire_runs;
@@ -163,7 +164,7 @@ impl Source {
                 said.push(ControlMessage::Discard { space, runs: wire_runs(&gone) });
             }
         }
-        self.books.make_room(100, 3, 1 << 20);
+        self.books.make_room(100, 3, Savings { twins: u64::MAX, cache: 1 << 20 });
         said.iter().try_for_each(|message| self.say(message))?;
         for (space, page) in &todo {
             self.page(*space, *page, round, &todo)?;
@@ -302,7 +303,7 @@ fn pair() -> (Channel, Channel) {
 /// Moves the memory in rounds, with the losses; gives the number of pages that were found to have arrived.
 fn moves(rounds: &[Vec<Write>], losses: Vec<u32>) -> u64 {
     let (ours, mut theirs) = pair();
-    let hub = Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap();
+    let hub = Hub::new(7, PageStore::new(None, None).unwrap(), STALL).unwrap();
     hub.begin(theirs.link(), "program").unwrap();
     let images = ImageDir::new().expect("this test makes a file system, which needs root");
     let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());
@@ -379,7 +380,7 @@ proptest! {
 /// A destination that holds page 4 of one space, and a source that has come back and says `says` of it; gives what it answers.
 fn answer(says: impl FnOnce(&mut Channel, SpaceInfo, SpaceDigest)) -> Result<(), crate::link::ChannelError> {
     let (mut ours, mut theirs) = pair();
-    let hub = Hub::new(7, PageStore::new(None).unwrap(), STALL).unwrap();
+    let hub = Hub::new(7, PageStore::new(None, None).unwrap(), STALL).unwrap();
     hub.begin(theirs.link(), "program").unwrap();
     let images = ImageDir::new().expect("this test makes a file system, which needs root");
     let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());

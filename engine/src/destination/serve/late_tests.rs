@@ -71,7 +71,7 @@ fn owing(pages: u64) -> (Arc<Late>, Server, TestMemory) {
     late.with_books(|books| books.owe(SPACE, 1, std::iter::once(owed)));
     let uffd = new_uffd();
     memory.register(&uffd);
-    let server = Server::with_late(PageStore::new(None).unwrap(), Arc::clone(&late)).unwrap();
+    let server = Server::with_late(PageStore::new(None, None).unwrap(), Arc::clone(&late)).unwrap();
     server.add_task(SPACE, Uffd::from_fd(uffd)).unwrap();
     server.start_background().unwrap();
     (late, server, memory)

@@ -68,7 +68,7 @@ pub(super) fn is_zero(memory: TestMemory, page: usize) -> bool {
 /// A server for `pages` pages with bytes, of round 0, and the memory that they belong into.
 fn served(pages: usize) -> (Server, TestMemory) {
     let memory = TestMemory::map(pages + 4);
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, memory, 0, 0..pages as u64, 1);
     let owned = [PageRun { start: PageNo(memory.first_page()), len: pages as u64 }];
     store.seal(SPACE, &owned).unwrap();
@@ -91,7 +91,7 @@ pub(super) fn filled(server: &Server) -> FillStats {
 fn a_fault_is_answered_before_anything_was_put_in() {
     let _guard = together();
     let memory = TestMemory::map(100);
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, memory, 0, 0..50, 2);
     let server = serve(store, memory);
     assert!(is(memory, 10, 0) && is_zero(memory, 11) && is_zero(memory, 70));
@@ -127,7 +127,7 @@ fn all_is_put_in_before_and_the_digests_stay() {
 fn the_latest_rounds_go_first() {
     let _guard = together();
     let memory = TestMemory::map(1000);
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, memory, 0, 0..1000, 1);
     send(&mut store, memory, 1, 700..800, 1);
     send(&mut store, memory, 5, 40..60, 1);
@@ -258,7 +258,7 @@ fn a_copy_is_split_where_mappings_are() {
 fn a_page_that_no_region_waits_for_is_an_error_before_the_program_runs() {
     let _guard = together();
     let (memory, other) = (TestMemory::map(10), TestMemory::map(10));
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, memory, 0, 0..10, 1);
     let server = serve(store, other);
     let error = server.prefill_all().unwrap_err();
@@ -291,7 +291,7 @@ fn dropping_waits_while_the_program_needs_its_pages() {
 #[test]
 fn a_descriptor_that_is_no_userfaultfd_is_an_error_that_surfaces() {
     let _guard = together();
-    let store = PageStore::new(None).unwrap();
+    let store = PageStore::new(None, None).unwrap();
     let server = Server::new(store).unwrap();
     let (_read, write) = rustix::pipe::pipe().unwrap();
     server.add_task(SPACE, Uffd::from_fd(write)).unwrap();

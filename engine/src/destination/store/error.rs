@@ -109,6 +109,8 @@ pub enum StoreError {
 pub enum Bound {
     /// The limit that the plan sets.
     Limit,
+    /// The limit that the plan sets for everything but the pages.
+    Engine,
     /// The memory that the machine has available, less a margin.
     Machine,
     /// The memory limit of the control group, less a margin.
@@ -121,6 +123,7 @@ impl std::fmt::Display for Bound {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Bound::Limit => "of the limit",
+            Bound::Engine => "for their index and lists of what the engine may take for itself",
             Bound::Machine => "on this machine",
             Bound::ControlGroup => "in the control group",
             Bound::Numbers => "that can be numbered",

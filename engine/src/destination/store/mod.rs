@@ -90,13 +90,13 @@ pub struct SealOutcome {
 
 impl PageStore {
     /// An empty store, which takes at most `limit_bytes` of memory for pages and their index, and never more than
-    /// the machine has available.
+    /// the machine has available. The index takes at most `own_bytes`, together with the lists that others keep of pages.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn new(limit_bytes: Option<u64>) -> Result<Self, StoreError> {
+    pub fn new(limit_bytes: Option<u64>, own_bytes: Option<u64>) -> Result<Self, StoreError> {
         Ok(Self {
-            slots: Slots::new(limit_bytes)?,
+            slots: Slots::new(limit_bytes, own_bytes)?,
             spaces: BTreeMap::new(),
             returned: Arc::default(),
             kept: Arc::default(),
@@ -128,6 +128,14 @@ impl PageStore {
     /// [`StoreError::OutOfMemory`].
     pub fn check_beside(&self, bytes: u64) -> Result<(), StoreError> {
         self.slots.check_beside(bytes)
+    }
+
+    /// Others keep lists of pages that take so many bytes, beside the index.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`].
+    pub fn keep_lists(&self, bytes: u64) -> Result<(), StoreError> {
+        self.slots.keep_lists(bytes)
     }
 
     /// Bytes of memory that are ready for pages, and taken from the machine already.

@@ -3,7 +3,8 @@
 
 use super::budget::Budget;
 use super::error::{Bound, StoreError};
-use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Region};
+use super::index::{TABLE_BYTES, TABLE_PAGES};
+use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Region, SLOT_BYTES};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -35,6 +36,8 @@ struct State {
     reserved: u64,
     /// Bytes that the index takes: they count too.
     index: u64,
+    /// Bytes that others keep of lists of pages.
+    lists: u64,
     /// How long making memory ready has taken.
     spent: Duration,
     stop: bool,
@@ -46,6 +49,8 @@ struct Shared {
     wake: Condvar,
     budget: Budget,
     limit: Option<u64>,
+    /// Of the index and lists of pages.
+    own: Option<u64>,
 }
 
 /// The memory that slots are cut from, in the order of their numbers.
@@ -56,9 +61,9 @@ pub(super) struct Prefault {
 }
 
 impl Prefault {
-    pub(super) fn new(limit: Option<u64>) -> Result<Self, StoreError> {
-        let shared =
-            Arc::new(Shared { state: Mutex::default(), wake: Condvar::new(), budget: Budget::new(), limit });
+    pub(super) fn new(limit: Option<u64>, own: Option<u64>) -> Result<Self, StoreError> {
+        let (state, wake, budget) = (Mutex::default(), Condvar::new(), Budget::new());
+        let shared = Arc::new(Shared { state, wake, budget, limit, own });
         let worker = Arc::clone(&shared);
         let thread =
             std::thread::Builder::new().name("prefault".into()).spawn(move || worker.run()).map_err(
@@ -71,6 +76,7 @@ impl Prefault {
     pub(super) fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
         let mut state = self.shared.lock();
         let wanted = bytes.saturating_sub(state.granted);
+        self.shared.check_own(index_of(bytes), state.lists)?;
         self.shared.check(&state, wanted)?;
         state.reserved = state.reserved.max(bytes);
         self.shared.wake.notify_one();
@@ -80,6 +86,7 @@ impl Prefault {
     /// Everything before `used` is about to be handed out, and the index takes `index` bytes.
     pub(super) fn advance(&self, used: u64, index: u64) -> Result<(), StoreError> {
         let mut state = self.shared.lock();
+        self.shared.check_own(index, state.lists)?;
         state.index = index;
         if used > state.granted {
             // A whole step when it can be had, so that this is rare; what is needed when it is tight.
@@ -111,6 +118,17 @@ impl Prefault {
     /// [`StoreError::OutOfMemory`].
     pub(super) fn check_beside(&self, bytes: u64) -> Result<(), StoreError> {
         self.shared.check_machine(&self.shared.lock(), bytes)
+    }
+
+    /// Others keep lists of pages that take so many bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfMemory`], if they have no room beside the index.
+    pub(super) fn keep_lists(&self, bytes: u64) -> Result<(), StoreError> {
+        let mut state = self.shared.lock();
+        self.shared.check_own(state.index, bytes)?;
+        state.lists = bytes;
+        Ok(())
     }
 
     /// Bytes that are ready, and not handed out.
@@ -167,6 +185,11 @@ impl State {
     }
 }
 
+/// What the index over so many bytes of pages takes at least.
+fn index_of(bytes: u64) -> u64 {
+    bytes.div_ceil(TABLE_PAGES * SLOT_BYTES as u64) * TABLE_BYTES
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change of the state is a plain assignment: there is nothing half done to find after a panic.
@@ -199,6 +222,15 @@ impl Shared {
             return Err(StoreError::OutOfMemory { wanted: more, left, of: Bound::Limit });
         }
         Ok(())
+    }
+
+    /// Whether the index and lists are within what the engine may take for itself.
+    fn check_own(&self, index: u64, lists: u64) -> Result<(), StoreError> {
+        let wanted = index.saturating_add(lists);
+        match self.own {
+            Some(left) if wanted > left => Err(StoreError::OutOfMemory { wanted, left, of: Bound::Engine }),
+            _ => Ok(()),
+        }
     }
 
     fn run(&self) {

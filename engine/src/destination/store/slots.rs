@@ -39,10 +39,10 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(limit: Option<u64>) -> Result<Self, StoreError> {
+    pub(super) fn new(limit: Option<u64>, own: Option<u64>) -> Result<Self, StoreError> {
         Ok(Self {
             arena: Arena::default(),
-            prefault: Prefault::new(limit)?,
+            prefault: Prefault::new(limit, own)?,
             free: Vec::new(),
             free_slots: 0,
             fresh: 0,
@@ -76,6 +76,11 @@ impl Slots {
     /// Bytes of memory that are ready for pages.
     pub(super) fn ready(&self) -> u64 {
         self.prefault.ready()
+    }
+
+    /// Lists of pages that others keep.
+    pub(super) fn keep_lists(&self, bytes: u64) -> Result<(), StoreError> {
+        self.prefault.keep_lists(bytes)
     }
 
     /// How long it has taken to make memory ready.

@@ -64,7 +64,7 @@ fn content(store: &PageStore, page: u64) -> Option<Vec<u8>> {
 
 #[test]
 fn pages_come_back_as_they_were_sent() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     let outcome = send(&mut store, 0, &[(7, Some(1)), (8, None), (9, Some(2))]).unwrap();
     assert_eq!(outcome, BatchOutcome { stored: 2, zero: 1 });
     assert_eq!(content(&store, 7).unwrap(), bytes(1));
@@ -76,7 +76,7 @@ fn pages_come_back_as_they_were_sent() {
 
 #[test]
 fn a_corrupted_batch_leaves_every_old_page() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1)), (2, Some(2))]).unwrap();
     let before = store.page_bytes();
     let pages = [(1, Some(10)), (2, Some(20)), (3, None)];
@@ -97,7 +97,7 @@ fn a_corrupted_batch_leaves_every_old_page() {
 
 #[test]
 fn a_batch_that_is_cut_off_leaves_nothing() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1))]).unwrap();
     for _ in 0..100 {
         let mut landing = begin(&mut store, 1, &[(1, Some(9)), (2, Some(9))]).unwrap();
@@ -111,7 +111,7 @@ fn a_batch_that_is_cut_off_leaves_nothing() {
 
 #[test]
 fn what_is_checked_and_written_again_is_checked_again() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     let pages = [(1, Some(1))];
     let mut landing = begin(&mut store, 0, &pages).unwrap();
     receive(&mut landing, &payload(&pages));
@@ -122,7 +122,7 @@ fn what_is_checked_and_written_again_is_checked_again() {
 
 #[test]
 fn packed_batches_are_unpacked_into_their_slots() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     let mut encoder = ZstdEncoder::new().unwrap();
     // Every second slot is freed, so that the packed batch finds its slots in pieces.
     let first: Vec<_> = (0..64).map(|page| (page, Some(page + 1))).collect();
@@ -162,7 +162,7 @@ fn deltas(round: u32, pages: &[(u64, Option<u64>, u64)]) -> (PageBatch, Vec<u8>)
 
 #[test]
 fn deltas_are_applied_to_what_is_here_and_to_nothing_else() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1)), (2, None), (5, Some(5)), (6, Some(6))]).unwrap();
     let (batch, payload) = deltas(1, &[(1, Some(1), 11), (2, None, 12), (6, Some(6), 16)]);
     let mut landing = store.begin_batch(&batch, payload.len()).unwrap();
@@ -203,7 +203,7 @@ fn deltas_are_applied_to_what_is_here_and_to_nothing_else() {
 #[test]
 fn the_limit_is_an_error_and_what_is_there_stays() {
     let limit = 1 << 20;
-    let mut store = PageStore::new(Some(limit)).unwrap();
+    let mut store = PageStore::new(Some(limit), None).unwrap();
     assert!(matches!(store.reserve(limit + 1), Err(StoreError::OutOfMemory { of: Bound::Limit, .. })));
     store.reserve(limit / 2).unwrap();
     let mut page = 0;
@@ -224,21 +224,41 @@ fn the_limit_is_an_error_and_what_is_there_stays() {
 }
 
 #[test]
+fn the_index_and_lists_have_a_limit_of_their_own() {
+    let mut store = PageStore::new(None, Some(40_000)).unwrap();
+    let refused = |result: Result<(), StoreError>| {
+        assert!(matches!(result, Err(StoreError::OutOfMemory { of: Bound::Engine, .. })), "{result:?}");
+    };
+    store.reserve(6 << 20).unwrap();
+    refused(store.reserve(8 << 20));
+    store.keep_lists(5_000).unwrap();
+    refused(store.reserve(6 << 20 | 1));
+    // A table of the index for each 2 MiB of address space.
+    for page in [0, 512, 1024] {
+        send(&mut store, 0, &[(page, Some(page))]).unwrap();
+    }
+    refused(store.keep_lists(20_000));
+    store.keep_lists(0).unwrap();
+    refused(send(&mut store, 0, &[(3072, Some(4))]).map(drop));
+    send(&mut store, 0, &[(1025, Some(5))]).unwrap();
+}
+
+#[test]
 fn more_than_the_machine_has_is_refused() {
-    let store = PageStore::new(None).unwrap();
+    let store = PageStore::new(None, None).unwrap();
     assert!(matches!(store.reserve(1 << 50), Err(StoreError::OutOfMemory { .. })));
 }
 
 #[test]
 fn a_batch_of_another_store_is_refused() {
-    let (mut one, mut other) = (PageStore::new(None).unwrap(), PageStore::new(None).unwrap());
+    let (mut one, mut other) = (PageStore::new(None, None).unwrap(), PageStore::new(None, None).unwrap());
     let landing = begin(&mut one, 0, &[(1, Some(1))]).unwrap();
     assert!(matches!(other.finish_batch(landing), Err(StoreError::Foreign { space: SPACE })));
 }
 
 #[test]
 fn sealing_says_what_is_missing_and_drops_what_is_left() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1)), (2, None), (600, Some(3)), (5000, Some(4))]).unwrap();
     let missing = |error| match error {
         Err(StoreError::Missing { page, .. }) => page.0,
@@ -266,7 +286,7 @@ fn sealing_says_what_is_missing_and_drops_what_is_left() {
 
 #[test]
 fn a_stretch_is_as_long_as_its_memory_is_together() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     let pages: Vec<_> = (500..600).map(|page| (page, Some(page))).collect();
     send(&mut store, 0, &pages).unwrap();
     let expected: Vec<u8> = (510..590).flat_map(bytes).collect();
@@ -280,7 +300,7 @@ fn a_stretch_is_as_long_as_its_memory_is_together() {
 
 #[test]
 fn delivered_pages_leave_their_digest_and_give_their_memory_back() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     store.reserve(8 << 20).unwrap();
     let pages: Vec<_> = (0..1100).map(|page| (page, Some(page))).collect();
     for batch in pages.chunks(100) {
@@ -299,7 +319,7 @@ fn delivered_pages_leave_their_digest_and_give_their_memory_back() {
 
 #[test]
 fn pages_of_a_round_are_those_that_came_last_in_it() {
-    let mut store = PageStore::new(None).unwrap();
+    let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1)), (2, Some(2)), (3, Some(3))]).unwrap();
     send(&mut store, 2, &[(2, Some(9)), (4, None)]).unwrap();
     send(&mut store, 1000, &[(3, Some(9))]).unwrap();
@@ -331,7 +351,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #[test]
     fn agrees_with_a_map_of_pages(steps in proptest::collection::vec(step(), 0..30), owned in proptest::collection::vec(any::<bool>(), 80)) {
-        let mut store = PageStore::new(None).unwrap();
+        let mut store = PageStore::new(None, None).unwrap();
         let mut model: BTreeMap<u64, Option<u64>> = BTreeMap::new();
         for (round, step) in steps.into_iter().enumerate() {
             match step {
