@@ -8,7 +8,7 @@ use super::ask::ask_until;
 use super::verdict::{self, Tree, Verdict};
 use super::{Entry, Journal, JournalError, Owed, Process, Role, Step};
 use crate::network::{self, MovedAddress, traces};
-use crate::observe::Observer;
+use crate::observe::{Event, Observer};
 use crate::report::PostCopyReport;
 use crate::source::failure::SendError;
 use crate::source::late::Orphaned;
@@ -315,6 +315,9 @@ impl Debtor {
             return conclude(plan, entry, &tree, state, Verdict::UnderWay, Heard::default());
         };
         (entry.begin.engine, entry.step) = (std::process::id() as i32, Step::Resumed);
+        if let Some(text) = take_away(&entry) {
+            observer.event(&Event::Warning { text });
+        }
         let mut tries = 0;
         let (verdict, heard) = loop {
             tries += 1;
@@ -366,12 +369,35 @@ fn not_sent(error: &SendError, entry: &Entry, tree: Tree, answer: Option<&Handov
 }
 
 fn put_back(entry: &Entry) -> Result<(), String> {
+    let moved = moved(entry)?;
+    network::ground::put_back(session_of(entry).unwrap_or_default(), &moved).map_err(|error| chain(&error))
+}
+
+/// The program runs at the other side, and has its addresses there: what an engine that was killed just then had not taken away here yet
+/// goes now. Says what there is to say of it.
+fn take_away(entry: &Entry) -> Option<String> {
+    if entry.addresses.is_empty() {
+        return None;
+    }
+    let taken =
+        moved(entry).and_then(|moved| network::ground::take_away(&moved).map_err(|error| chain(&error)));
+    match taken {
+        Ok(gone) if gone.is_empty() => None,
+        Ok(gone) => Some(format!("taken away here, because the program has it there: {}", gone.join(", "))),
+        Err(error) => {
+            Some(format!("addresses that the program has there could not be taken away here: {error}"))
+        }
+    }
+}
+
+fn moved(entry: &Entry) -> Result<Vec<MovedAddress>, String> {
     let moved: Result<Vec<MovedAddress>, _> = entry.addresses.iter().map(|text| text.parse()).collect();
-    let moved = moved.map_err(|error| error.to_string())?;
-    network::ground::put_back(session_of(entry).unwrap_or_default(), &moved).map_err(|error| {
-        let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
-        format!("{error}{cause}")
-    })
+    moved.map_err(|error| error.to_string())
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map_or_else(String::new, |cause| format!(": {cause}"));
+    format!("{error}{cause}")
 }
 
 /// Whether the program runs at the other side, and has not all of its pages yet.

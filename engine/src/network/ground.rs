@@ -296,6 +296,27 @@ pub(crate) fn put_back(session: u128, moved: &[MovedAddress]) -> Result<(), Netw
     machine.take(Step::Announce)
 }
 
+/// Takes addresses away that are the destination's: an engine that was killed as it sent the commit may have left them here. Says
+/// which were.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn take_away(moved: &[MovedAddress]) -> Result<Vec<String>, NetworkError> {
+    let mut netlink = Netlink::addresses().map_err(NetworkError::List)?;
+    let mut gone = Vec::new();
+    for MovedAddress { address, prefix, device, .. } in moved {
+        let Some(found) = addresses::device(device).map_err(NetworkError::List)? else { continue };
+        match addresses::delete(&mut netlink, found.index, *address, *prefix) {
+            Ok(()) => gone.push(format!("{address}/{prefix} of {device}")),
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+            Err(source) => {
+                return Err(NetworkError::Remove { address: *address, device: device.clone(), source });
+            }
+        }
+    }
+    Ok(gone)
+}
+
 /// Finds the device that is to get an address.
 ///
 /// # Errors

@@ -282,6 +282,9 @@ fn recovered_late(ferry: &Ferry) -> anyhow::Result<()> {
     let options = [&MOVE_V4[..], &["--strategy", "post-copy"]].concat();
     let outcome = ferry.migrate(service.pid, Some("post-copy=kill"), &options)?;
     ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+    // As if it had been killed between the commit and the next step.
+    ferry.sh(Host::Source, &format!("ip address add {V4}/24 dev eth0"))?;
+    ensure!(service.has(V4)?.len() == 2, "it is at {:?}", service.has(V4)?);
     finds(ferry, Host::Source, "", 0, "was sent what it was owed")?;
     service.goes_on()?;
     ensure!(service.has(V4)? == ["destination"], "it is at {:?}", service.has(V4)?);

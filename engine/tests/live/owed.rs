@@ -20,6 +20,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ),
         ("recover: two that would go on in place of an engine, and one that is killed", twice),
         ("recover: the link is lost while owed pages are sent in place of an engine", link_lost),
+        ("recover: the link came back after the engine had given up", gave_up),
         ("recover: both engines were killed while pages were owed", receiver_gone),
         ("recover: the engine that owes pages lives", alive),
         ("recover: owed pages that cannot be sent any more", unfit),
@@ -164,6 +165,26 @@ fn link_lost(ferry: &Ferry) -> anyhow::Result<()> {
         Ok(text.ends_with('\n').then(|| serde_json::from_str(&text)))
     })??;
     ensure!(found["served"]["reconnections"].as_u64() > Some(0), "{found}");
+    moved(ferry, &subject, &found)?;
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ferry.hosts.kill(Host::Destination, subject.pid)
+}
+
+/// The engine was not killed: it has ended, in doubt, and the receiver waits for longer.
+fn gave_up(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let subject = writer(ferry)?;
+    let stall = ["--stall-timeout", "2s"];
+    let receiver = ferry.receiver(None, &[&["--once"], &stall[..]].concat())?;
+    let options = [&SLOW[..], &stall, &["--post-copy-timeout", "2s"]].concat();
+    let mut migration = ferry.migrate_start(subject.pid, None, &options)?;
+    migration.says("running at the destination")?;
+    let interface = interface(ferry)?;
+    ferry.sh(Host::Source, &format!("ip link set {interface} down"))?;
+    let outcome = migration.wait();
+    ferry.sh(Host::Source, &format!("ip link set {interface} up"))?;
+    outcome?.failed(4, &["pages that the program is owed", "`pageferry recover` sends these pages"])?;
+    let found = finds(ferry, Host::Source, "--timeout 60s", 0, "was sent what it was owed")?;
     moved(ferry, &subject, &found)?;
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     ferry.hosts.kill(Host::Destination, subject.pid)
