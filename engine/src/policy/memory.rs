@@ -18,6 +18,9 @@ const STREAM: u64 = 5 * MIB;
 
 /// What the books at the source take for 2 MiB of address space of which there is a page.
 const TABLE: u64 = 8448;
+/// What of [`BASE`] lists of pages may take: a program writes here and there in one round and not in the next, and none is to be given up
+/// for that after it was begun.
+const LISTS: u64 = 8 * MIB;
 /// What lists of pages take for a stretch of pages, while several of them are compared: some copies of 16 bytes.
 const RUN: u64 = 128;
 /// What the destination's own pages that were kept take in the source's books, each.
@@ -58,11 +61,13 @@ pub(crate) struct Extent {
 impl Extent {
     /// What is expected of a program of which only the number of its pages is known.
     pub(crate) fn of_pages(pages: u64, processes: u64) -> Self {
-        Self { pages, tables: pages.div_ceil(512) + 16 * processes, runs: 64 * processes, ..Self::default() }
+        let (tables, runs) = (pages.div_ceil(512) + 16 * processes, pages / 32 + 64 * processes);
+        Self { pages, tables, runs, ..Self::default() }
     }
 
     fn bytes(&self) -> u64 {
-        let books = self.tables * TABLE + self.runs * RUN + self.kept * KEPT;
+        let lists = (self.runs * RUN).saturating_sub(LISTS);
+        let books = self.tables * TABLE + lists + self.kept * KEPT;
         let file =
             if self.file { FILE + self.tables * TABLE + (self.pages + self.kept) * FILE_PAGE } else { 0 };
         books + file + if self.keeps { self.pages * KEEPING } else { 0 }
@@ -181,6 +186,9 @@ mod tests {
             savings(Some(40 * MIB), &extent, 2, cache).is_err(),
             "there are more workers than it has room for"
         );
+        let scattered = Extent { runs: LISTS / RUN, ..extent };
+        assert_eq!(needed(&scattered, 1), needed(&extent, 1), "what is written here and there has its room");
+        assert!(needed(&Extent { runs: 2 * scattered.runs, ..extent }, 1) > needed(&extent, 1));
         let file = Extent { file: true, ..extent };
         assert!(workers(Some(40 * MIB), &file, 1).is_err() && workers(Some(64 * MIB), &file, 1).is_ok());
         let keeps = Extent { keeps: true, ..extent };
