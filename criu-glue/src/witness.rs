@@ -40,15 +40,18 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
+
 use crate::sys::perf;
 
-/// Where the kernel tells the numbers of its tracepoints.
-const TRACEFS: [&str; 2] = ["/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events"];
+/// Where the kernel tells the numbers of its tracepoints, if somebody has mounted that.
+const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// More threads than these are not watched: each costs 0.1 to 0.5 ms before the freeze, and [`COUNTERS`] descriptors.
 const MAX_THREADS: usize = 256;
@@ -108,7 +111,10 @@ const HARMLESS_ADVICE: [u32; 12] = [3, 4, 8, 9, 20, 21, 22, 23, 24, 25, 102, 103
 /// Why there is no witness; smaps has to be read twice then.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NoWitness {
-    /// No tracefs, or a kernel without the tracepoints of system calls.
+    /// None is mounted, and none can be.
+    #[error("there is no tracefs: {0}")]
+    Tracefs(#[source] io::Error),
+    /// A kernel without the tracepoints of system calls.
     #[error("the kernel's tracepoint {0} cannot be looked up: {1}")]
     Tracepoint(&'static str, #[source] io::Error),
     /// Not allowed, or out of descriptors.
@@ -152,11 +158,12 @@ impl Plan {
         let calls = calls.join("||");
         let advice = HARMLESS_ADVICE.map(|advice| format!("behavior!={advice}")).join("&&");
         let text = |text: String| CString::new(text).expect("made of numbers");
+        let tracepoints = Tracepoints::open().map_err(NoWitness::Tracefs)?;
         Ok(Self {
-            any_enter: tracepoint("raw_syscalls/sys_enter")?,
-            any_exit: tracepoint("raw_syscalls/sys_exit")?,
-            madvise: tracepoint("syscalls/sys_enter_madvise")?,
-            exec: tracepoint("task/task_rename")?,
+            any_enter: tracepoints.number("raw_syscalls/sys_enter")?,
+            any_exit: tracepoints.number("raw_syscalls/sys_exit")?,
+            madvise: tracepoints.number("syscalls/sys_enter_madvise")?,
+            exec: tracepoints.number("task/task_rename")?,
             calls_and_madvise: text(format!("{calls}||id=={MADVISE}")),
             calls: text(calls),
             madvise_alone: text(format!("id=={MADVISE}")),
@@ -165,13 +172,38 @@ impl Plan {
     }
 }
 
-fn tracepoint(name: &'static str) -> Result<u64, NoWitness> {
-    let read = |root: &str| fs::read_to_string(Path::new(root).join(name).join("id"));
-    let text = TRACEFS.iter().map(|root| read(root)).reduce(|first, other| first.or(other));
-    let number = text.expect("two places").and_then(|text| {
-        text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not a number"))
-    });
-    number.map_err(|source| NoWitness::Tracepoint(name, source))
+/// The numbers of tracepoints.
+struct Tracepoints(OwnedFd);
+
+impl Tracepoints {
+    /// Where they stand: in a tracefs that is mounted, or else in one that is mounted for this alone. That mount is in no
+    /// namespace, nobody else sees it, and it goes with the descriptor.
+    fn open() -> io::Result<Self> {
+        Ok(Self(match TRACEFS.iter().find(|root| Path::new(root).join("events").is_dir()) {
+            Some(root) => File::open(root)?.into(),
+            None => Self::mount()?,
+        }))
+    }
+
+    fn mount() -> io::Result<OwnedFd> {
+        let context = mount::fsopen("tracefs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        mount::fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+    }
+
+    fn number(&self, name: &'static str) -> Result<u64, NoWitness> {
+        let path = format!("events/{name}/id");
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let number = openat(&self.0, path, flags, Mode::empty()).map_err(io::Error::from).and_then(|file| {
+            let text = io::read_to_string(File::from(file))?;
+            text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not a number"))
+        });
+        number.map_err(|source| NoWitness::Tracepoint(name, source))
+    }
 }
 
 /// The counters of one thread and of all that come from it.
