@@ -181,6 +181,7 @@ impl Worker {
         self.chooser.pause();
         let mut tally = Tally::default();
         let mut work = Work::begin();
+        let hand = round.queue.hand();
         let result = loop {
             match before(channel) {
                 Ok(true) => {}
@@ -191,7 +192,7 @@ impl Worker {
                 break Ok(());
             }
             let most = self.chooser.batch_pages().min(limits::MAX_BATCH_PAGES) as u64;
-            let Some(task) = round.queue.next(most, &mut self.runs) else { break Ok(()) };
+            let Some(task) = round.queue.next(hand, most, &mut self.runs) else { break Ok(()) };
             let had = (tally.pages(), tally.bytes());
             let sent = self.send_batch(channel, round, task, &mut tally);
             if let Err(error) = sent.and_then(|()| Ok(channel.hear_abort()?)) {
