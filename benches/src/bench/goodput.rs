@@ -115,16 +115,20 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// One program, copied by the bare loop and then moved: the speeds of both, and the memory that the engine needed.
+    /// A program that the bare loop copies, and one that is moved: the speeds of both, and the memory that the engine needed.
     fn run(&self) -> anyhow::Result<(f64, f64, ByteSize)> {
         let (common, bytes) = (&self.options.common, self.size.as_u64());
         let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
         // Nothing is written meanwhile: the first round is then all that is measured.
         let arguments = ["writer", "--memory", &bytes.to_string(), "--rate", "0"].map(str::to_owned);
+        // A program each: the kernel counts who reads a page, and moves it between its lists at the second time.
         let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
         // Room for what arrives, as a machine has it that waits for a migration.
         machine::touch(bytes / 4 * 5)?;
         let copied = bare::copy(&hosts, &subject, self.streams, &self.options.bare)?.gb_s();
+        hosts.kill(Host::Source, subject.pid)?;
+        drop(subject);
+        let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
         machine::touch(bytes / 4 * 5)?;
         let streams = self.streams.to_string();
         let mut extra = vec!["--streams", &streams];
