@@ -48,6 +48,7 @@ pub(super) struct Content {
     zeros: u64,
     /// Equal to another page that was looked at.
     copies: u64,
+    /// What reading and hashing these took.
     reading: Duration,
     /// Bytes that were coded, and for each level what came out and how long it took.
     whole_bytes: u64,
@@ -72,10 +73,11 @@ impl Content {
         let mut all = PageSet::default();
         collected.spaces.iter().for_each(|space| all.absorb(space.populated.clone()));
         let mut whole = Vec::with_capacity(BATCH + GROUP as usize * PAGE);
+        let mut bytes = Vec::new();
         for group in groups(&all) {
             for space in &collected.spaces {
                 let here = group.intersect(&space.populated);
-                let Some(bytes) = self.read(space, &here)? else { continue };
+                let Some(took) = read(space, &here, &mut bytes)? else { continue };
                 let start = processor_time();
                 for page in bytes.chunks_exact(PAGE) {
                     self.pages += 1;
@@ -88,7 +90,7 @@ impl Content {
                         whole.extend_from_slice(page);
                     }
                 }
-                self.reading += processor_time() - start;
+                self.reading += took + (processor_time() - start);
                 if whole.len() >= BATCH {
                     self.code(&mut encoder, &mut whole)?;
                 }
@@ -103,7 +105,7 @@ impl Content {
     /// # Errors
     /// As [`Content::look`].
     pub(super) fn look_again(&mut self, collected: &Collected) -> Result<(), ContentError> {
-        let mut out = Vec::new();
+        let (mut out, mut buffer) = (Vec::new(), Vec::new());
         for space in &collected.spaces {
             let key = space.key.0;
             let known: PageSet = self
@@ -118,8 +120,10 @@ impl Content {
             for page in space.dirty.iter().step_by(step as usize).take(room.min(KEPT as u64 / 8) as usize) {
                 wanted.insert(page, 1);
             }
-            let Some(bytes) = self.read(space, &wanted)? else { continue };
-            for (page, bytes) in wanted.iter().zip(bytes.chunks_exact(PAGE)) {
+            if read(space, &wanted, &mut buffer)?.is_none() {
+                continue;
+            }
+            for (page, bytes) in wanted.iter().zip(buffer.chunks_exact(PAGE)) {
                 let bytes: &[u8; PAGE] = bytes.try_into().expect("chunks of a page");
                 if let Some(before) = self.kept.get(&(key, page)) {
                     self.again += 1;
@@ -162,25 +166,6 @@ impl Content {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        space: &pageferry_tracker::SpaceScan,
-        pages: &PageSet,
-    ) -> Result<Option<Vec<u8>>, ReadError> {
-        if pages.is_empty() {
-            return Ok(None);
-        }
-        let start = processor_time();
-        let mut bytes = vec![0; pages.len() as usize * PAGE];
-        let read = PageReader::new(&space.target).and_then(|reader| reader.read(pages.runs(), &mut bytes));
-        self.reading += processor_time() - start;
-        match read {
-            Ok(_) => Ok(Some(bytes)),
-            Err(_) if !space.target.is_alive() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// What each way costs for a page that was never sent: as it is, and by each level.
     pub(super) fn costs(&self) -> Vec<Cost> {
         let pages = self.pages.max(1) as f64;
@@ -199,6 +184,31 @@ impl Content {
     pub(super) fn again(&self, whole: f64) -> Option<f64> {
         let bytes = self.again_bytes as f64 + self.again_whole as f64 * whole;
         (self.again > 0).then(|| bytes / self.again as f64)
+    }
+}
+
+/// Puts the pages into `bytes`, whatever was in it, and says what it took of a processor; `None` if there is nothing to be read.
+fn read(
+    space: &pageferry_tracker::SpaceScan,
+    pages: &PageSet,
+    bytes: &mut Vec<u8>,
+) -> Result<Option<Duration>, ReadError> {
+    if pages.is_empty() {
+        return Ok(None);
+    }
+    let reader = match PageReader::new(&space.target) {
+        Ok(reader) => reader,
+        Err(_) if !space.target.is_alive() => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // Written to beforehand: a worker's buffer is old, and memory that is new costs more than all the rest.
+    bytes.clear();
+    bytes.resize(pages.len() as usize * PAGE, 0);
+    let start = processor_time();
+    match reader.read(pages.runs(), bytes) {
+        Ok(_) => Ok(Some(processor_time() - start)),
+        Err(_) if !space.target.is_alive() => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
