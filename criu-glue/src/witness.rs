@@ -420,3 +420,18 @@ fn no_io_uring(pid: i32) -> Result<(), NoWitness> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_tracepoints_are_found_without_a_mount_that_others_see() {
+        let before = fs::read_to_string("/proc/self/mounts").unwrap();
+        let own = Tracepoints(Tracepoints::mount().expect("as root, on Linux 5.2 or later"));
+        let name = "raw_syscalls/sys_enter";
+        assert_eq!(own.number(name).unwrap(), Tracepoints::open().unwrap().number(name).unwrap());
+        assert!(own.number("raw_syscalls/no_such").is_err());
+        assert_eq!(fs::read_to_string("/proc/self/mounts").unwrap(), before);
+    }
+}
