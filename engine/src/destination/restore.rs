@@ -15,6 +15,7 @@ use crate::journal::{self, Process, Step};
 use crate::link::Channel;
 use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
+use crate::policy::estimate::PREFILL;
 use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
 use pageferry_tracker::{self as tracker, Target, uffd::Uffd};
 use pageferry_wire_format::{ControlMessage, Part, SpaceId, version};
@@ -22,9 +23,6 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// Time that putting hot pages in may take of the downtime.
-const PREFILL: Duration = Duration::from_millis(5);
 
 /// How often the source hears that the pages are still being put in place.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);

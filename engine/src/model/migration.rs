@@ -3,6 +3,7 @@
 use super::site::Site;
 use super::trace::{Pages, Trace};
 use crate::plan::{PolicyChoice, Strategy};
+use crate::policy::estimate::PREFILL;
 use crate::policy::goals::{Choice, Late, hoped_pace};
 use crate::policy::{self, Goals, HotPages, Means, Measured, Navigator, RoundSample, StopReason};
 use pageferry_tracker::{PageSet, SpaceKey};
@@ -308,6 +309,10 @@ impl Run<'_> {
                 });
             }
             Strategy::PostCopy | Strategy::Hybrid => {
+                if self.rounds.is_empty() {
+                    // Nothing has come that could be put in place.
+                    downtime = downtime.saturating_sub(PREFILL);
+                }
                 fill = time;
                 // Half of the pages that it writes meanwhile have come by themselves, on average, when it gets to them.
                 let wanted = self.trace.written(self.now, self.now + fill);

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// Time that putting hot pages in may take of the downtime, where pages have come before the program runs. It is part of a freeze's cost.
+pub const PREFILL: Duration = Duration::from_millis(5);
+
 /// A model of the time that a handover takes when no page has to be sent: constants that were measured with
 /// CRIU 4.2 (docs/BENCHMARKS.md, downtime), until a machine's own are known ([`crate::calibration`]).
 #[derive(Clone, Copy, Debug)]
@@ -10,17 +13,16 @@ pub struct FreezeCost {
     pub base: Duration,
     /// Every further process of the tree.
     pub per_process: Duration,
-    /// Every resident page is looked at in the last collect, and by the comparison of memory areas, most of which takes
-    /// longer than the restore: time for a million pages (4 GiB).
+    /// Every resident page is looked at in the last collect, and its page tables by CRIU: time for a million pages (4 GiB).
     pub per_million_pages: Duration,
 }
 
 impl Default for FreezeCost {
     fn default() -> Self {
         Self {
-            base: Duration::from_millis(20),
+            base: Duration::from_millis(18),
             per_process: Duration::from_millis(6),
-            per_million_pages: Duration::from_millis(55),
+            per_million_pages: Duration::from_millis(12),
         }
     }
 }
