@@ -1,25 +1,39 @@
 //! What earlier migrations of this machine took, kept in a file, so that the next can be predicted.
 //!
 //! A freeze costs `base + per_process * (processes - 1) + per_million_pages * pages / 10^6` beside the pages that are sent in
-//! it. The constants are those of a least-squares fit over the last runs, in which the engine's own constants
-//! ([`FreezeCost::default`]) count as one run of each kind: with no runs they are the answer, and with many they do not matter.
-//! A run that is far off (a machine that was busy) counts less (Huber's weights).
+//! it, and what is peculiar to a program (its threads, files and connections), which goes by its name. The constants are those of
+//! a least-squares fit over the last runs, in which the engine's own constants ([`FreezeCost::default`]) count as a part of a run
+//! of each kind: with no runs they are the answer, and with a few they do not matter. A program's own part is the mean of what
+//! its runs are off by, drawn towards nothing while they are few (a ridge). A run that is far off (a machine that was busy)
+//! counts less (Huber's weights), and so does one of long ago.
 
 use crate::model::{PageCost, Site};
-use crate::policy::estimate::FreezeCost;
+use crate::plan::Strategy;
+use crate::policy::estimate::{FreezeCost, PREFILL};
 use crate::report::MigrationReport;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Version of the file.
-const SCHEMA: u32 = 2;
+/// Version of the file, and the oldest that can be read: its runs have no names.
+const SCHEMA: u32 = 3;
+const OLDEST: u32 = 2;
 /// Runs that are kept.
 const KEPT: usize = 64;
 /// Off by more than this, a run counts less, in milliseconds.
 const FAR: f64 = 5.0;
+/// Runs as which the engine's own constants count, of each kind.
+const OWN: f64 = 0.25;
+/// Runs without anything peculiar that each program is thought to have had: from run to run a program differs by half as much as
+/// programs do.
+const LIKE_OTHERS: f64 = 0.25;
+/// Runs after which one counts half: machines have neighbours, and their pace changes.
+const HALF_LIFE: f64 = 16.0;
+/// Times that the fit is made better: weights, constants and programs depend on each other.
+const PASSES: u32 = 16;
 /// So far a prediction of a freeze may be off when there are too few runs to know.
 const UNKNOWN: Duration = Duration::from_millis(10);
 /// Nanoseconds of a page, half a GB a second: one that took longer was held up by the link, as far as can be told, and says
@@ -38,11 +52,13 @@ pub struct Calibration {
 /// One migration that was completed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Run {
+    /// Name of the program; empty in runs of before it was written down.
+    #[serde(default)]
+    program: String,
     processes: u32,
     resident_pages: u64,
-    /// Standing still beside the last pages and the images.
+    /// Standing still beside the last pages and the images, as if pages had come before the program went on.
     fixed_us: u64,
-    image_bytes: u64,
     /// Before the first round.
     setup_us: u64,
     /// Of the first round, and of later ones with many pages: nanoseconds of a page.
@@ -86,7 +102,7 @@ impl Calibration {
             }
         };
         match serde_json::from_slice::<Self>(&text) {
-            Ok(calibration) if calibration.schema == SCHEMA => Ok(calibration),
+            Ok(calibration) if (OLDEST..=SCHEMA).contains(&calibration.schema) => Ok(calibration),
             _ => Err(CalibrationError::Shape { path: path.to_owned() }),
         }
     }
@@ -113,15 +129,18 @@ impl Calibration {
     /// Takes in a migration, if it was completed into another machine's memory and says something.
     pub fn learn(&mut self, report: &MigrationReport) {
         let down = &report.downtime_us;
+        let Some(strategy) = Strategy::ALL.into_iter().find(|strategy| strategy.name() == report.strategy)
+        else {
+            return;
+        };
         if report.outcome != "completed"
-            || report.strategy != "pre-copy"
             || report.verified
             || report.paused_us > 0
             // Slower than it could be.
             || report.max_slowdown.is_some()
             || report.interruptions > 0
             // By hand: a round was cut short.
-            || report.stop_reason == "post-copy"
+            || (report.stop_reason == "post-copy" && strategy != Strategy::PostCopy)
             || down.total == 0
         {
             return;
@@ -137,11 +156,15 @@ impl Calibration {
         let rounds = || report.rounds.iter().filter(|round| !round.frozen);
         // Pages that go for the first time: a sample of them, and the others.
         let first = 1 + rounds().take_while(|round| round.left_pages > 0).count();
+        let not_filled = match strategy.owes() && rounds().next().is_none() {
+            true => PREFILL.as_micros() as u64,
+            false => 0,
+        };
         self.runs.push(Run {
+            program: report.program.clone(),
             processes: report.processes,
             resident_pages: report.memory_bytes / 4096,
-            fixed_us: down.total.saturating_sub(down.last_pages + down.images),
-            image_bytes: report.image_bytes,
+            fixed_us: not_filled + down.total.saturating_sub(down.last_pages + down.images),
             setup_us: report
                 .total_us
                 .saturating_sub(down.total + rounds().map(|round| round.duration_us).sum::<u64>()),
@@ -158,29 +181,47 @@ impl Calibration {
         self.runs.len()
     }
 
-    /// What a freeze costs beside the pages.
-    pub fn freeze_cost(&self) -> FreezeCost {
+    /// What a freeze of `program` costs beside the pages.
+    pub fn freeze_cost(&self, program: &str) -> FreezeCost {
+        self.fit().of(program)
+    }
+
+    /// The constants, and what is peculiar to each program.
+    fn fit(&self) -> Fit {
         let own = FreezeCost::default();
+        let constants = [ms(own.base), ms(own.per_process), ms(own.per_million_pages)];
+        let mut fit = Fit { constants, peculiar: BTreeMap::new() };
         // One process without memory, ten of them, and one with a million pages.
-        let mut points: Vec<([f64; 3], f64)> = [(1, 0), (10, 0), (1, 1_000_000)]
-            .map(|(processes, pages)| (terms(processes, pages), ms(own.of(processes, pages))))
-            .to_vec();
-        points.extend(
-            self.runs.iter().map(|run| (terms(run.processes, run.resident_pages), run.fixed_us as f64 / 1e3)),
-        );
-        let mut fit = [ms(own.base), ms(own.per_process), ms(own.per_million_pages)];
-        for _ in 0..8 {
-            let weighted = points.iter().map(|(x, y)| {
-                let off = (y - dot(x, &fit)).abs();
-                (*x, *y, if off > FAR { FAR / off } else { 1.0 })
+        let owns = [(1, 0), (10, 0), (1, 1_000_000)];
+        for _ in 0..PASSES {
+            let runs = self.runs.iter().rev().enumerate().map(|(age, run)| {
+                let off = fit.off(run).abs();
+                (run, (-(age as f64) / HALF_LIFE).exp2() * if off > FAR { FAR / off } else { 1.0 })
             });
-            match least_squares(weighted) {
-                Some(better) => fit = better.map(|value| value.max(0.0)),
-                None => break,
+            let runs: Vec<(&Run, f64)> = runs.collect();
+            let points = owns
+                .map(|(processes, pages)| {
+                    let x = terms(processes, pages);
+                    (x, dot(&x, &constants), OWN)
+                })
+                .into_iter()
+                .chain(runs.iter().map(|(run, weight)| {
+                    (run.terms(), run.fixed_us as f64 / 1e3 - fit.peculiar_to(&run.program), *weight)
+                }));
+            let Some(better) = least_squares(points) else { break };
+            fit.constants = better.map(|value| value.max(0.0));
+            let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+            for (run, weight) in runs.iter().filter(|(run, _)| !run.program.is_empty()) {
+                let (off, weights) = sums.entry(run.program.clone()).or_default();
+                *off += weight * (run.fixed_us as f64 / 1e3 - dot(&run.terms(), &fit.constants));
+                *weights += weight;
             }
+            fit.peculiar = sums
+                .into_iter()
+                .map(|(name, (off, weights))| (name, off / (weights + LIKE_OTHERS)))
+                .collect();
         }
-        let time = |ms: f64| Duration::from_secs_f64(ms / 1e3);
-        FreezeCost { base: time(fit[0]), per_process: time(fit[1]), per_million_pages: time(fit[2]) }
+        fit
     }
 
     /// How far that is off in four of five runs.
@@ -188,19 +229,15 @@ impl Calibration {
         if self.runs.len() < ENOUGH {
             return UNKNOWN;
         }
-        let cost = self.freeze_cost();
-        let mut off: Vec<u64> = self
-            .runs
-            .iter()
-            .map(|run| (cost.of(run.processes, run.resident_pages).as_micros() as u64).abs_diff(run.fixed_us))
-            .collect();
-        off.sort_unstable();
-        Duration::from_micros(off[off.len() * 4 / 5])
+        let fit = self.fit();
+        let mut off: Vec<f64> = self.runs.iter().map(|run| fit.off(run).abs()).collect();
+        off.sort_by(f64::total_cmp);
+        Duration::from_secs_f64(off[off.len() * 4 / 5] / 1e3)
     }
 
-    /// `site` with what is known of this machine. The pace of pages is that of the quickest fifth of the runs: the others
+    /// `site` with what is known of this machine, and of `program`. The pace of pages is that of the quickest fifth of the runs: the others
     /// were held up by their links.
-    pub fn site(&self, site: Site) -> Site {
+    pub fn site(&self, site: Site, program: &str) -> Site {
         let quick = |what: fn(&Run) -> Option<f64>| {
             let mut values: Vec<f64> = self.runs.iter().filter_map(what).collect();
             values.sort_by(f64::total_cmp);
@@ -209,15 +246,47 @@ impl Calibration {
         let cost = |own: PageCost, seen: Option<Duration>| PageCost { time: seen.unwrap_or(own.time), ..own };
         let mut setups: Vec<u64> = self.runs.iter().map(|run| run.setup_us).collect();
         setups.sort_unstable();
-        let images: u64 = self.runs.iter().map(|run| run.image_bytes).sum();
-        let processes: u64 = self.runs.iter().map(|run| u64::from(run.processes)).sum();
         Site {
-            freeze: self.freeze_cost(),
+            freeze: self.freeze_cost(program),
             setup: setups.get(setups.len() / 2).map_or(site.setup, |us| Duration::from_micros(*us)),
             first: cost(site.first, quick(|run| run.first_ns)),
             again: cost(site.again, quick(|run| run.again_ns)),
-            image_bytes: if processes == 0 { site.image_bytes } else { images as f64 / processes as f64 },
             ..site
+        }
+    }
+}
+
+impl Run {
+    fn terms(&self) -> [f64; 3] {
+        terms(self.processes, self.resident_pages)
+    }
+}
+
+/// What was made of the runs, in milliseconds.
+struct Fit {
+    /// As in [`terms`].
+    constants: [f64; 3],
+    /// By the names of programs.
+    peculiar: BTreeMap<String, f64>,
+}
+
+impl Fit {
+    fn peculiar_to(&self, program: &str) -> f64 {
+        self.peculiar.get(program).copied().unwrap_or(0.0)
+    }
+
+    /// A run took so much more.
+    fn off(&self, run: &Run) -> f64 {
+        run.fixed_us as f64 / 1e3 - dot(&run.terms(), &self.constants) - self.peculiar_to(&run.program)
+    }
+
+    fn of(&self, program: &str) -> FreezeCost {
+        let time = |ms: f64| Duration::from_secs_f64(ms.max(0.0) / 1e3);
+        let [base, per_process, per_million_pages] = self.constants;
+        FreezeCost {
+            base: time(base + self.peculiar_to(program)),
+            per_process: time(per_process),
+            per_million_pages: time(per_million_pages),
         }
     }
 }
@@ -272,7 +341,6 @@ mod tests {
             strategy: "pre-copy".to_owned(),
             processes,
             memory_bytes: pages * 4096,
-            image_bytes: 200_000,
             total_us: fixed_us + 7_000 + 200_000 + 30_000,
             downtime_us: Downtime {
                 total: fixed_us + 7_000,
@@ -299,11 +367,11 @@ mod tests {
     fn without_runs_the_constants_of_the_engine_hold() {
         let (none, own) = (Calibration::default(), FreezeCost::default());
         for (processes, pages) in [(1, 0), (3, 500_000), (200, 10_000_000)] {
-            let fitted = none.freeze_cost().of(processes, pages).as_secs_f64();
+            let fitted = none.freeze_cost("any").of(processes, pages).as_secs_f64();
             assert!((fitted / own.of(processes, pages).as_secs_f64() - 1.0).abs() < 1e-6);
         }
         assert_eq!(none.spread(), UNKNOWN);
-        assert_eq!(none.site(Site::default()).first, Site::default().first);
+        assert_eq!(none.site(Site::default(), "any").first, Site::default().first);
     }
 
     #[test]
@@ -315,7 +383,7 @@ mod tests {
             let busy = if run == 17 { 900_000 } else { 0 };
             calibration.learn(&report(processes, pages, truth(processes, pages) + busy));
         }
-        let learned = calibration.freeze_cost();
+        let learned = calibration.freeze_cost("any");
         for (processes, pages) in [(1, 0), (2, 800_000), (4, 200_000)] {
             let (got, wanted) = (ms(learned.of(processes, pages)), truth(processes, pages) as f64 / 1e3);
             assert!(
@@ -324,9 +392,54 @@ mod tests {
             );
         }
         assert!(calibration.spread() < Duration::from_millis(5), "{:?}", calibration.spread());
-        let site = calibration.site(Site::default());
-        assert_eq!((site.first.time, site.image_bytes > 50_000.0), (Duration::from_nanos(2000), true));
+        let site = calibration.site(Site::default(), "any");
+        assert_eq!(site.first.time, Duration::from_nanos(2000));
         assert_eq!(site.setup, Duration::from_millis(30));
+    }
+
+    #[test]
+    fn a_program_has_its_own_part_and_the_first_runs_of_another_do_not_have_it() {
+        let named = |program: &str, fixed_us| MigrationReport {
+            program: program.to_owned(),
+            ..report(1, 60_000, fixed_us)
+        };
+        let mut calibration = Calibration::default();
+        let cost =
+            |calibration: &Calibration, program: &str| ms(calibration.freeze_cost(program).of(1, 60_000));
+        for run in 0..8 {
+            calibration.learn(&named("plain", 11_000 + run % 3 * 1000));
+        }
+        let others = cost(&calibration, "threads");
+        assert!((others - 12.0).abs() < 1.0, "{others} ms: that of programs in general");
+        calibration.learn(&named("threads", 26_000));
+        let once = cost(&calibration, "threads");
+        assert!(once > 20.0, "{once} ms after one run");
+        (0..3).for_each(|_| calibration.learn(&named("threads", 26_000)));
+        let (threads, plain) = (cost(&calibration, "threads"), cost(&calibration, "plain"));
+        assert!((threads - 26.0).abs() < 2.0 && (plain - 12.0).abs() < 1.0, "{threads} and {plain} ms");
+        assert!(calibration.spread() < Duration::from_millis(3), "{:?}", calibration.spread());
+    }
+
+    #[test]
+    fn every_strategy_says_what_a_freeze_costs() {
+        let mut calibration = Calibration::default();
+        for (strategy, rounds, fixed_us) in [
+            ("pre-copy", 1, 30_000),
+            ("hybrid", 1, 30_000),
+            ("post-copy", 0, 25_000),
+            ("stop-and-copy", 1, 30_000),
+        ] {
+            let report = report(1, 1000, fixed_us);
+            let rounds = report.rounds.iter().take(rounds).cloned().collect();
+            let stop_reason = strategy.to_owned();
+            calibration.learn(&MigrationReport {
+                strategy: strategy.to_owned(),
+                rounds,
+                stop_reason,
+                ..report
+            });
+        }
+        assert_eq!(calibration.runs.iter().map(|run| run.fixed_us).collect::<Vec<_>>(), [30_000; 4]);
     }
 
     #[test]
@@ -335,7 +448,7 @@ mod tests {
         let mut slow = report(1, 1000, 40_000);
         slow.rounds[0].duration_us = 3_500_000;
         (0..10).for_each(|_| calibration.learn(&slow));
-        assert_eq!(calibration.site(Site::default()).first, Site::default().first);
+        assert_eq!(calibration.site(Site::default(), "any").first, Site::default().first);
     }
 
     #[test]
@@ -365,8 +478,11 @@ mod tests {
         calibration.learn(&report(2, 300, 50_000));
         calibration.write(&path).unwrap();
         let again = Calibration::read(&path).unwrap();
-        assert_eq!((again.runs(), again.freeze_cost().base), (1, calibration.freeze_cost().base));
+        assert_eq!((again.runs(), again.freeze_cost("any").base), (1, calibration.freeze_cost("any").base));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no draft is left");
+        let older = r#"{"schema":2,"runs":[{"processes":1,"resident_pages":9,"fixed_us":7,"image_bytes":1,"setup_us":1,"first_ns":null,"again_ns":null}]}"#;
+        fs::write(&path, older).unwrap();
+        assert_eq!(Calibration::read(&path).unwrap().runs(), 1, "of the version before");
         for wrong in ["", "{}", "{\"schema\":9,\"runs\":[]}"] {
             fs::write(&path, wrong).unwrap();
             let error = Calibration::read(&path).unwrap_err().to_string();

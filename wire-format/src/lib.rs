@@ -25,7 +25,7 @@ mod varint;
 pub mod version;
 
 pub use batch::{Coding, PageBatch};
-pub use chooser::{CodingChooser, Way};
+pub use chooser::{CodingChooser, Prospect, Way, prospect};
 pub use coding::{ZstdDecoder, ZstdEncoder};
 pub use control::{
     AbortCode, ControlMessage, HandoverState, Hello, MovingAddress, Part, Preparation, RegionInfo,

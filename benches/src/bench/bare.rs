@@ -15,7 +15,7 @@ use std::process::ExitCode;
 /// What is tried unless told otherwise: the plain loop, and one change of it at a time.
 const VARIANTS: &str = "plain batch=16 batch=32 batch=128 batch=256 write=vectored congestion=cubic congestion=reno \
     congestion=bbr send-buffer=256KiB send-buffer=1MiB send-buffer=4MiB receive-buffer=256KiB receive-buffer=1MiB \
-    receive-buffer=4MiB receive=64KiB receive=1MiB wait-all=yes into=huge into=fresh into=buffer";
+    receive-buffer=4MiB receive=64KiB receive=1MiB wait-all=yes into=huge into=fresh into=buffer digests=yes";
 
 /// Options of this measurement.
 #[derive(Clone, Debug, Args)]
@@ -30,7 +30,7 @@ pub struct Options {
     streams: Vec<u16>,
     /// Variants with spaces between, each `key=value` pairs with commas between: batch=PAGES, send-buffer=SIZE,
     /// receive-buffer=SIZE, congestion=NAME, write=whole|vectored, receive=SIZE, wait-all=yes|no,
-    /// into=touched|huge|fresh|buffer; or `plain`
+    /// into=touched|huge|fresh|buffer, digests=yes|no; or `plain`
     #[arg(long, value_delimiter = ' ', default_value = VARIANTS)]
     variants: Vec<Variant>,
 }

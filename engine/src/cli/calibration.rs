@@ -1,6 +1,7 @@
 //! What earlier migrations took, read and written for the verbs. That it cannot be is no reason to fail: the engine's own
 //! constants hold then, and it is said.
 
+use pageferry::MigrationReport;
 use pageferry::calibration::{Calibration, CalibrationError};
 use std::error::Error;
 use std::path::Path;
@@ -19,11 +20,15 @@ pub(super) fn read(path: &Path) -> Calibration {
     })
 }
 
-/// Remembers it.
-pub(super) fn write(path: &Path, calibration: &Calibration) {
-    if path.as_os_str() != NONE
-        && let Err(error) = calibration.write(path)
-    {
+/// Adds a migration to what is in the file now: others may have ended since it was read. A file that is no such file begins
+/// anew, as was said when it was read.
+pub(super) fn learn(path: &Path, report: &MigrationReport) {
+    if path.as_os_str() == NONE {
+        return;
+    }
+    let mut calibration = Calibration::read(path).unwrap_or_default();
+    calibration.learn(report);
+    if let Err(error) = calibration.write(path) {
         warn(&error);
     }
 }

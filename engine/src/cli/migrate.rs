@@ -8,6 +8,7 @@ use pageferry::control::{self, ControlSocket};
 use pageferry::model::Site;
 use pageferry::{Control, Event, MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
+use pageferry_tracker::Target;
 use serde::Serialize;
 use std::error::Error;
 use std::fs::{self, File, OpenOptions};
@@ -37,9 +38,11 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
         }
     };
     let mut plan = plan(verb, to);
-    let mut calibration = calibration::read(&verb.calibration);
-    plan.freeze_cost = calibration.freeze_cost();
-    plan.page_time = calibration.site(Site::default()).first.time;
+    let known = calibration::read(&verb.calibration);
+    // A process that is not there is the engine's to tell of.
+    let program = Target::open(verb.pid).map(|target| target.name()).unwrap_or_default();
+    plan.freeze_cost = known.freeze_cost(&program);
+    plan.page_time = known.site(Site::default(), &program).first.time;
     let cancel = signals::token()?;
     let bars;
     let observer: &dyn Observer = if verb.json {
@@ -75,8 +78,7 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
         }
     }
     if let Ok(report) = &result {
-        calibration.learn(report);
-        calibration::write(&verb.calibration, &calibration);
+        calibration::learn(&verb.calibration, report);
     }
     if let Err(error) = &result {
         eprint!("{}", describe(error));

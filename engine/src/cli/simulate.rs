@@ -73,7 +73,7 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
             return Ok(failure::USAGE);
         }
     }
-    let (trace, interrupted) = read(&verb.trace)?;
+    let (trace, program, interrupted) = read(&verb.trace)?;
     if trace.intervals() == 0 {
         bail!("the recording {} has fewer than two scans in it", verb.trace.display());
     }
@@ -85,13 +85,14 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
         verb.again_ratio.unwrap_or_else(|| verb.ratio * (1.0 - trace.unchanged_share().unwrap_or(0.0)));
     let own = Site::default();
     let bytes = |cost: PageCost, ratio: f64| PageCost { bytes: 4096.0 * ratio + HEAD, ..cost };
-    let site = calibration.site(Site {
+    let own = Site {
         bandwidth: verb.bandwidth.map_or(f64::INFINITY, |rate| Site::payload(rate.0)),
         round_trip: verb.round_trip.0,
         first: bytes(own.first, verb.ratio),
         again: bytes(own.again, again),
         ..own
-    });
+    };
+    let site = calibration.site(own, &program);
     let wish = |strategy| Wish {
         strategy,
         policy: verb.policy,
@@ -123,8 +124,8 @@ fn print(verb: &SimulateVerb, value: &impl Serialize, table: impl Fn() -> String
     super::print(&line)
 }
 
-/// All of a recording, and whether it was cut off.
-fn read(path: &Path) -> anyhow::Result<(Trace, bool)> {
+/// All of a recording, the name of its program, and whether it was cut off.
+fn read(path: &Path) -> anyhow::Result<(Trace, String, bool)> {
     let about = || format!("the recording {}", printable(&path.display().to_string()));
     let file = File::open(path).with_context(about)?;
     let mut reader = Reader::new(BufReader::new(file)).with_context(about)?;
@@ -132,7 +133,8 @@ fn read(path: &Path) -> anyhow::Result<(Trace, bool)> {
     for observation in reader.by_ref() {
         trace.add(&observation.with_context(about)?);
     }
-    Ok((trace, matches!(reader.ending(), Ending::Interrupted { .. })))
+    let program = reader.header().root_name.clone();
+    Ok((trace, program, matches!(reader.ending(), Ending::Interrupted { .. })))
 }
 
 /// One migration, round by round.

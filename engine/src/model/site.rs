@@ -32,7 +32,7 @@ pub struct Site {
     pub round_overhead: Duration,
     /// What the freeze costs beside the pages.
     pub freeze: FreezeCost,
-    /// Bytes of CRIU's images for a process, beside its memory.
+    /// Bytes of CRIU's images for a process, beside memory that is in them.
     pub image_bytes: f64,
     /// Time that the program loses when it writes to a page for the first time after a scan.
     pub write_fault: Duration,
@@ -61,7 +61,7 @@ impl Default for Site {
             setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
-            image_bytes: 300e3,
+            image_bytes: 40e3,
             write_fault: Duration::from_nanos(700),
             read_fault: Duration::from_micros(100),
         }

@@ -20,9 +20,9 @@ pub struct FreezeCost {
 impl Default for FreezeCost {
     fn default() -> Self {
         Self {
-            base: Duration::from_millis(18),
+            base: Duration::from_millis(14),
             per_process: Duration::from_millis(6),
-            per_million_pages: Duration::from_millis(12),
+            per_million_pages: Duration::from_millis(10),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How small pages become: samples of a program's memory, and of what it writes again.
 
 use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, Run};
-use pageferry_wire_format::{EncodeError, PageDigest, ZstdEncoder, delta, digest};
+use pageferry_wire_format::{EncodeError, PageDigest, ZstdEncoder, delta, digest, prospect};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -15,6 +15,8 @@ const GROUPS: u64 = 48;
 const BATCH: usize = 256 * PAGE;
 /// Pages whose bytes are kept, to see what changes in them.
 const KEPT: usize = 1024;
+/// Of a sample that is older, the weight halves with each that follows.
+const OLDER: f64 = 0.5;
 /// Bytes of a page that travels as a mark or as the name of another: its part of a frame's head.
 const NAMED: f64 = 32.0;
 /// Levels of zstd that the engine uses.
@@ -31,35 +33,63 @@ pub enum ContentError {
     Encode(#[from] EncodeError),
 }
 
-/// What one way of coding costs.
-#[derive(Clone, Copy, Debug)]
+/// What a page costs on its way.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cost {
-    /// Seconds for a page, reading and hashing included.
+    /// Seconds of a worker for a page, reading, hashing and sending included.
     pub(super) seconds: f64,
     /// Bytes of a page.
     pub(super) bytes: f64,
 }
 
+/// Pages that were coded whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Coded {
+    bytes: f64,
+    /// For each level what came out, and the seconds that it took.
+    levels: [(f64, f64); LEVELS.len()],
+}
+
+impl Coded {
+    /// For each level the seconds of a byte, and what is left of it.
+    fn levels(&self) -> [(f64, f64); LEVELS.len()] {
+        let bytes = self.bytes.max(1.0);
+        self.levels.map(|(out, seconds)| (seconds / bytes, out / bytes))
+    }
+}
+
+/// The link and the processors that pages find on their way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    /// Workers that share the link.
+    pub(super) workers: f64,
+    /// What the link carries, bytes a second.
+    pub(super) bandwidth: f64,
+    /// Seconds of a worker to send a byte.
+    pub(super) sending: f64,
+}
+
 /// What was found out about a program's pages.
 #[derive(Debug, Default)]
 pub(super) struct Content {
-    /// Of all pages that were looked at.
-    pages: u64,
-    zeros: u64,
+    /// Of all pages that were looked at. Of a program that goes on writing, the later looks say more about what will be sent.
+    pages: f64,
+    zeros: f64,
     /// Equal to another page that was looked at.
-    copies: u64,
-    /// What reading and hashing these took.
-    reading: Duration,
-    /// Bytes that were coded, and for each level what came out and how long it took.
-    whole_bytes: u64,
-    levels: [(u64, Duration); LEVELS.len()],
+    copies: f64,
+    /// Seconds that reading and hashing these took.
+    reading: f64,
+    whole: Coded,
     /// Pages as they were when they were last seen dirty.
     kept: BTreeMap<(u32, u64), Box<[u8; PAGE]>>,
     /// Pages that were dirty again: how many, and their bytes as deltas.
     again: u64,
     again_bytes: u64,
-    /// Of these, the ones that changed so much that they would travel whole.
+    /// Of these, the ones that changed so much that they would travel whole; some that wait to be coded, and those that were: what
+    /// is written anew may compress otherwise than all the rest.
     again_whole: u64,
+    again_waiting: Vec<u8>,
+    again_coded: Coded,
 }
 
 impl Content {
@@ -68,6 +98,7 @@ impl Content {
     /// # Errors
     /// When a page cannot be read or coded. A process that ends meanwhile is left out.
     pub(super) fn look(&mut self, collected: &Collected) -> Result<(), ContentError> {
+        self.age();
         let mut encoder = ZstdEncoder::new()?;
         let mut seen: HashSet<PageDigest> = HashSet::new();
         let mut all = PageSet::default();
@@ -80,24 +111,40 @@ impl Content {
                 let Some(took) = read(space, &here, &mut bytes)? else { continue };
                 let start = processor_time();
                 for page in bytes.chunks_exact(PAGE) {
-                    self.pages += 1;
+                    self.pages += 1.0;
                     let page: &[u8; PAGE] = page.try_into().expect("chunks of a page");
                     if digest::is_zero(page) {
-                        self.zeros += 1;
+                        self.zeros += 1.0;
                     } else if !seen.insert(digest::page(page)) {
-                        self.copies += 1;
+                        self.copies += 1.0;
                     } else {
                         whole.extend_from_slice(page);
                     }
                 }
-                self.reading += took + (processor_time() - start);
+                self.reading += (took + (processor_time() - start)).as_secs_f64();
                 if whole.len() >= BATCH {
-                    self.code(&mut encoder, &mut whole)?;
+                    code(&mut encoder, &mut whole, &mut self.whole)?;
                 }
             }
         }
-        self.code(&mut encoder, &mut whole)?;
-        Ok(())
+        code(&mut encoder, &mut whole, &mut self.whole)
+    }
+
+    /// What was seen counts less from now on.
+    fn age(&mut self) {
+        let levels = self.whole.levels.iter_mut().flat_map(|(out, seconds)| [out, seconds]);
+        let of_whole = [&mut self.whole.bytes].into_iter().chain(levels);
+        let others = [&mut self.pages, &mut self.zeros, &mut self.copies, &mut self.reading];
+        of_whole.chain(others).for_each(|sum| *sum *= OLDER);
+    }
+
+    /// Codes the pages that were written anew and wait for it: at the end of what is watched.
+    ///
+    /// # Errors
+    /// When they cannot be coded.
+    pub(super) fn look_closely(&mut self) -> Result<(), ContentError> {
+        let mut encoder = ZstdEncoder::new()?;
+        code(&mut encoder, &mut self.again_waiting, &mut self.again_coded)
     }
 
     /// Looks at pages that were dirty before and are again.
@@ -132,6 +179,9 @@ impl Content {
                         let length = delta::encode(before, bytes, &mut out);
                         if length > PAGE / 2 {
                             self.again_whole += 1;
+                            if self.again_waiting.len() < BATCH {
+                                self.again_waiting.extend_from_slice(bytes);
+                            }
                         } else {
                             self.again_bytes += length as u64;
                         }
@@ -143,48 +193,61 @@ impl Content {
         Ok(())
     }
 
-    /// Codes a batch by every level.
-    fn code(&mut self, encoder: &mut ZstdEncoder, whole: &mut Vec<u8>) -> Result<(), ContentError> {
-        if whole.is_empty() {
-            return Ok(());
+    /// A page that was never sent, coded as the engine's workers would after a while.
+    pub(super) fn first(&self, way: Way) -> Cost {
+        let pages = self.pages.max(1.0);
+        let whole = whole(&self.whole, self.reading / pages, way);
+        // What travels whole, of all pages.
+        let share = self.whole.bytes / PAGE as f64 / pages;
+        Cost {
+            seconds: self.reading / pages * (1.0 - share) + whole.seconds * share,
+            bytes: (self.zeros + self.copies) / pages * NAMED + whole.bytes * share,
         }
-        let mut out = Vec::with_capacity(whole.len());
-        self.whole_bytes += whole.len() as u64;
-        for (level, (bytes, time)) in LEVELS.iter().zip(&mut self.levels) {
-            // Once before: what a level needs beforehand is there when the engine codes batch after batch.
-            for is_counted in [false, true] {
-                out.clear();
-                let start = processor_time();
-                encoder.encode(*level, whole, &mut out)?;
-                if is_counted {
-                    *time += processor_time() - start;
-                    *bytes += out.len().min(whole.len()) as u64;
-                }
+    }
+
+    /// One that was sent before and is dirty again; `None` if there were none.
+    pub(super) fn again(&self, way: Way) -> Option<Cost> {
+        let whole = match self.again_coded.bytes > 0.0 {
+            true => whole(&self.again_coded, self.reading / self.pages.max(1.0), way),
+            false => self.first(way),
+        };
+        let bytes = self.again_bytes as f64 + self.again_whole as f64 * whole.bytes;
+        let share = self.again_whole as f64 / self.again as f64;
+        (self.again > 0).then(|| Cost {
+            seconds: self.reading / self.pages.max(1.0) * (1.0 - share) + whole.seconds * share,
+            bytes: bytes / self.again as f64,
+        })
+    }
+}
+
+/// A page that travels whole, where reading and hashing one take `reading` seconds.
+fn whole(coded: &Coded, reading: f64, way: Way) -> Cost {
+    let page = PAGE as f64;
+    let mix = prospect(&coded.levels(), reading / page, way.sending, way.workers / way.bandwidth);
+    Cost { seconds: reading + (mix.coding + way.sending * mix.ratio) * page, bytes: mix.ratio * page }
+}
+
+/// Codes a batch by every level.
+fn code(encoder: &mut ZstdEncoder, whole: &mut Vec<u8>, coded: &mut Coded) -> Result<(), ContentError> {
+    if whole.is_empty() {
+        return Ok(());
+    }
+    let mut out = Vec::with_capacity(whole.len());
+    coded.bytes += whole.len() as f64;
+    for (level, (bytes, seconds)) in LEVELS.iter().zip(&mut coded.levels) {
+        // Once before: what a level needs beforehand is there when the engine codes batch after batch.
+        for is_counted in [false, true] {
+            out.clear();
+            let start = processor_time();
+            encoder.encode(*level, whole, &mut out)?;
+            if is_counted {
+                *seconds += (processor_time() - start).as_secs_f64();
+                *bytes += out.len().min(whole.len()) as f64;
             }
         }
-        whole.clear();
-        Ok(())
     }
-
-    /// What each way costs for a page that was never sent: as it is, and by each level.
-    pub(super) fn costs(&self) -> Vec<Cost> {
-        let pages = self.pages.max(1) as f64;
-        let named = (self.zeros + self.copies) as f64 / pages * NAMED;
-        let reading = self.reading.as_secs_f64() / pages;
-        let cost = |bytes: u64, time: Duration| Cost {
-            seconds: reading + time.as_secs_f64() / pages,
-            bytes: named + bytes as f64 / pages,
-        };
-        let raw = cost(self.whole_bytes, Duration::ZERO);
-        std::iter::once(raw).chain(self.levels.iter().map(|(bytes, time)| cost(*bytes, *time))).collect()
-    }
-
-    /// Bytes of a page that was sent before and is dirty again, where a page that is sent whole takes `whole`; `None` if
-    /// there were none.
-    pub(super) fn again(&self, whole: f64) -> Option<f64> {
-        let bytes = self.again_bytes as f64 + self.again_whole as f64 * whole;
-        (self.again > 0).then(|| bytes / self.again as f64)
-    }
+    whole.clear();
+    Ok(())
 }
 
 /// Puts the pages into `bytes`, whatever was in it, and says what it took of a processor; `None` if there is nothing to be read.
@@ -256,12 +319,54 @@ mod tests {
         assert!(groups(&PageSet::default()).is_empty());
     }
 
+    fn gigabit() -> Way {
+        Way { workers: 2.0, bandwidth: 125e6, sending: 0.3e-9 }
+    }
+
+    /// Compressed at 500 and 100 MB/s.
+    fn coded(pages: u64, ratio: f64) -> Coded {
+        let bytes = pages as f64 * 4096.0;
+        Coded { bytes, levels: [(ratio * bytes, 2e-9 * bytes), (0.95 * ratio * bytes, 10e-9 * bytes)] }
+    }
+
     #[test]
     fn what_is_dirty_again_costs_what_differs() {
-        let content = Content { again: 10, again_bytes: 300, again_whole: 2, ..Content::default() };
-        assert_eq!(content.again(1000.0), Some(230.0));
-        assert_eq!(Content::default().again(1000.0), None);
-        let raw = Content { pages: 100, zeros: 50, whole_bytes: 50 * 4096, ..Content::default() };
-        assert_eq!(raw.costs()[0].bytes, 2048.0 + 16.0);
+        let content = Content {
+            pages: 100.0,
+            whole: coded(100, 1.0),
+            again: 10,
+            again_bytes: 300,
+            again_whole: 2,
+            ..Content::default()
+        };
+        assert_eq!(content.again(gigabit()).unwrap().bytes, (300.0 + 2.0 * 4096.0) / 10.0);
+        let compressible = Content { again_coded: coded(2, 0.2), ..content };
+        let cost = compressible.again(gigabit()).unwrap();
+        assert!((180.0..200.0).contains(&cost.bytes), "by its own content: {cost:?}");
+        assert_eq!(Content::default().again(gigabit()), None);
+    }
+
+    #[test]
+    fn whole_pages_cost_what_the_engine_would_make_of_them() {
+        let raw = Content { pages: 100.0, zeros: 50.0, whole: coded(50, 1.0), ..Content::default() };
+        let cost = raw.first(gigabit());
+        assert_eq!(cost.bytes, 2048.0 + 16.0);
+        let heap = Content { pages: 100.0, whole: coded(100, 0.2), ..Content::default() };
+        assert!(heap.first(gigabit()).bytes < 0.21 * 4096.0);
+        let fast = Way { bandwidth: f64::INFINITY, ..gigabit() };
+        assert_eq!(heap.first(fast).bytes, 4096.0, "as it is, where the link is no limit");
+        assert!(heap.first(fast).seconds < heap.first(gigabit()).seconds);
+    }
+
+    #[test]
+    fn a_later_look_says_more() {
+        let mut content = Content { pages: 100.0, whole: coded(100, 0.2), ..Content::default() };
+        content.age();
+        let later = coded(100, 1.0);
+        content.pages += 100.0;
+        content.whole.bytes += later.bytes;
+        content.whole.levels[0].0 += later.levels[0].0;
+        let (_, ratio) = content.whole.levels()[0];
+        assert!((ratio - (0.2 + 2.0) / 3.0).abs() < 1e-9, "{ratio}");
     }
 }

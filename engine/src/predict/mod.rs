@@ -7,7 +7,7 @@ use crate::cancel::Cancel;
 use crate::model::{self, Forecast, HEAD, PageCost, Site, Trace, Wish};
 use crate::plan::{PolicyChoice, Strategy};
 pub use content::ContentError;
-use content::{Content, Cost};
+use content::{Content, Cost, Way};
 use pageferry_tracker::observation::Observation;
 use pageferry_tracker::probe::Kernel;
 use pageferry_tracker::{
@@ -125,7 +125,7 @@ pub fn predict(
     if trace.intervals() < 2 {
         return Err(PredictError::TooShort(plan.duration));
     }
-    let site = site(plan, &trace, &content, calibration);
+    let site = site(plan, &trace, &content, calibration, &program);
     let now = trace.duration();
     let forecast = |strategy| {
         let wish = Wish {
@@ -177,44 +177,50 @@ fn watch(
         let took = begin.elapsed();
         trace.add(&Observation::of(&collected, start.elapsed(), took));
         content.look_again(&collected)?;
-        tracker.acknowledge(collected.ticket);
         let interval = plan.interval.unwrap_or_else(|| (took * SCANNING).clamp(INTERVALS.0, INTERVALS.1));
         if start.elapsed() + interval > plan.duration {
+            // What it holds now is nearest to what would be sent.
+            content.look(&collected)?;
+            content.look_closely()?;
             return Ok((trace, content));
         }
+        tracker.acknowledge(collected.ticket);
         thread::sleep(interval.saturating_sub(begin.elapsed()));
     }
 }
 
 /// The conditions: the link as it was given, the pages as they were seen, and the rest from earlier runs.
-fn site(plan: &PredictPlan, trace: &Trace, content: &Content, calibration: &Calibration) -> Site {
+fn site(
+    plan: &PredictPlan,
+    trace: &Trace,
+    content: &Content,
+    calibration: &Calibration,
+    program: &str,
+) -> Site {
     let processors = thread::available_parallelism().map_or(1, usize::from).min(8);
     let workers = plan.streams.map_or(processors, usize::from).max(1) as f64;
     let bandwidth = plan.bandwidth.map_or(f64::INFINITY, Site::payload);
-    let on_the_way = |cost: &Cost| (cost.seconds + SENDING * cost.bytes / 4096.0) / workers;
-    let takes = |cost: &Cost| on_the_way(cost).max(cost.bytes / bandwidth);
-    let costs = content.costs();
-    // As the engine does: whatever is quickest on this link.
-    let best = costs.iter().min_by(|a, b| takes(a).total_cmp(&takes(b))).copied();
-    let best = best.unwrap_or(Cost { seconds: 0.0, bytes: 4096.0 });
-    let bytes = best.bytes + HEAD;
-    let again = match (content.again(bytes), trace.unchanged_share()) {
+    let way = Way { workers, bandwidth, sending: SENDING / 4096.0 };
+    let first = content.first(way);
+    let again = match (content.again(way), trace.unchanged_share()) {
         (Some(again), _) => again,
-        (None, Some(unchanged)) => bytes * (1.0 - unchanged),
-        (None, None) => bytes,
+        (None, Some(unchanged)) => Cost { bytes: first.bytes * (1.0 - unchanged), ..first },
+        (None, None) => first,
     };
-    let time = |seconds: f64| Duration::from_secs_f64(seconds);
+    let time = |cost: &Cost| Duration::from_secs_f64(cost.seconds / workers);
+    let storing = Duration::from_secs_f64(STORING);
     let own = Site {
         bandwidth,
         round_trip: plan.round_trip,
-        first: PageCost { time: time(on_the_way(&best) + STORING), bytes },
-        again: PageCost { time: time(on_the_way(&best)), bytes: again },
+        first: PageCost { time: time(&first) + storing, bytes: first.bytes + HEAD },
+        again: PageCost { time: time(&again), bytes: again.bytes + HEAD },
         ..Site::default()
     };
-    let learned = calibration.site(own);
+    let learned = calibration.site(own, program);
     // What coding costs was measured now, and of this program.
+    let compresses = first.bytes < content.first(Way { bandwidth: f64::INFINITY, ..way }).bytes;
     let slower = |own: PageCost, learned: PageCost| PageCost {
-        time: match best.bytes < costs.first().map_or(4096.0, |raw| raw.bytes) {
+        time: match compresses {
             true => own.time.max(learned.time),
             false => learned.time,
         },

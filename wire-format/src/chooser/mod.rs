@@ -13,6 +13,7 @@
 
 mod link;
 mod mix;
+mod prospect;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ use crate::batch::Coding;
 use crate::limits::{MAX_BATCH_PAGES, PAGE_SIZE};
 use link::Meter;
 use mix::{Choice, Mix};
+pub use prospect::{Prospect, prospect};
 use std::time::Duration;
 
 /// How the whole pages of a batch travel.

@@ -89,7 +89,8 @@ fn room(options: &Options) -> anyhow::Result<MmapMut> {
 /// Takes `length` bytes into `memory`, which is used again from its start when it is full, and sends the receipt.
 fn receive(variant: &Variant, mut link: TcpStream, memory: &mut [u8], length: usize) -> anyhow::Result<()> {
     let flags = if variant.wait_all { RecvFlags::WAITALL } else { RecvFlags::empty() };
-    let (mut done, mut at) = (0, 0);
+    // Up to where digests are made, of `memory`.
+    let (mut done, mut at, mut known) = (0, 0, 0);
     while done < length {
         let want = (variant.receive as usize).min(length - done).min(memory.len() - at);
         let got = match recv(&link, &mut memory[at..at + want], flags) {
@@ -99,7 +100,15 @@ fn receive(variant: &Variant, mut link: TcpStream, memory: &mut [u8], length: us
         };
         ensure!(got > 0, "the sender ended after {done} bytes of {length}");
         done += got;
-        at = if at + got == memory.len() { 0 } else { at + got };
+        at += got;
+        if variant.digests {
+            let whole = at / PAGE * PAGE;
+            super::digest_pages(&memory[known..whole]);
+            known = whole;
+        }
+        if at == memory.len() {
+            (at, known) = (0, 0);
+        }
     }
     link.write_all(&[0]).context("sending the receipt")
 }

@@ -98,6 +98,9 @@ fn send(
         let remote = [RemoteIoVec { base: (options.start + at) as usize, len: want }];
         let got = process_vm_readv(pid, &mut [IoSliceMut::new(&mut buffer[..want])], &remote)
             .with_context(|| format!("reading the memory of {pid}"))?;
+        if options.variant.digests {
+            super::digest_pages(&buffer[..got]);
+        }
         match options.variant.write {
             How::Whole => link.write_all(&buffer[..got]),
             How::Vectored => write_pages(&mut link, &buffer[..got]),

@@ -52,6 +52,8 @@ pub struct Variant {
     pub wait_all: bool,
     /// Where the receiver puts them.
     pub into: Into,
+    /// Whether both sides make a digest of every page, as an engine does that wants to know that it has arrived.
+    pub digests: bool,
 }
 
 impl Default for Variant {
@@ -65,6 +67,7 @@ impl Default for Variant {
             receive: 256 << 10,
             wait_all: false,
             into: Into::Touched,
+            digests: false,
         }
     }
 }
@@ -124,9 +127,11 @@ impl FromStr for Variant {
                 ("into", "huge") => variant.into = Into::Huge,
                 ("into", "fresh") => variant.into = Into::Fresh,
                 ("into", "buffer") => variant.into = Into::Buffer,
+                ("digests", "yes") => variant.digests = true,
+                ("digests", "no") => variant.digests = false,
                 _ => bail!(
                     "the bare loop does not know {pair}: there are batch=PAGES, send-buffer=SIZE, receive-buffer=SIZE, \
-                     congestion=NAME, write=whole|vectored, receive=SIZE, wait-all=yes|no and \
+                     congestion=NAME, write=whole|vectored, receive=SIZE, wait-all=yes|no, digests=yes|no and \
                      into=touched|huge|fresh|buffer"
                 ),
             }
@@ -168,6 +173,9 @@ impl fmt::Display for Variant {
             Into::Fresh => words.push("into=fresh".to_owned()),
             Into::Buffer => words.push("into=buffer".to_owned()),
         }
+        if self.digests {
+            words.push("digests=yes".to_owned());
+        }
         f.write_str(if words.is_empty() { "plain".to_owned() } else { words.join(",") }.as_str())
     }
 }
@@ -184,11 +192,12 @@ mod tests {
             "send-buffer=512KiB,receive-buffer=4MiB,congestion=reno",
             "batch=256,write=vectored,receive=1MiB,wait-all=yes,into=huge",
             "receive=5000,into=buffer",
+            "into=huge,digests=yes",
         ] {
             let variant: Variant = text.parse().expect(text);
             assert_eq!(variant.to_string(), text);
         }
-        let same: Variant = "batch=64,into=touched,wait-all=no".parse().expect("defaults");
+        let same: Variant = "batch=64,into=touched,wait-all=no,digests=no".parse().expect("defaults");
         assert_eq!(same, Variant::default());
     }
 
