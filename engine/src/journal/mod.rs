@@ -9,6 +9,7 @@
 //! [`recover`] reads what was left behind and brings it to an end.
 
 mod ask;
+mod copy;
 mod owed;
 pub mod recover;
 #[cfg(test)]
@@ -153,6 +154,9 @@ struct Line {
     /// Source, with the commit: addresses that are taken away here with it, as `--move-address` names them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     addresses: Vec<String>,
+    /// Source, with the commit: where the pages of the program are kept when it has moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keep_store: Option<String>,
     /// Source: this process goes on in place of an engine that has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     engine: Option<i32>,
@@ -178,6 +182,8 @@ pub struct Entry {
     pub owes: bool,
     /// Addresses that may have been taken away at the source, as `--move-address` names them.
     pub addresses: Vec<String>,
+    /// Directory in which the source keeps the pages of the program when it has moved.
+    pub keep_store: Option<PathBuf>,
     /// Whether its engine lives.
     pub live: bool,
 }
@@ -330,6 +336,21 @@ impl Journal {
     }
 }
 
+impl Line {
+    fn new(step: Step) -> Self {
+        Self {
+            step,
+            at_us: now_us(),
+            up_us: up_us(),
+            processes: Vec::new(),
+            owes: false,
+            addresses: Vec::new(),
+            keep_store: None,
+            engine: None,
+        }
+    }
+}
+
 impl Writer {
     fn line(&mut self, line: &impl Serialize) -> Result<(), JournalError> {
         let mut text = serde_json::to_vec(line).expect("numbers and texts become JSON");
@@ -340,9 +361,7 @@ impl Writer {
 
     /// Writes a step down. `processes`: the tree, where it is known from now on.
     pub(crate) fn step(&mut self, step: Step, processes: &[Process]) -> Result<(), JournalError> {
-        let processes = processes.to_vec();
-        let (at_us, up_us) = (now_us(), up_us());
-        self.line(&Line { step, at_us, up_us, processes, owes: false, addresses: Vec::new(), engine: None })
+        self.line(&Line { processes: processes.to_vec(), ..Line::new(step) })
     }
 
     /// Writes down which pages will be owed, and how they are sent: for whoever goes on when this engine is killed.
@@ -350,10 +369,18 @@ impl Writer {
         owed::write(&self.path, owed)
     }
 
-    /// The commit is about to be sent: pages may be owed from then on, and these addresses not be here any more.
-    pub(crate) fn committing(&mut self, owes: bool, addresses: Vec<String>) -> Result<(), JournalError> {
-        let (step, at_us, up_us) = (Step::Committing, now_us(), up_us());
-        self.line(&Line { step, at_us, up_us, processes: Vec::new(), owes, addresses, engine: None })
+    /// The commit is about to be sent: pages may be owed from then on, these addresses not be here any more, and the pages of what is left
+    /// here are to be kept in this directory.
+    pub(crate) fn committing(
+        &mut self,
+        owes: bool,
+        addresses: Vec<String>,
+        keep_store: Option<&Path>,
+    ) -> Result<(), JournalError> {
+        // Whoever goes on may have another directory of work. One without a name in UTF-8 cannot be said in JSON.
+        let absolute = keep_store.and_then(|dir| std::path::absolute(dir).ok());
+        let keep_store = absolute.and_then(|dir| dir.to_str().map(str::to_owned));
+        self.line(&Line { owes, addresses, keep_store, ..Line::new(Step::Committing) })
     }
 
     /// The file, for a process that writes to it and holds its lock when the engine has ended.
@@ -376,8 +403,8 @@ impl Entry {
     }
 
     /// Takes the place of the engine, which has ended: from now on the session is under way for everybody else. `None` if somebody else
-    /// has done so, or has brought it to its end, since this was read.
-    pub(crate) fn take_over(&self) -> Result<Option<Writer>, JournalError> {
+    /// has done so, or has brought it to its end, since this was read. `step` is how far it is by then.
+    pub(crate) fn take_over(&self, step: Step) -> Result<Option<Writer>, JournalError> {
         let file = match OpenOptions::new().read(true).append(true).open(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(Journal::failed(&self.path, "opened"))?,
@@ -404,15 +431,8 @@ impl Entry {
             return Ok(None);
         }
         let mut writer = Writer { file, path: self.path.clone() };
-        writer.line(&Line {
-            step: Step::Resumed,
-            at_us: now_us(),
-            up_us: up_us(),
-            processes: Vec::new(),
-            owes: false,
-            addresses: Vec::new(),
-            engine: Some(std::process::id() as i32),
-        })?;
+        let engine = Some(std::process::id() as i32);
+        writer.line(&Line { engine, ..Line::new(step) })?;
         Ok(Some(writer))
     }
 
@@ -472,6 +492,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         processes: Vec::new(),
         owes: false,
         addresses: Vec::new(),
+        keep_store: None,
         live,
     };
     for line in lines {
@@ -481,6 +502,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         entry.owes |= line.owes;
         entry.begin.engine = line.engine.unwrap_or(entry.begin.engine);
         entry.addresses.extend(line.addresses);
+        entry.keep_store = line.keep_store.map(PathBuf::from).or(entry.keep_store);
         if !line.processes.is_empty() {
             entry.processes = line.processes;
         }
@@ -510,8 +532,10 @@ mod tests {
         assert_eq!(journal.entries().unwrap().0, []);
         let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
         writer.step(Step::Held, &[ROOT, Process { pid: 8, start: 100 }]).unwrap();
-        writer.committing(true, vec!["10.0.0.9/24@eth0".to_owned()]).unwrap();
+        let store = Some(Path::new("/var/lib/pages"));
+        writer.committing(true, vec!["10.0.0.9/24@eth0".to_owned()], store).unwrap();
         let entry = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert_eq!(entry.keep_store.as_deref(), store);
         assert_eq!(entry.addresses, ["10.0.0.9/24@eth0"]);
         assert!(entry.live && entry.owes && entry.step == Step::Committing && entry.processes.len() == 2);
         assert_eq!((entry.begin.peer.as_str(), entry.begin.root), ("10.0.0.2:7077", Some(ROOT)));
@@ -528,23 +552,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::new(dir.path());
         let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
-        writer.committing(true, Vec::new()).unwrap();
+        writer.committing(true, Vec::new(), None).unwrap();
         let alive = journal.find(Role::Source, 5).unwrap().unwrap();
-        assert!(alive.take_over().unwrap().is_none(), "its engine lives");
+        assert!(alive.take_over(Step::Resumed).unwrap().is_none(), "its engine lives");
         drop(writer);
         left_behind(&journal, Role::Source, 5);
         let dead = journal.find(Role::Source, 5).unwrap().unwrap();
-        let second = dead.take_over().unwrap().expect("nobody has it");
+        let second = dead.take_over(Step::Resumed).unwrap().expect("nobody has it");
         let taken = journal.find(Role::Source, 5).unwrap().unwrap();
         assert!(taken.live && taken.owes && taken.step == Step::Resumed);
         assert_eq!(taken.begin.engine, std::process::id() as i32);
-        assert!(dead.take_over().unwrap().is_none(), "somebody has it");
+        assert!(dead.take_over(Step::Resumed).unwrap().is_none(), "somebody has it");
         drop(second);
         left_behind(&journal, Role::Source, 5);
-        assert!(dead.take_over().unwrap().is_none(), "something was written since");
+        assert!(dead.take_over(Step::Resumed).unwrap().is_none(), "something was written since");
         let again = journal.find(Role::Source, 5).unwrap().unwrap();
-        again.take_over().unwrap().expect("nobody has it").close();
-        assert!(again.take_over().unwrap().is_none(), "it was brought to its end");
+        again.take_over(Step::Resumed).unwrap().expect("nobody has it").close();
+        assert!(again.take_over(Step::Resumed).unwrap().is_none(), "it was brought to its end");
         again.remove().unwrap();
     }
 

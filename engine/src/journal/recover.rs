@@ -5,16 +5,17 @@
 //! which copy is the program ([`Choice`]).
 
 use super::ask::ask_until;
+use super::copy::Copy;
 use super::verdict::{self, Tree, Verdict};
-use super::{Entry, Journal, JournalError, Owed, Process, Role, Step};
+use super::{Entry, Journal, JournalError, Owed, Process, Role, Step, Writer};
 use crate::network::{self, MovedAddress, traces};
 use crate::observe::{Event, Observer};
 use crate::report::PostCopyReport;
 use crate::source::failure::SendError;
 use crate::source::late::Orphaned;
-use pageferry_tracker::{self as tracker, Target};
+use pageferry_tracker::Target;
 use pageferry_wire_format::HandoverState;
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::Signal;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -117,6 +118,8 @@ pub struct Finding {
     pub text: String,
     /// What the program was sent of the pages that it was owed, if all of them are in place there now.
     pub served: Option<PostCopyReport>,
+    /// How many different pages of it were put into the store of the migration (`keep_store`), if any were.
+    pub kept_pages: Option<u64>,
     /// Whether nothing is left to decide.
     pub settled: bool,
 }
@@ -238,7 +241,8 @@ fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Settled, RecoverError> {
             Err(error) => (verdict, failure) = (Verdict::Unclear, Some(error)),
         }
     }
-    let finding = conclude(plan, entry, &tree, state, verdict, Heard { answer, served: None, failure })?;
+    let finding =
+        conclude(plan, entry, &tree, state, verdict, Heard { answer, served: None, failure }, None)?;
     Ok(Settled::Found(Box::new(finding)))
 }
 
@@ -251,7 +255,7 @@ struct Heard {
     failure: Option<SendError>,
 }
 
-/// Does what was found is to be done, and says it.
+/// Does what was found is to be done, and says it. `writer`: the place of the engine has been taken.
 fn conclude(
     plan: &RecoverPlan,
     entry: Entry,
@@ -259,12 +263,25 @@ fn conclude(
     state: Tree,
     verdict: Verdict,
     heard: Heard,
+    writer: Option<Writer>,
 ) -> Result<Finding, RecoverError> {
     let Heard { answer, served, failure } = heard;
     let chosen = match (verdict, plan.choice) {
         (Verdict::Unclear, Some(Choice::RunHere)) => Verdict::RunHere,
         (Verdict::Unclear, Some(Choice::EndHere)) => Verdict::EndHere,
         (verdict, _) => verdict,
+    };
+    let ends = chosen == Verdict::EndHere && entry.begin.role == Role::Source;
+    // What comes before the end takes its time, and is done once.
+    let _writer = match writer {
+        None if ends && !plan.dry_run => match entry.take_over(Step::Filled)? {
+            None => {
+                let heard = Heard { answer, ..Heard::default() };
+                return conclude(plan, entry, tree, state, Verdict::UnderWay, heard, None);
+            }
+            taken => taken,
+        },
+        writer => writer,
     };
     let mut text = match (&served, failure) {
         (Some(report), _) => format!(
@@ -287,12 +304,26 @@ fn conclude(
             ),
         };
     }
+    let mut kept_pages = None;
+    if let (true, Some(dir)) = (ends, &entry.keep_store) {
+        text += &match plan.dry_run {
+            true => format!("; its pages would be kept in {}", dir.display()),
+            // The next migration costs bytes without them, and nothing else.
+            false => match tree.keep(dir) {
+                Ok(pages) => {
+                    kept_pages = Some(pages);
+                    format!("; its pages are kept in {}", dir.display())
+                }
+                Err(error) => format!("; nothing is kept of it in {}: {error}", dir.display()),
+            },
+        };
+    }
     if !plan.dry_run {
         act(chosen, &entry, tree)?;
     }
     let settled = !matches!(chosen, Verdict::Unclear | Verdict::Serve);
     let answer = answer.map(|answer| format!("{answer:?}"));
-    Ok(Finding { tree: state, answer, verdict: chosen, text, served, settled, entry })
+    Ok(Finding { tree: state, answer, verdict: chosen, text, served, kept_pages, settled, entry })
 }
 
 /// A copy that has pages which the program at the other side needs.
@@ -309,10 +340,10 @@ impl Debtor {
     /// Sends them, and ends the copy when the other side has said that every page is in place.
     fn serve(self, plan: &RecoverPlan, observer: &dyn Observer) -> Result<Finding, RecoverError> {
         let Self { mut entry, tree, owed } = self;
-        let Some(mut writer) = entry.take_over()? else {
+        let Some(mut writer) = entry.take_over(Step::Resumed)? else {
             // Somebody else has, meanwhile.
             let state = tree.state();
-            return conclude(plan, entry, &tree, state, Verdict::UnderWay, Heard::default());
+            return conclude(plan, entry, &tree, state, Verdict::UnderWay, Heard::default(), None);
         };
         (entry.begin.engine, entry.step) = (std::process::id() as i32, Step::Resumed);
         if let Some(text) = take_away(&entry) {
@@ -345,7 +376,7 @@ impl Debtor {
             writer.step(Step::Filled, &[])?;
         }
         let state = tree.state();
-        conclude(plan, entry, &tree, state, verdict, heard)
+        conclude(plan, entry, &tree, state, verdict, heard, Some(writer))
     }
 }
 
@@ -508,66 +539,6 @@ fn describe(
                  there: `pageferry recover --session {short} --end-here`"
             )
         }
-    }
-}
-
-/// The processes of a tree that are still those that were written down.
-struct Copy(Vec<Target>);
-
-impl Copy {
-    fn find(entry: &Entry) -> Self {
-        let open = |process: &Process| {
-            Target::open(process.pid).ok().filter(|target| target.start_time() == process.start)
-        };
-        if !entry.processes.is_empty() {
-            return Self(entry.processes.iter().filter_map(open).collect());
-        }
-        let root = entry.begin.root.as_ref().and_then(open);
-        Self(root.and_then(|root| tracker::tree::discover(&root).ok()).unwrap_or_default())
-    }
-
-    fn state(&self) -> Tree {
-        let states: Vec<char> = self.0.iter().filter_map(Self::letter).collect();
-        if states.is_empty() {
-            Tree::Gone
-        } else if states.iter().all(|state| matches!(state, 'T' | 't')) {
-            Tree::Stopped
-        } else {
-            Tree::Running
-        }
-    }
-
-    /// Its state in `/proc`, unless it has ended.
-    fn letter(target: &Target) -> Option<char> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", target.pid())).ok()?;
-        let state = stat.rsplit(") ").next()?.chars().next()?;
-        (target.is_alive() && !matches!(state, 'Z' | 'X')).then_some(state)
-    }
-
-    fn signal(&self, signal: Signal) -> Result<(), RecoverError> {
-        for target in &self.0 {
-            match pidfd_send_signal(target.pidfd(), signal) {
-                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-                Err(errno) => {
-                    return Err(RecoverError::Signal { pid: target.pid(), source: errno.into() });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn end(&self) -> Result<(), RecoverError> {
-        self.signal(Signal::KILL)?;
-        let until = Instant::now() + Duration::from_secs(10);
-        for target in &self.0 {
-            while Self::letter(target).is_some() {
-                if Instant::now() > until {
-                    return Err(RecoverError::Immortal(target.pid()));
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        }
-        Ok(())
     }
 }
 

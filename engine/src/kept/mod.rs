@@ -24,7 +24,7 @@ pub(crate) use archive::Archive;
 pub use error::{Damage, KeptError, Spot};
 pub use inspect::{Inspection, RegionReport, Round, Share, SpaceReport, inspect};
 pub use restore::{RestorePlan, restore};
-pub(crate) use store::{KeptPages, KeptStore, give_pages};
+pub(crate) use store::{KeptPages, KeptStore, Take, give_pages};
 
 #[cfg(test)]
 mod tests;

@@ -71,7 +71,7 @@ impl Migration<'_> {
             self.prepared("announcement", began.elapsed());
         }
         let mut laps = Laps { last: Instant::now() };
-        let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
+        let wait = Wait { cancel: Some(self.cancel.fd()), ..Wait::from(patience) };
         self.write_down(Step::Frozen, &[])?;
         self.dump_mut().freeze(wait)?;
         self.report.downtime_us.freeze = laps.lap(self.observer, "freeze");
@@ -169,13 +169,16 @@ impl Migration<'_> {
         let owes = stake == Stake::Part;
         if stake != Stake::Image {
             let addresses = self.plan.move_addresses.iter().map(ToString::to_string).collect();
-            self.journal.as_mut().map_or(Ok(()), |journal| journal.committing(owes, addresses))?;
+            let keep_store = self.plan.keep_store.as_deref();
+            let journal = self.journal.as_mut();
+            journal.map_or(Ok(()), |journal| journal.committing(owes, addresses, keep_store))?;
         }
         self.phase = Phase::Committing;
         if crate::fault::point("commit") == Some(Fault::Cut) {
             self.channel().link().shutdown();
         }
         self.control(&ControlMessage::Commit)?;
+        crate::fault::point("commit-sent");
         self.remove_addresses();
         self.hear_delivered()?;
         match self.answer("the destination to let the program run")? {
@@ -425,9 +428,7 @@ impl Migration<'_> {
             self.note_down(Step::Filled);
         }
         crate::fault::point("filled");
-        if self.store.is_some() {
-            self.keep_pages();
-        }
+        self.keep_pages();
         self.end_tree()
     }
 

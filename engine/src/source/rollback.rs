@@ -121,6 +121,10 @@ impl Migration<'_> {
     /// The destination runs the program: the copy here must not.
     fn end_source(&mut self) {
         self.let_network_go(true);
+        // In that phase they have been.
+        if self.phase != Phase::Filled {
+            self.keep_pages();
+        }
         if let Some(dump) = self.dump.take()
             && let Err(error) = dump.commit(self.plan.stall_timeout)
         {

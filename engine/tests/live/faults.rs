@@ -3,6 +3,7 @@
 
 use super::Test;
 use super::ferry::{Ferry, Outcome};
+use super::kept::fresh;
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use pageferry_benches::bench::hosts::Host;
@@ -220,8 +221,10 @@ fn cut_after_commit(ferry: &Ferry) -> anyhow::Result<()> {
     receiver.stop()?;
     // It arrives, and the answer does not: the program runs there, and must not run here.
     let receiver = ferry.receiver(Some("dest-resumed=cut"), &["--once"])?;
-    let outcome = ferry.migrate(subject.pid, None, &[])?;
+    let store = fresh(ferry, "store");
+    let outcome = ferry.migrate(subject.pid, None, &["--keep-store", &store.display().to_string()])?;
     outcome.failed(5, &["running at the destination"])?;
+    ensure!(store.join("index").is_file(), "nothing was kept of it");
     ferry.lives_only(Host::Destination, &subject).context("the answer was lost")?;
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     Ok(())

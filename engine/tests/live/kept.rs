@@ -60,7 +60,7 @@ fn restored_in_the_past(ferry: &Ferry, path: &Path, subject: &Subject) -> anyhow
     restored(ferry, path, subject)
 }
 
-fn fresh(ferry: &Ferry, name: &str) -> PathBuf {
+pub(super) fn fresh(ferry: &Ferry, name: &str) -> PathBuf {
     ferry.scratch.path().join(ferry.name(name))
 }
 
@@ -306,7 +306,12 @@ fn moved_with_stores(ferry: &Ferry) -> anyhow::Result<(Subject, MigrationReport,
 }
 
 /// Moves the program back to the source, whose store is `here`.
-fn back(ferry: &Ferry, subject: &Subject, here: &Path, options: &[&str]) -> anyhow::Result<MigrationReport> {
+pub(super) fn back(
+    ferry: &Ferry,
+    subject: &Subject,
+    here: &Path,
+    options: &[&str],
+) -> anyhow::Result<MigrationReport> {
     const HERE: &str = "10.77.0.1:7077";
     let store = here.display().to_string();
     let receiver = ferry.receiver_in(Host::Source, HERE, None, &["--once", "--keep-store", &store])?;

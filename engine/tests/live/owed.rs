@@ -2,6 +2,7 @@
 
 use super::Test;
 use super::ferry::{Ferry, LIMIT};
+use super::kept::{back, fresh};
 use super::late::interface;
 use super::recover::{COMMAND, finds, forget, kill_engine, nothing_is_left, recover, refused, writes};
 use anyhow::{Context, ensure};
@@ -24,6 +25,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("recover: both engines were killed while pages were owed", receiver_gone),
         ("recover: the engine that owes pages lives", alive),
         ("recover: owed pages that cannot be sent any more", unfit),
+        ("recover: pages are kept where the engine would have kept them", keeps),
     ]
 }
 
@@ -272,4 +274,59 @@ fn unfit(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.lives_only(Host::Source, &subject)?;
     nothing_is_left(ferry, Host::Source)?;
     receiver.stop()
+}
+
+/// What leaves with `--keep-store`, and whose engine is killed, comes back as what has changed since.
+fn keeps(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let subject = ferry.subject(&["writer", "--memory", "48MiB", "--rate", "50KB"])?;
+    let stores = [fresh(ferry, "store"), fresh(ferry, "store"), fresh(ferry, "store")];
+    let [here, there, other] = stores.each_ref().map(|store| store.display().to_string());
+    // While pages are owed: both sides keep.
+    let receiver = ferry.receiver(None, &["--once", "--keep-store", &there])?;
+    let options = [&SLOW[..], &["--keep-store", &here]].concat();
+    let outcome = ferry.migrate(subject.pid, Some("late-push=kill@60"), &options)?;
+    ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+    let found = finds(ferry, Host::Source, "", 0, &format!("its pages are kept in {here}"))?;
+    ensure!(found["kept_pages"].as_u64() > Some(12_000) && found["keep_store"] == here.as_str(), "{found}");
+    moved(ferry, &subject, &found)?;
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    ensure!(stores[1].join("index").is_file(), "nothing was kept at the destination");
+    let report = back(ferry, &subject, &stores[0], &["--keep-store", &there])?;
+    ensure!(report.kept_pages > 12_000 && report.repeated_pages == 0, "{report:?}");
+    ensure!(report.bytes_sent < 48 << 20 >> 3, "{} bytes back", report.bytes_sent);
+    // When all was in place, and the copy here was to be ended; and when the commit had been sent.
+    for (point, store, says) in
+        [("filled", &here, "its pages are kept in"), ("commit-sent", &other, "nothing is kept of it in")]
+    {
+        (|| {
+            let receiver = ferry.receiver(None, &[])?;
+            let options = ["--keep-store", store];
+            let outcome = ferry.migrate(subject.pid, Some(&format!("{point}=kill")), &options)?;
+            ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+            finds(ferry, Host::Source, "--dry-run --timeout 30s", 0, "its pages would be kept in")?;
+            // Somebody else uses the store.
+            let holder = (point != "filled").then(|| {
+                let script = format!("exec 9> {store}/lock; flock 9; sleep 600 > /dev/null 2>&1 & echo $!");
+                ferry.sh(Host::Source, &script)
+            });
+            let holder = holder.transpose()?;
+            let found = finds(ferry, Host::Source, "--timeout 30s", 0, says)?;
+            let kept = found["kept_pages"].as_u64();
+            ensure!(kept.is_some_and(|pages| pages > 12_000) == holder.is_none(), "{found}");
+            ensure!(found["verdict"] == "end-here" && found["settled"] == true, "{found}");
+            nothing_is_left(ferry, Host::Source)?;
+            ferry.lives_only(Host::Destination, &subject)?;
+            receiver.stop()?;
+            if let Some(holder) = holder {
+                ferry.hosts.kill(Host::Source, holder.trim().parse()?)?;
+                ensure!(!stores[2].join("index").exists(), "something was kept");
+            } else {
+                back(ferry, &subject, &stores[0], &[])?;
+            }
+            Ok(())
+        })()
+        .with_context(|| point)?;
+    }
+    ferry.hosts.kill(Host::Destination, subject.pid)
 }

@@ -173,7 +173,7 @@ fn refused(error: ReadError) -> io::Error {
 }
 
 /// Whether PAGEMAP_SCAN says what exists: it does since it came, or is not there.
-fn scan_works() -> bool {
+pub(super) fn scan_works() -> bool {
     static WORKS: OnceLock<bool> = OnceLock::new();
     *WORKS.get_or_init(|| {
         let query = Query { mask: PRESENT, returned: PRESENT, ..Query::default() };

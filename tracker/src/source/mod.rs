@@ -188,6 +188,15 @@ fn survey_spans(pagemap_file: &File, spans: &[Span], has_files: bool, mark: u64)
     still_there(pagemap_file, Answer { populated, dirty, ..Answer::default() })
 }
 
+/// Pages that exist, in the sense of [`survey`], by the way that this kernel has.
+pub(crate) fn existing(pagemap_file: &File, view: &View) -> io::Result<PageSet> {
+    let answer = match compare::scan_works() {
+        true => survey(pagemap_file, view, 0)?,
+        false => entries::Entries::new()?.read(pagemap_file, view.spans())?,
+    };
+    Ok(answer.populated)
+}
+
 /// The pages of spans.
 pub(crate) fn all<'a>(spans: impl IntoIterator<Item = &'a Span>) -> PageSet {
     let run = |span: &Span| Run { start: span.start / 4096, len: (span.end - span.start) / 4096 };

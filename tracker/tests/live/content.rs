@@ -1,7 +1,7 @@
 //! Which pages are reported: never too few, and on small pages exactly those that were written.
 
 use crate::Case;
-use crate::subject::{Subject, dirty, populated};
+use crate::subject::{Subject, dirty, populated, within};
 use nix::sys::signal::Signal;
 use pageferry_tracker::{Collected, PageReader, Run, SpaceScan, Tracker, TrackerKind, TreeState};
 
@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     ("unmapped_pages_are_named_when_read", unmapped_pages_are_named_when_read),
     ("guard_pages_are_named_when_read", guard_pages_are_named_when_read),
     ("two_thousand_mappings", two_thousand_mappings),
+    ("who_stands_still_is_seen_without_tracking", who_stands_still_is_seen_without_tracking),
 ];
 
 /// A subject with a tracker on it, whose first collect is acknowledged.
@@ -346,6 +347,25 @@ fn pages_of_zeros_are_not_populated(kind: TrackerKind) {
     let collected = collect(&mut tracker);
     assert_eq!(dirty(only(&collected), at, 64), [31, 41, 50]);
     assert_eq!(populated(only(&collected), at, 64), [0, 7, 31, 41, 50]);
+}
+
+fn who_stands_still_is_seen_without_tracking(kind: TrackerKind) {
+    let mut subject = Subject::start();
+    let at = subject.number("map 1000");
+    subject.tell(&format!("write {at} 0 7 999"));
+    assert_eq!(subject.ask(&format!("read {} 1", at + 30 * 4096)), "0");
+    let sealed = subject.number("map 4");
+    subject.tell(&format!("write {sealed} 1"));
+    subject.tell(&format!("seal {sealed} 4"));
+    let mut tracker = tracked(kind, &subject);
+    subject.stop();
+    let collected = tracker.collect(TreeState::Frozen).expect("collect");
+    let by_tracking = only(&collected).populated.clone();
+    let looked = || pageferry_tracker::populated(&subject.target()).expect("a look");
+    assert_eq!(within(&looked(), at, 1000), [0, 7, 999]);
+    assert_eq!(looked(), by_tracking);
+    tracker.detach().expect("detach");
+    assert_eq!(looked(), by_tracking, "also when nobody watches any more");
 }
 
 fn locked_pages_are_not_lazy_and_come_back_dirty(kind: TrackerKind) {
