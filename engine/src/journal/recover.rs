@@ -304,6 +304,16 @@ fn conclude(
             ),
         };
     }
+    if ends && !entry.addresses.is_empty() {
+        text += &match plan.dry_run {
+            true => format!(
+                "; of its addresses what is still here would be taken away: {}",
+                entry.addresses.join(", ")
+            ),
+            // Before the end of the copy: who is killed in between is called again.
+            false => take_away(&entry).map_or_else(String::new, |text| format!("; {text}")),
+        };
+    }
     let mut kept_pages = None;
     if let (true, Some(dir)) = (ends, &entry.keep_store) {
         text += &match plan.dry_run {

@@ -19,6 +19,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("connections go on when the sending engine dies before the commit", source_dies),
         ("connections go on when the sending engine dies and has taken the address away", recovered),
         ("connections go on when the sending engine dies and owes pages", recovered_late),
+        ("connections go on when the sending engine dies as it sends the commit", recovered_there),
         ("connections go on after an interrupted migration", interrupted),
         ("connections that nobody moves are refused, or closed when that is asked for", refused),
         ("addresses that cannot move are refused", cannot_move),
@@ -293,6 +294,37 @@ fn recovered_late(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.nothing_is_left()?;
     service.goes_on()?;
     service.end(5)
+}
+
+/// Nothing is owed: the destination says that all is there. The engine was killed before it had taken the address away, or when the copy here
+/// was to be ended and somebody has put the address back.
+fn recovered_there(ferry: &Ferry) -> anyhow::Result<()> {
+    for point in ["commit-sent", "filled"] {
+        (|| {
+            forget(ferry)?;
+            let mut service = Service::start(ferry, &[V4], 5)?;
+            let receiver = ferry.receiver(None, &[])?;
+            let outcome = ferry.migrate(service.pid, Some(&format!("{point}=kill")), &MOVE_V4)?;
+            ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+            if point == "filled" {
+                ferry.sh(Host::Source, &format!("ip address add {V4}/24 dev eth0"))?;
+            }
+            let would = "what is still here would be taken away: 10.77.0.9/24@eth0";
+            finds(ferry, Host::Source, "--dry-run --timeout 30s", 0, would)?;
+            ensure!(service.has(V4)?.len() == 2, "it is at {:?}", service.has(V4)?);
+            let says = "taken away here, because the program has it there: 10.77.0.9/24 of eth0";
+            finds(ferry, Host::Source, "--timeout 30s", 0, says)?;
+            ensure!(service.has(V4)? == ["destination"], "it is at {:?}", service.has(V4)?);
+            service.goes_on()?;
+            ensure!(ferry.state(Host::Source, service.pid)?.is_none(), "it is left at the source");
+            receiver.stop()?;
+            ferry.nothing_is_left()?;
+            service.goes_on()?;
+            service.end(5)
+        })()
+        .with_context(|| point)?;
+    }
+    Ok(())
 }
 
 fn interrupted(ferry: &Ferry) -> anyhow::Result<()> {
