@@ -149,6 +149,11 @@ impl RestoreError {
         matches!(self, Self::Call(CallError::Cancelled { .. }))
     }
 
+    /// Whether the other side of the caller's connection was closed.
+    pub fn is_peer_closed(&self) -> bool {
+        matches!(self, Self::Call(CallError::PeerClosed { .. }))
+    }
+
     /// Whether time was up.
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::Call(CallError::Timeout { .. }))

@@ -32,11 +32,13 @@ pub struct Wait<'a> {
     pub timeout: Duration,
     /// A descriptor that becomes readable when the wait shall end: a pipe, an eventfd, a pidfd, a socket.
     pub cancel: Option<BorrowedFd<'a>>,
+    /// A connection without whose other side there is nothing to wait for: when that is closed the wait ends, whatever of it is unread.
+    pub peer: Option<BorrowedFd<'a>>,
 }
 
 impl From<Duration> for Wait<'_> {
     fn from(timeout: Duration) -> Self {
-        Self { timeout, cancel: None }
+        Self { timeout, cancel: None, peer: None }
     }
 }
 
@@ -76,6 +78,12 @@ pub enum CallError {
     /// The caller's descriptor became readable.
     #[error("cancelled while waiting for criu ({awaited})")]
     Cancelled {
+        /// What was awaited.
+        awaited: &'static str,
+    },
+    /// The other side of the caller's connection was closed.
+    #[error("the connection was closed while waiting for criu ({awaited})")]
+    PeerClosed {
         /// What was awaited.
         awaited: &'static str,
     },
@@ -201,7 +209,7 @@ impl Service {
         }
     }
 
-    /// Waits for one message. `deadline` belongs to `wait`, which names the limit and the cancel descriptor.
+    /// Waits for one message. `deadline` belongs to `wait`, which names the limit and what else ends it.
     pub(crate) fn receive(
         &mut self,
         wait: Wait<'_>,
@@ -213,14 +221,20 @@ impl Service {
         if let Some(cancel) = &wait.cancel {
             polled.push(PollFd::new(cancel, PollFlags::IN));
         }
+        if let Some(peer) = &wait.peer {
+            polled.push(PollFd::new(peer, PollFlags::RDHUP));
+        }
         match poll_until(&mut polled, deadline) {
             Err(source) => return Err(CallError::Io { awaited, source }),
             Ok(false) => {
                 return Err(CallError::Timeout { awaited, limit: wait.timeout, log: self.log_tail() });
             }
-            // An answer that is there already counts more than a cancellation that came with it.
-            Ok(true) if polled[0].revents().is_empty() => return Err(CallError::Cancelled { awaited }),
-            Ok(true) => {}
+            // An answer that is there already counts more than what came with it.
+            Ok(true) if !polled[0].revents().is_empty() => {}
+            Ok(true) if wait.cancel.is_some() && !polled[1].revents().is_empty() => {
+                return Err(CallError::Cancelled { awaited });
+            }
+            Ok(true) => return Err(CallError::PeerClosed { awaited }),
         }
         let mut buffer = vec![0u8; MESSAGE_BYTES];
         let length = match rustix::net::recv(socket, &mut buffer[..], RecvFlags::TRUNC) {

@@ -3,13 +3,14 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
 use pageferry_criu_glue::image::{pagemap::Pagemap, tree};
 use pageferry_criu_glue::{
-    Criu, DumpError, HideError, ImageDir, Owned, PAGE_SIZE, Restore, RestoreOptions, Stage, Wait,
+    CallError, Criu, DumpError, HideError, ImageDir, Owned, PAGE_SIZE, Restore, RestoreOptions, Stage, Wait,
 };
 
 use crate::memory::{Member, Tree, is_gone};
@@ -339,25 +340,41 @@ pub fn change() -> std::io::Result<()> {
     Ok(())
 }
 
-/// A wait ends when its descriptor becomes readable, or its time is up; what it waited for is undone.
+/// A wait ends when its descriptor becomes readable, its connection is closed at the other side, or its time is up; what it waited for is
+/// undone.
 pub fn cancelled() -> Result<(), Failed> {
     let tree = Tree::start(PAGES)?;
     let (cancel, canceller) = rustix::pipe::pipe()?;
-    for (timeout, cancels) in [(PATIENCE, true), (Duration::ZERO, false)] {
-        if cancels {
-            rustix::io::write(&canceller, &[1])?;
-        }
+    rustix::io::write(&canceller, &[1])?;
+    let (closed, mut other) = UnixStream::pair()?;
+    other.write_all(b"unread")?;
+    drop(other);
+    let wait = |timeout| Wait::from(timeout);
+    for (wait, wanted) in [
+        (Wait { cancel: Some(cancel.as_fd()), ..wait(PATIENCE) }, "cancelled"),
+        (Wait { peer: Some(closed.as_fd()), ..wait(PATIENCE) }, "closed"),
+        (wait(Duration::ZERO), "timeout"),
+    ] {
         let images = ImageDir::new()?;
         let mut dump = begin(&images, tree.root())?;
-        let wait = Wait { timeout, cancel: cancels.then_some(cancel.as_fd()) };
         // An answer that is there at once may win; then the next step is interrupted.
         let error =
             dump.freeze(wait).and_then(|()| dump.dump(&[], wait)).err().ok_or("it was not interrupted")?;
-        if error.is_cancelled() != cancels || error.is_timeout() == cancels {
-            return Err(format!("{error:?}").into());
+        let closed = matches!(&error, DumpError::Call { source: CallError::PeerClosed { .. }, .. });
+        let got = [(error.is_cancelled(), "cancelled"), (closed, "closed"), (error.is_timeout(), "timeout")];
+        if got.iter().any(|(is, what)| *is != (*what == wanted)) {
+            return Err(format!("{wanted}: {error:?}").into());
         }
         dump.abort()?;
         tree.lives()?;
     }
+    // Whatever a peer says that is there, the wait goes on.
+    let (open, mut other) = UnixStream::pair()?;
+    other.write_all(b"unread")?;
+    let images = ImageDir::new()?;
+    let mut dump = begin(&images, tree.root())?;
+    dump.freeze(Wait { peer: Some(open.as_fd()), ..wait(PATIENCE) })?;
+    dump.abort()?;
+    tree.lives()?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::failure::ReceiveError;
 use super::guard::Guard;
+use super::hub::LAST_WORDS;
 use super::late::Late;
 use super::network::Arrival;
 use super::receive::Cargo;
@@ -12,7 +13,7 @@ use super::verify;
 use crate::Cancel;
 use crate::fault::{self, Fault};
 use crate::journal::{self, Process, Step};
-use crate::link::Channel;
+use crate::link::{Channel, ChannelError, LinkError};
 use crate::observe::{Event, Observer};
 use crate::plan::ReceivePlan;
 use crate::policy::estimate::PREFILL;
@@ -20,7 +21,7 @@ use pageferry_criu_glue::{LazyEvent, LazyListener, Restore, Stage, Wait};
 use pageferry_tracker::{self as tracker, Target, uffd::Uffd};
 use pageferry_wire_format::{ControlMessage, Part, SpaceId, version};
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -121,7 +122,6 @@ impl Rebirth<'_, '_> {
         guard: &mut Option<Guard>,
     ) -> Result<(bool, i32), ReceiveError> {
         let patience = self.plan.stall_timeout;
-        let wait = Wait { timeout: patience, cancel: Some(self.cancel.fd()) };
         let mut laps = Laps { last: Instant::now(), timings: Vec::new() };
         fault::point("dest-restore");
         restore.start()?;
@@ -130,7 +130,17 @@ impl Rebirth<'_, '_> {
             let timings = std::mem::take(&mut self.cargo.prepared);
             self.channel.control(&ControlMessage::Prepared { timings })?;
         }
-        let root = restore.wait(Stage::PostRestore, wait)?;
+        // A source that has gone will not send a commit, nor what CRIU may wait for just now: the restored tree is not let go. One that is
+        // silent may come back.
+        let wait = Wait {
+            timeout: patience,
+            cancel: Some(self.cancel.fd()),
+            peer: Some(self.channel.link().as_fd()),
+        };
+        let root = match restore.wait(Stage::PostRestore, wait) {
+            Err(error) if error.is_peer_closed() => return Err(self.last_words()),
+            root => root?,
+        };
         laps.lap(Part::Restore);
         if self.verify {
             server.prefill_all()?;
@@ -191,6 +201,14 @@ impl Rebirth<'_, '_> {
 }
 
 impl Rebirth<'_, '_> {
+    /// Why the source has closed the connection, as far as it has said so.
+    fn last_words(&mut self) -> ReceiveError {
+        match self.channel.last_words(LAST_WORDS) {
+            Some(ChannelError::Aborted { code, detail }) => ReceiveError::SourceAborted { code, detail },
+            _ => LinkError::Closed.into(),
+        }
+    }
+
     fn write_down(&mut self, step: Step, processes: &[Process]) -> Result<(), ReceiveError> {
         Ok(self.journal.as_mut().map_or(Ok(()), |journal| journal.step(step, processes))?)
     }

@@ -465,7 +465,7 @@ impl<'a> Migration<'a> {
             TcpChoice::Keep => TcpPolicy::Established,
         };
         request.shell_job = self.plan.shell_job;
-        request.start = Wait { timeout: self.plan.stall_timeout, cancel: Some(self.cancel.fd()) };
+        request.start = Wait { cancel: Some(self.cancel.fd()), ..Wait::from(self.plan.stall_timeout) };
         Dump::start(&self.criu, request)
     }
 

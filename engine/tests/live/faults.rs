@@ -25,6 +25,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("the receiving engine is killed after the commit was received", destination_killed_after_commit),
         ("the receiving engine is killed when the program runs there", destination_killed_after_resume),
         ("after a failure the next attempt succeeds", next_attempt),
+        ("the sending engine is killed while CRIU restores, and waits for owed pages", killed_in_the_restore),
     ]
 }
 
@@ -270,4 +271,24 @@ fn next_attempt(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.migrate(subject.pid, None, &["--verify"])?.moved()?;
     ferry.lives_only(Host::Destination, &subject)?;
     receiver.stop()
+}
+
+/// The restore itself needs pages that are owed, and nobody sends them any more. The receiver notices that the connection was closed, and
+/// does not wait as it would for a silent one.
+fn killed_in_the_restore(ferry: &Ferry) -> anyhow::Result<()> {
+    for workload in [
+        &["writer", "--memory", "16MiB", "--rate", "5MB"][..],
+        &["forked", "--memory", "8MiB", "--workers", "2", "--rate", "1MB"],
+    ] {
+        let subject = ferry.subject(workload)?;
+        let receiver = ferry.receiver(None, &["--once", "--stall-timeout", "20s"])?;
+        let outcome = ferry.migrate(subject.pid, Some("restore=kill"), &["--strategy", "post-copy"])?;
+        let killed = Instant::now();
+        ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
+        ensure!(receiver.wait()? == 1, "the receiver's exit code");
+        let took = killed.elapsed();
+        ensure!(took < Duration::from_secs(5), "{}: it took {took:?}", workload[0]);
+        ferry.lives_only(Host::Source, &subject)?;
+    }
+    Ok(())
 }
