@@ -65,7 +65,7 @@ pub use read::{PageReader, ReadError};
 pub use region::{Region, RegionError};
 pub use run_times::{RunClock, RunTimes, RunTimesError};
 pub use scope::{Scope, Untracked};
-pub use standing::{PopulatedError, populated};
+pub use standing::{PopulatedError, Stillness, populated};
 pub use target::{OpenError, Target};
 pub use threads::stack_pointers;
 pub use throttle::{Throttle, Undisturbed};

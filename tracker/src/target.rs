@@ -366,10 +366,9 @@ impl Target {
         self.thread_state(tid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
     }
 
-    /// Whether every thread of it is stopped, by a signal or by a tracer.
-    pub fn is_stopped(&self) -> bool {
-        let stands = |tid: &i32| matches!(self.thread_state(*tid), Some('T' | 't'));
-        self.is_alive() && self.threads().is_ok_and(|threads| threads.iter().all(stands))
+    /// Whether a thread is stopped, by a signal or by a tracer.
+    pub(crate) fn thread_stands(&self, tid: i32) -> bool {
+        matches!(self.thread_state(tid), Some('T' | 't'))
     }
 
     /// Whether a thread waits in the kernel for a child that uses its memory (`vfork`, `posix_spawn`). It comes back
@@ -512,7 +511,7 @@ fn counts(status: &[u8]) -> Option<Counts> {
     Some(Counts { own: (resident? + swapped) / 4, locked })
 }
 
-fn find_field(status: &[u8], field: &str) -> Option<String> {
+pub(crate) fn find_field(status: &[u8], field: &str) -> Option<String> {
     let status = String::from_utf8_lossy(status);
     let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     Some(value.trim().to_owned())

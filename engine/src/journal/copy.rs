@@ -2,12 +2,18 @@
 
 use super::recover::RecoverError;
 use super::verdict::Tree;
-use super::{Entry, Process};
+use super::{Entry, Process, Role, Step, Stood};
 use crate::kept::{KeptError, KeptStore, give_pages};
-use pageferry_tracker::{self as tracker, PageReader, Target};
+use pageferry_tracker::{self as tracker, PageReader, Stillness, Target};
 use rustix::process::{Signal, pidfd_send_signal};
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+/// Longest wait for a CRIU whose engine was killed to let its tree go: milliseconds, as a rule.
+const RELEASE: Duration = Duration::from_secs(10);
+
+/// Longest time for which a tree that is to stand is looked at again if it does not.
+const INTO_THE_STOP: Duration = Duration::from_millis(100);
 
 /// The processes of a tree that are still those that were written down.
 pub(super) struct Copy(pub(super) Vec<Target>);
@@ -32,6 +38,61 @@ impl Copy {
             Tree::Stopped
         } else {
             Tree::Running
+        }
+    }
+
+    /// The same; and whether it has stood since somebody went on in place of its engine.
+    pub(super) fn look(&self, entry: &Entry) -> Tree {
+        let ran_on = |target: &Target| {
+            let noted = entry.stood.iter().find(|stood| stood.is_of(target));
+            noted.is_some_and(|noted| target.stillness() != Some(noted.stillness()))
+        };
+        // A CRIU whose engine has just been killed lets the tree go, and each thread runs into the signal that waits for it.
+        let held = entry.begin.role == Role::Source && entry.step >= Step::Held;
+        let until = Instant::now() + INTO_THE_STOP;
+        while held && self.state() == Tree::Running && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        match self.state() {
+            Tree::Stopped if self.0.iter().any(ran_on) => Tree::RanOn,
+            state => state,
+        }
+    }
+
+    /// Its processes, and how they are noted to have stood.
+    ///
+    /// # Errors
+    /// The first process of which nothing is noted.
+    pub(super) fn noted(&self, stood: &[Stood]) -> Result<Vec<(Target, Stillness)>, i32> {
+        let noted = |target: &Target| {
+            let noted = stood.iter().find(|stood| stood.is_of(target)).ok_or(target.pid())?;
+            Ok((target.clone(), noted.stillness()))
+        };
+        self.0.iter().map(noted).collect()
+    }
+
+    /// How it stands.
+    ///
+    /// # Errors
+    /// The first process that does not.
+    pub(super) fn stand(&self) -> Result<Vec<Stood>, i32> {
+        // Where its engine has just been killed CRIU still has it, and lets it run into the signal that waits for it.
+        let until = Instant::now() + RELEASE;
+        while self.0.iter().any(Target::is_traced) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let stood = |target: &Target| {
+            let process = Process { pid: target.pid(), start: target.start_time() };
+            let Stillness { threads, switches } = target.stillness().ok_or(process.pid)?;
+            Ok(Stood { process, threads, switches })
+        };
+        let until = Instant::now() + INTO_THE_STOP;
+        loop {
+            let all: Result<Vec<Stood>, i32> = self.0.iter().map(stood).collect();
+            if all.is_ok() || Instant::now() > until {
+                return all;
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 

@@ -19,6 +19,7 @@ mod verdict;
 pub(crate) use ask::ask;
 pub(crate) use owed::{Owed, OwedSpace, Terms};
 
+use pageferry_tracker::{Stillness, Target};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -111,8 +112,31 @@ pub struct Process {
 
 impl Process {
     /// The processes that targets stand for.
-    pub(crate) fn of(targets: &[pageferry_tracker::Target]) -> Vec<Self> {
+    pub(crate) fn of(targets: &[Target]) -> Vec<Self> {
         targets.iter().map(|target| Self { pid: target.pid(), start: target.start_time() }).collect()
+    }
+}
+
+/// How a process stood when somebody went on in place of its engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stood {
+    /// Which.
+    #[serde(flatten)]
+    pub process: Process,
+    /// Its threads.
+    pub threads: u64,
+    /// How often these had been taken off a processor: as often, and they have not run since.
+    pub switches: u64,
+}
+
+impl Stood {
+    /// Whether it is of this process.
+    fn is_of(&self, target: &Target) -> bool {
+        (self.process.pid, self.process.start) == (target.pid(), target.start_time())
+    }
+
+    fn stillness(&self) -> Stillness {
+        Stillness { threads: self.threads, switches: self.switches }
     }
 }
 
@@ -160,6 +184,9 @@ struct Line {
     /// Source: this process goes on in place of an engine that has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     engine: Option<i32>,
+    /// ... and this is how the tree stands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    stood: Vec<Stood>,
 }
 
 /// A journal as it was read.
@@ -184,6 +211,9 @@ pub struct Entry {
     pub addresses: Vec<String>,
     /// Directory in which the source keeps the pages of the program when it has moved.
     pub keep_store: Option<PathBuf>,
+    /// How the tree stood when somebody first went on in place of the engine.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stood: Vec<Stood>,
     /// Whether its engine lives.
     pub live: bool,
 }
@@ -347,6 +377,7 @@ impl Line {
             addresses: Vec::new(),
             keep_store: None,
             engine: None,
+            stood: Vec::new(),
         }
     }
 }
@@ -403,8 +434,8 @@ impl Entry {
     }
 
     /// Takes the place of the engine, which has ended: from now on the session is under way for everybody else. `None` if somebody else
-    /// has done so, or has brought it to its end, since this was read. `step` is how far it is by then.
-    pub(crate) fn take_over(&self, step: Step) -> Result<Option<Writer>, JournalError> {
+    /// has done so, or has brought it to its end, since this was read. `step` is how far it is by then, and `stood` how the tree stands, if nobody has looked before.
+    pub(crate) fn take_over(&self, step: Step, stood: &[Stood]) -> Result<Option<Writer>, JournalError> {
         let file = match OpenOptions::new().read(true).append(true).open(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file.map_err(Journal::failed(&self.path, "opened"))?,
@@ -432,7 +463,7 @@ impl Entry {
         }
         let mut writer = Writer { file, path: self.path.clone() };
         let engine = Some(std::process::id() as i32);
-        writer.line(&Line { engine, ..Line::new(step) })?;
+        writer.line(&Line { engine, stood: stood.to_vec(), ..Line::new(step) })?;
         Ok(Some(writer))
     }
 
@@ -493,6 +524,7 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         owes: false,
         addresses: Vec::new(),
         keep_store: None,
+        stood: Vec::new(),
         live,
     };
     for line in lines {
@@ -502,6 +534,9 @@ fn parse(path: &Path, text: &[u8], live: bool) -> Result<Option<Entry>, JournalE
         entry.owes |= line.owes;
         entry.begin.engine = line.engine.unwrap_or(entry.begin.engine);
         entry.addresses.extend(line.addresses);
+        if entry.stood.is_empty() {
+            entry.stood = line.stood;
+        }
         entry.keep_store = line.keep_store.map(PathBuf::from).or(entry.keep_store);
         if !line.processes.is_empty() {
             entry.processes = line.processes;
@@ -554,21 +589,26 @@ mod tests {
         let mut writer = journal.begin(Role::Source, 5, "10.0.0.2:7077", "redis", Some(ROOT)).unwrap();
         writer.committing(true, Vec::new(), None).unwrap();
         let alive = journal.find(Role::Source, 5).unwrap().unwrap();
-        assert!(alive.take_over(Step::Resumed).unwrap().is_none(), "its engine lives");
+        assert!(alive.take_over(Step::Resumed, &[]).unwrap().is_none(), "its engine lives");
         drop(writer);
         left_behind(&journal, Role::Source, 5);
         let dead = journal.find(Role::Source, 5).unwrap().unwrap();
-        let second = dead.take_over(Step::Resumed).unwrap().expect("nobody has it");
+        let stood = Stood { process: ROOT, threads: 3, switches: 1000 };
+        let second = dead.take_over(Step::Resumed, &[stood]).unwrap().expect("nobody has it");
         let taken = journal.find(Role::Source, 5).unwrap().unwrap();
+        assert_eq!(taken.stood, [stood]);
         assert!(taken.live && taken.owes && taken.step == Step::Resumed);
         assert_eq!(taken.begin.engine, std::process::id() as i32);
-        assert!(dead.take_over(Step::Resumed).unwrap().is_none(), "somebody has it");
+        assert!(dead.take_over(Step::Resumed, &[]).unwrap().is_none(), "somebody has it");
         drop(second);
         left_behind(&journal, Role::Source, 5);
-        assert!(dead.take_over(Step::Resumed).unwrap().is_none(), "something was written since");
+        assert!(dead.take_over(Step::Resumed, &[]).unwrap().is_none(), "something was written since");
         let again = journal.find(Role::Source, 5).unwrap().unwrap();
-        again.take_over(Step::Resumed).unwrap().expect("nobody has it").close();
-        assert!(again.take_over(Step::Resumed).unwrap().is_none(), "it was brought to its end");
+        let later = Stood { switches: 1001, ..stood };
+        let third = again.take_over(Step::Resumed, &[later]).unwrap().expect("nobody has it");
+        assert_eq!(journal.find(Role::Source, 5).unwrap().unwrap().stood, [stood], "who looked first counts");
+        third.close();
+        assert!(again.take_over(Step::Resumed, &[]).unwrap().is_none(), "it was brought to its end");
         again.remove().unwrap();
     }
 

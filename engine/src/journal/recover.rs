@@ -88,6 +88,16 @@ pub enum RecoverError {
         /// Where it runs.
         peer: String,
     },
+    /// There would be two.
+    #[error(
+        "the program of session {session} runs at {peer}, and has all of its pages there: no other copy is let run"
+    )]
+    Complete {
+        /// Which.
+        session: String,
+        /// Where it runs.
+        peer: String,
+    },
     /// A signal could not be sent.
     #[error("process {pid} could not be signalled")]
     Signal {
@@ -217,7 +227,7 @@ enum Settled {
 fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Settled, RecoverError> {
     let begin = &entry.begin;
     let tree = Copy::find(&entry);
-    let state = tree.state();
+    let state = tree.look(&entry);
     let mut verdict = verdict::judge(begin.role, entry.step, entry.live, state);
     if let (Verdict::UnderWay, Some(_)) = (verdict, plan.choice) {
         return Err(RecoverError::UnderWay { session: begin.session.clone(), engine: begin.engine });
@@ -232,6 +242,11 @@ fn settle(plan: &RecoverPlan, entry: Entry) -> Result<Settled, RecoverError> {
         && needed_there(answer.as_ref())
     {
         return Err(RecoverError::Needed { session: begin.session.clone(), peer: begin.peer.clone() });
+    }
+    if (verdict, plan.choice) == (Verdict::Unclear, Some(Choice::RunHere))
+        && matches!(answer, Some(HandoverState::Filled { .. }))
+    {
+        return Err(RecoverError::Complete { session: begin.session.clone(), peer: begin.peer.clone() });
     }
     let mut failure = None;
     if verdict == Verdict::Serve {
@@ -274,7 +289,7 @@ fn conclude(
     let ends = chosen == Verdict::EndHere && entry.begin.role == Role::Source;
     // What comes before the end takes its time, and is done once.
     let _writer = match writer {
-        None if ends && !plan.dry_run => match entry.take_over(Step::Filled)? {
+        None if ends && !plan.dry_run => match entry.take_over(Step::Filled, &[])? {
             None => {
                 let heard = Heard { answer, ..Heard::default() };
                 return conclude(plan, entry, tree, state, Verdict::UnderWay, heard, None);
@@ -284,14 +299,14 @@ fn conclude(
         writer => writer,
     };
     let mut text = match (&served, failure) {
-        (Some(report), _) => format!(
+        (Some(report), _) if ends => format!(
             "ended here: it runs at {}, and was sent what it was owed ({} of {} pages were missing)",
             entry.begin.peer,
             report.demanded_pages + report.pushed_pages,
             report.owed_pages
         ),
-        (None, Some(error)) => not_sent(&error, &entry, state, answer.as_ref()),
-        (None, None) => describe(chosen, &entry, state, answer.as_ref(), plan.dry_run),
+        (_, Some(error)) => not_sent(&error, &entry, state, answer.as_ref()),
+        (_, None) => describe(chosen, &entry, state, answer.as_ref(), plan.dry_run),
     };
     if chosen == Verdict::RunHere && !entry.addresses.is_empty() {
         let addresses = entry.addresses.join(", ");
@@ -350,12 +365,16 @@ impl Debtor {
     /// Sends them, and ends the copy when the other side has said that every page is in place.
     fn serve(self, plan: &RecoverPlan, observer: &dyn Observer) -> Result<Finding, RecoverError> {
         let Self { mut entry, tree, owed } = self;
-        let Some(mut writer) = entry.take_over(Step::Resumed)? else {
+        // Whoever looked first has noted it: what has run since is not what the program is owed, however often this is called.
+        let noted = if entry.stood.is_empty() { tree.stand() } else { Ok(entry.stood.clone()) };
+        let stood = noted.as_deref().unwrap_or_default();
+        let Some(mut writer) = entry.take_over(Step::Resumed, stood)? else {
             // Somebody else has, meanwhile.
-            let state = tree.state();
+            let state = tree.look(&entry);
             return conclude(plan, entry, &tree, state, Verdict::UnderWay, Heard::default(), None);
         };
-        (entry.begin.engine, entry.step) = (std::process::id() as i32, Step::Resumed);
+        (entry.begin.engine, entry.step, entry.stood) =
+            (std::process::id() as i32, Step::Resumed, stood.to_vec());
         if let Some(text) = take_away(&entry) {
             observer.event(&Event::Warning { text });
         }
@@ -363,18 +382,31 @@ impl Debtor {
         let (verdict, heard) = loop {
             tries += 1;
             let orphaned = || {
+                let noted = noted.as_deref().map_err(|pid| *pid).and_then(|stood| tree.noted(stood));
+                let tree = noted.map_err(|pid| SendError::NotStanding { pid })?;
                 let to = entry.begin.peer.parse().map_err(|_| SendError::NothingOwed)?;
                 let (session, program) = (session_of(&entry).unwrap_or_default(), &entry.begin.program);
-                let (owed, tree, patience) = (owed.clone(), tree.0.as_slice(), plan.patience);
+                let (owed, patience) = (owed.clone(), plan.patience);
                 Orphaned { session, program, to, owed, tree, patience, observer }.serve()
             };
             let error = match orphaned() {
-                Ok(report) => break (Verdict::EndHere, Heard { served: Some(report), ..Heard::default() }),
+                Ok(report) => {
+                    let heard = Heard { served: Some(report), ..Heard::default() };
+                    match tree.look(&entry) {
+                        Tree::Stopped | Tree::Gone => break (Verdict::EndHere, heard),
+                        // All was sent before it was let go, or else the destination had not been told that this was all. What it has said just now
+                        // counts, also where its receiver has ended since.
+                        Tree::Running | Tree::RanOn => {
+                            let answer = Some(HandoverState::Filled { pid: 0 });
+                            break (Verdict::Unclear, Heard { answer, ..heard });
+                        }
+                    }
+                }
                 Err(error) => error,
             };
             // What became of it meanwhile says more than how the sending ended.
             let answer = ask(&entry, plan.patience);
-            match verdict::answered(answer.as_ref(), entry.owes, tree.state()) {
+            match verdict::answered(answer.as_ref(), entry.owes, tree.look(&entry)) {
                 Verdict::Serve if error.is_lost_link() && tries < TRIES => {}
                 Verdict::Serve | Verdict::Unclear => {
                     break (Verdict::Unclear, Heard { answer, served: None, failure: Some(error) });
@@ -385,7 +417,7 @@ impl Debtor {
         if verdict == Verdict::EndHere {
             writer.step(Step::Filled, &[])?;
         }
-        let state = tree.state();
+        let state = tree.look(&entry);
         conclude(plan, entry, &tree, state, verdict, heard, Some(writer))
     }
 }
@@ -517,6 +549,11 @@ fn describe(
             format!("{would}ended here: pages of it had gone with the engine; the source has it")
         }
         (_, Verdict::Ask | Verdict::Unclear) => {
+            let here = match tree {
+                Tree::Running => "runs here, because somebody has let it go",
+                Tree::RanOn => "stopped here, and somebody had let it go since its pages were taken up to be sent",
+                _ => "stopped here, and whole",
+            };
             let heard = match answer {
                 None if begin.peer.parse::<SocketAddr>().is_err() => {
                     format!("whether {} is complete is not known (`pageferry inspect` tells)", begin.peer)
@@ -524,8 +561,9 @@ fn describe(
                 None => format!("{} does not answer (`pageferry receive` there does)", begin.peer),
                 Some(HandoverState::Unknown) => format!("{} does not know the session", begin.peer),
                 Some(HandoverState::Ended) => format!(
-                    "it ran at {}, or was about to, and was ended there with its engine; the copy here is as it was when it moved",
-                    begin.peer
+                    "it ran at {}, or was about to, and was ended there with its engine{}",
+                    begin.peer,
+                    if tree == Tree::Stopped { "; the copy here is as it was when it moved" } else { "" }
                 ),
                 Some(HandoverState::Resumed { .. }) if !entry.owes => {
                     return format!(
@@ -538,11 +576,13 @@ fn describe(
                      receiver's --post-copy-timeout",
                     begin.peer
                 ),
+                Some(HandoverState::Filled { .. }) => {
+                    return format!(
+                        "{here}; it runs at {}, and all of its pages are in place there. `pageferry recover --session {short} --end-here` ends what is here",
+                        begin.peer
+                    );
+                }
                 Some(_) => format!("{} is not done with it", begin.peer),
-            };
-            let here = match tree {
-                Tree::Running => "runs here, because somebody has let it go",
-                _ => "stopped here, and whole",
             };
             format!(
                 "{here}; {heard}. If there is none there: `pageferry recover --session {short} --run-here`; if it runs \

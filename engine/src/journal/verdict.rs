@@ -15,6 +15,8 @@ pub enum Tree {
     Running,
     /// All that live are stopped.
     Stopped,
+    /// The same, and they have run after somebody had begun to send their pages.
+    RanOn,
 }
 
 /// What is to be done.
@@ -64,7 +66,8 @@ pub(super) fn judge(role: Role, step: Step, live: bool, tree: Tree) -> Verdict {
 pub(super) fn answered(answer: Option<&HandoverState>, owes: bool, tree: Tree) -> Verdict {
     match answer {
         Some(HandoverState::Discarded) => Verdict::RunHere,
-        Some(HandoverState::Filled { .. }) => Verdict::EndHere,
+        // What a person has let run is for a person to end.
+        Some(HandoverState::Filled { .. }) if matches!(tree, Tree::Stopped | Tree::Gone) => Verdict::EndHere,
         // A copy that was let go has other pages by now.
         Some(HandoverState::Resumed { .. }) if owes && tree == Tree::Stopped => Verdict::Serve,
         // A person has let it go, and there is no other.
@@ -180,9 +183,13 @@ mod tests {
     #[test]
     fn without_a_certain_answer_nothing_is_done() {
         for answer in ANSWERS {
-            for (owes, tree) in [(false, Tree::Stopped), (true, Tree::Running), (true, Tree::Gone)] {
+            for (owes, tree) in
+                [(false, Tree::Stopped), (true, Tree::Running), (true, Tree::RanOn), (true, Tree::Gone)]
+            {
                 let verdict = answered(answer.as_ref(), owes, tree);
                 assert_ne!(verdict, Verdict::Serve, "{answer:?}, {owes}, {tree:?}");
+                let has_run = matches!(tree, Tree::Running | Tree::RanOn);
+                assert!(verdict != Verdict::EndHere || !has_run, "{answer:?}, {owes}, {tree:?}");
                 let over = tree == Tree::Running && answer == Some(HandoverState::Ended);
                 assert_eq!(verdict == Verdict::Over, over, "{answer:?}, {owes}, {tree:?}");
             }

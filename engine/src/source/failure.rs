@@ -136,6 +136,8 @@ pub(crate) enum SendError {
         "process {pid} does not stand still here any more: its pages may not be those that the program is owed"
     )]
     NotStanding { pid: i32 },
+    #[error("process {pid} has run here since its pages were taken up to be sent")]
+    HasRun { pid: i32 },
     #[error("which pages the program is owed was not written down here")]
     NothingOwed,
     #[error("{left} of {total} pages that the program is owed could not be sent")]

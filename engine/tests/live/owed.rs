@@ -25,6 +25,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("recover: both engines were killed while pages were owed", receiver_gone),
         ("recover: the engine that owes pages lives", alive),
         ("recover: owed pages that cannot be sent any more", unfit),
+        ("recover: the copy is let go and stopped again while its pages are sent", ran_on),
         ("recover: pages are kept where the engine would have kept them", keeps),
     ]
 }
@@ -329,4 +330,45 @@ fn keeps(ferry: &Ferry) -> anyhow::Result<()> {
         .with_context(|| point)?;
     }
     ferry.hosts.kill(Host::Destination, subject.pid)
+}
+
+/// Nobody sees it run: it was let go for less than a moment. What was read of it may be something else than the program is owed.
+fn ran_on(ferry: &Ferry) -> anyhow::Result<()> {
+    forget(ferry)?;
+    let subject = writer(ferry)?;
+    let receiver = ferry.receiver(None, &["--post-copy-timeout", "20s"])?;
+    orphan(ferry, &subject)?;
+    let out = ferry.scratch.path().join(ferry.name("recovered"));
+    let command = format!("{COMMAND} recover --json > {} 2>/dev/null &", out.display());
+    ferry.sh(Host::Source, &command)?;
+    wait_for("somebody who goes on", LIMIT, || {
+        let (_, found) = recover(ferry, Host::Source, "--dry-run")?;
+        Ok(found.first().is_some_and(|found| found["verdict"] == "under-way").then_some(()))
+    })?;
+    std::thread::sleep(Duration::from_millis(300));
+    ferry.sh(Host::Source, &format!("kill -CONT {pid}; kill -STOP {pid}", pid = subject.pid))?;
+    let found: Value = wait_for("the end of it", LIMIT, || {
+        let text = std::fs::read_to_string(&out)?;
+        Ok(text.ends_with('\n').then(|| serde_json::from_str(&text)))
+    })??;
+    ensure!(found["verdict"] == "unclear" && found["tree"] == "ran-on", "{found}");
+    let text = found["text"].as_str().unwrap_or_default();
+    ensure!(text.contains("has run here") && text.contains("nothing is sent"), "{text}");
+    ensure!(ferry.state(Host::Destination, subject.pid)?.is_some(), "it was ended at the destination");
+    // Nor by the next, who was not there.
+    let found = finds(ferry, Host::Source, "", 4, "somebody had let it go since")?;
+    ensure!(
+        found["tree"] == "ran-on" && found["answer"].as_str().is_some_and(|it| it.starts_with("Resumed")),
+        "{found}"
+    );
+    ensure!(ferry.state(Host::Source, subject.pid)? == Some('T'), "it was let go");
+    wait_for("the end of it at the destination", LIMIT, || {
+        Ok(ferry.state(Host::Destination, subject.pid)?.is_none().then_some(()))
+    })?;
+    let found = finds(ferry, Host::Source, "", 4, "was ended there with its engine")?;
+    let session = found["session"].as_str().context("a session")?[..8].to_owned();
+    finds(ferry, Host::Source, &format!("--session {session} --run-here"), 0, "let go")?;
+    ferry.lives_only(Host::Source, &subject)?;
+    nothing_is_left(ferry, Host::Source)?;
+    receiver.stop()
 }

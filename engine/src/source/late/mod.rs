@@ -19,7 +19,7 @@ pub(super) use session::LateSession;
 use super::failure::SendError;
 use crate::page_bits::PageBits;
 use crate::policy::Bubbling;
-use pageferry_tracker::{PageReader, PageSet, ReadError, Run, Target};
+use pageferry_tracker::{PageReader, PageSet, ReadError, Run, Stillness, Target};
 use pageferry_wire_format::digest::{self, SpaceDigest};
 use pageferry_wire_format::{PageDigest, PageNo, PageRun, SpaceId};
 use rustix::event::{EventfdFlags, eventfd};
@@ -90,8 +90,9 @@ enum Wanted {
 pub(super) struct Debt {
     spaces: BTreeMap<SpaceId, DebtSpace>,
     total: u64,
-    /// Processes that only a signal keeps from running: what is read of them counts as long as they stand.
-    standing: Vec<Target>,
+    /// Processes that only a signal keeps from running, and how they stood when they were taken up: what is read of them counts as long as
+    /// they stand so.
+    standing: Vec<(Target, Stillness)>,
     state: Mutex<State>,
     changed: Condvar,
     /// The thread that answers is at it: the others leave it the processor and the link.
@@ -131,16 +132,20 @@ impl Debt {
     }
 
     /// No CRIU holds the tree: these are to be looked at.
-    fn standing(self, tree: Vec<Target>) -> Self {
+    fn standing(self, tree: Vec<(Target, Stillness)>) -> Self {
         Self { standing: tree, ..self }
     }
 
-    /// Looks whether the tree still stands.
+    /// Looks whether the tree still stands, and has stood all the time.
     fn look(&self) -> Result<(), SendError> {
-        match self.standing.iter().find(|target| !target.is_stopped()) {
-            Some(target) => Err(SendError::NotStanding { pid: target.pid() }),
-            None => Ok(()),
-        }
+        self.standing.iter().try_for_each(|(target, noted)| {
+            let pid = target.pid();
+            match target.stillness() {
+                None => Err(SendError::NotStanding { pid }),
+                Some(now) if now != *noted => Err(SendError::HasRun { pid }),
+                Some(_) => Ok(()),
+            }
+        })
     }
 
     /// All pages that were owed in the beginning.

@@ -12,7 +12,7 @@ use crate::link::{Channel, ChannelError, SharedShaper, TcpLink};
 use crate::observe::{Event, Observer};
 use crate::report::PostCopyReport;
 use crate::source::failure::SendError;
-use pageferry_tracker::{PageReader, Run, Target};
+use pageferry_tracker::{PageReader, Run, Stillness, Target};
 use pageferry_wire_format::{CodingChooser, SpaceId};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -26,8 +26,8 @@ pub(crate) struct Orphaned<'a> {
     /// The receiver.
     pub(crate) to: SocketAddr,
     pub(crate) owed: Owed,
-    /// The processes that are still there.
-    pub(crate) tree: &'a [Target],
+    /// The processes that are still there, and how they stood when they were taken up.
+    pub(crate) tree: Vec<(Target, Stillness)>,
     /// How long to try to reach the receiver at first.
     pub(crate) patience: Duration,
     pub(crate) observer: &'a dyn Observer,
@@ -52,16 +52,16 @@ impl Orphaned<'_> {
         let Self { session, program, to, owed: Owed { terms, spaces }, tree, patience, observer } = self;
         let mut debts = BTreeMap::new();
         for space in spaces {
-            let is_it = |target: &&Target| {
+            let is_it = |(target, _): &&(Target, Stillness)| {
                 (target.pid(), target.start_time()) == (space.process.pid, space.process.start)
             };
             let pid = space.process.pid;
-            let target = tree.iter().find(is_it).ok_or(SendError::NotStanding { pid })?;
+            let (target, _) = tree.iter().find(is_it).ok_or(SendError::NotStanding { pid })?;
             let reader = PageReader::new(target).map_err(|source| SendError::Reader { pid, source })?;
             let owed = space.runs.into_iter().map(|(start, len)| Run { start, len }).collect();
             debts.insert(SpaceId(space.space), DebtSpace { pid, reader, owed });
         }
-        let debt = Debt::new(debts).map_err(SendError::LateThread)?.standing(tree.to_vec());
+        let debt = Debt::new(debts).map_err(SendError::LateThread)?.standing(tree);
         debt.look()?;
         let started = Instant::now();
         let mut late = LateSession::start(Arc::new(debt));
