@@ -72,6 +72,13 @@ pub struct Choice {
     pub reason: Reason,
 }
 
+impl From<Decision> for Course {
+    /// All of it, and the strategy is another's matter.
+    fn from(decision: Decision) -> Self {
+        Self { decision, most: None, choice: None }
+    }
+}
+
 /// What to do with the pages that were just collected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Course {

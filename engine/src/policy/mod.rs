@@ -2,6 +2,7 @@
 
 pub mod adaptive;
 pub(crate) mod bubbling;
+pub mod closing;
 pub mod estimate;
 pub mod fixed;
 pub mod goals;
@@ -14,6 +15,7 @@ pub mod throttle;
 
 pub use adaptive::Adaptive;
 pub(crate) use bubbling::Bubbling;
+pub use closing::Closing;
 pub use fixed::Fixed;
 pub use goals::{Goals, Means, Navigator};
 pub use hot::HotPages;

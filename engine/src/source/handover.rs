@@ -36,19 +36,13 @@ impl Laps {
 
 impl Migration<'_> {
     /// From the decision to freeze until the program runs at the destination.
-    pub(super) fn hand_over(&mut self, decision: Decision) -> Result<(), SendError> {
+    pub(super) fn hand_over(&mut self, mut decision: Decision) -> Result<(), SendError> {
         let stop = decision.stop.expect("handed over only after a decision to stop");
         self.report.stop_reason = stop.name().to_owned();
-        self.report.predicted_downtime_us = decision.predicted_downtime.as_micros() as u64;
-        self.observer.event(&Event::Freezing {
-            stop_reason: self.report.stop_reason.clone(),
-            predicted_downtime_us: self.report.predicted_downtime_us,
-        });
         self.check_cancel()?;
         self.hold_no_longer()?;
         let patience = self.plan.stall_timeout;
         self.niceness = None;
-        self.lift_bandwidth();
 
         // At its full pace again: CRIU stops it with ptrace too.
         self.note_throttle();
@@ -64,6 +58,13 @@ impl Migration<'_> {
         let began = Instant::now();
         self.watchman = Some(Watchman::start().map_err(SendError::Watchman)?);
         self.prepared("watchman", began.elapsed());
+        self.close_in(&mut decision)?;
+        self.report.predicted_downtime_us = decision.predicted_downtime.as_micros() as u64;
+        self.observer.event(&Event::Freezing {
+            stop_reason: self.report.stop_reason.clone(),
+            predicted_downtime_us: self.report.predicted_downtime_us,
+        });
+        self.lift_bandwidth();
         let began = Instant::now();
         self.look_at_connections()?;
         self.announce_network()?;

@@ -1,6 +1,7 @@
 //! The sending side of a migration.
 
 pub(crate) mod books;
+mod closing;
 mod deltas;
 pub(crate) mod failure;
 mod handover;
@@ -199,6 +200,8 @@ struct Migration<'a> {
     peer: Peer,
     /// Whether pages that are written all the time wait for the freeze.
     holds_back: bool,
+    /// The rounds so far, from when they were ended until the freeze.
+    rounds: Option<precopy::Course>,
     /// Whether most pages of the last round travelled as deltas.
     deltas_help: bool,
     /// Where the pages of the program are kept when it has moved.
@@ -318,6 +321,7 @@ impl<'a> Migration<'a> {
             began: Instant::now(),
             watch: None,
             peer,
+            rounds: None,
             holds_back: false,
             deltas_help: false,
             store: plan.keep_store.as_deref().map(KeptStore::open).transpose()?,

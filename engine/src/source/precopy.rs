@@ -7,7 +7,7 @@ use crate::control::Stage;
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
-use crate::policy::{self, Decision, HotPages, Measured, Navigator, RoundSample, StopReason};
+use crate::policy::{self, Closing, Decision, HotPages, Measured, Navigator, RoundSample, StopReason};
 use crate::report::RoundReport;
 use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
@@ -24,8 +24,10 @@ pub(super) struct Todo {
 }
 
 /// What the rounds so far say about the next.
-struct Course {
+pub(super) struct Course {
     navigator: Navigator,
+    /// It was decided to freeze: these are the last rounds.
+    pub(super) closing: Option<Closing>,
     measured: Option<Measured>,
     /// Pages that the last round left for this one.
     left_pages: u64,
@@ -77,12 +79,16 @@ impl Migration<'_> {
         let mut navigator = self.navigator();
         self.holds_back = navigator.policy().holds_back();
         let changes = self.changes();
-        let mut course = Course { navigator, measured: None, left_pages: 0, last_collect: None, changes };
+        let mut course =
+            Course { navigator, closing: None, measured: None, left_pages: 0, last_collect: None, changes };
         self.control.enter(Stage::PreCopy);
         let mut round = 0;
         loop {
             match self.round(round, &mut course) {
-                Ok(Some(decision)) => return Ok(decision),
+                Ok(Some(decision)) => {
+                    self.rounds = Some(course);
+                    return Ok(decision);
+                }
                 Ok(None) => round += 1,
                 // What is known to have arrived of this round is not sent again when it begins anew.
                 Err(error) => self.go_on_after(error)?,
@@ -96,11 +102,13 @@ impl Migration<'_> {
     }
 
     /// One round, or the decision that it is not worth one.
-    fn round(&mut self, round: u32, course: &mut Course) -> Result<Option<Decision>, SendError> {
-        self.phase = Phase::PreCopy(round);
-        crate::fault::point("precopy");
+    pub(super) fn round(&mut self, round: u32, course: &mut Course) -> Result<Option<Decision>, SendError> {
+        if course.closing.is_none() {
+            self.phase = Phase::PreCopy(round);
+            crate::fault::point("precopy");
+        }
         self.stand_by()?;
-        let ends = self.note_post_copy()?;
+        let ends = course.closing.is_none() && self.note_post_copy()?;
         let now = self.changes();
         if std::mem::replace(&mut course.changes, now) != now {
             course.navigator.policy().begin_anew();
@@ -134,13 +142,21 @@ impl Migration<'_> {
             resident_pages,
             measured: course.measured,
         };
-        let chosen = course.navigator.decide(&sample, self.began.elapsed());
+        let chosen = match &mut course.closing {
+            Some(closing) => closing.decide(&sample).into(),
+            None => course.navigator.decide(&sample, self.began.elapsed()),
+        };
         let mut decision = chosen.decision;
         self.control.predicted(decision.predicted_downtime);
+        if course.closing.is_some() && (decision.stop.is_some() || round >= self.plan.max_rounds) {
+            self.put_back(&todo);
+            return Ok(Some(decision));
+        }
         if ends {
             decision.stop = Some(StopReason::PostCopy);
         }
         if self.plan.strategy == Strategy::Hybrid
+            && course.closing.is_none()
             && decision.stop.is_none()
             && self.plan.post_copy_after.is_some_and(|rounds| round >= rounds)
         {

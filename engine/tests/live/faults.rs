@@ -30,8 +30,9 @@ pub fn tests() -> Vec<(&'static str, Test)> {
 }
 
 /// Phases of the source in which nothing was committed.
-const SOURCE: [&str; 10] =
-    ["attach", "precopy", "freeze", "frozen", "seal", "dump", "images", "restore", "ready", "held"];
+const SOURCE: [&str; 11] = [
+    "attach", "precopy", "freeze", "closing", "frozen", "seal", "dump", "images", "restore", "ready", "held",
+];
 /// The same of the destination.
 const DESTINATION: [&str; 6] =
     ["dest-welcome", "dest-pages", "dest-round", "dest-seal", "dest-restore", "dest-ready"];

@@ -10,6 +10,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("a hot set is held back until the freeze", hot_set),
         ("a program that outruns the link runs on, when asked for", give_up),
         ("a program that outruns the link is slowed down, when asked for", throttle),
+        ("what is written while the freeze is made ready goes before it", closing),
         ("a fixed number of rounds", fixed),
         ("all of it while the program stands still", stop_and_copy),
     ]
@@ -92,6 +93,28 @@ fn throttle(ferry: &Ferry) -> anyhow::Result<()> {
     ferry.lives_only(Host::Source, &subject)?;
     ferry.hosts.kill(Host::Source, subject.pid)?;
     receiver.stop()
+}
+
+/// A writer whose freeze takes long to be made ready.
+fn closing(ferry: &Ferry) -> anyhow::Result<()> {
+    let mut left = Vec::new();
+    for policy in ["adaptive", "fixed:3"] {
+        let subject = ferry.subject(&["writer", "--memory", "64MiB", "--rate", "40MB"])?;
+        let receiver = ferry.receiver(None, &["--once"])?;
+        let outcome =
+            ferry.migrate(subject.pid, Some("closing=delay:300"), &["--policy", policy, "--verify"])?;
+        let report = outcome.moved()?;
+        let frozen = report.rounds.last().context("rounds")?;
+        ensure!(report.verified && frozen.frozen, "{policy}: {:?}", report.rounds);
+        left.push(frozen.dirty_pages);
+        ferry.lives_only(Host::Destination, &subject).context(policy)?;
+        ensure!(receiver.wait()? == 0, "the receiver's exit code");
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    let [ours, fixed] = left[..] else { unreachable!("two policies") };
+    ensure!(fixed > 2000, "{fixed} pages were left after rounds that end before it is made ready");
+    ensure!(ours * 2 < fixed, "{ours} pages were left, and {fixed} with fixed rounds");
+    Ok(())
 }
 
 fn fixed(ferry: &Ferry) -> anyhow::Result<()> {
