@@ -7,7 +7,6 @@ use crate::error::{DecodeError, FrameError};
 use crate::frame::{FrameKind, HEADER_BYTES, Header, Sequencer};
 use crate::image::ImageChunk;
 use crate::lists::{DigestBatch, OwedBatch, OwnedBatch};
-use crate::version;
 
 /// Knows where in the stream it is, so that an error can say which frame it means.
 ///
@@ -53,7 +52,7 @@ pub enum Head {
     },
     /// A piece of an image file.
     Image {
-        /// Where it belongs.
+        /// Where it belongs, and whether it is packed.
         chunk: ImageChunk,
         /// Bytes of payload that follow.
         payload_len: usize,
@@ -119,7 +118,7 @@ fn read(header: &Header, head: &[u8], batch: &mut PageBatch) -> Result<Head, Dec
         false => Err(DecodeError::Invalid("a frame in another version than the oldest that has it")),
     };
     if header.kind != FrameKind::Control {
-        written_in(version::FRAMES)?;
+        written_in(header.kind.version())?;
     }
     let payload_len = header.payload_len as usize;
     Ok(match header.kind {
@@ -128,6 +127,9 @@ fn read(header: &Header, head: &[u8], batch: &mut PageBatch) -> Result<Head, Dec
             Head::Pages { payload_len }
         }
         FrameKind::Image => Head::Image { chunk: ImageChunk::decode(head, payload_len)?, payload_len },
+        FrameKind::PackedImage => {
+            Head::Image { chunk: ImageChunk::decode_packed(head, payload_len)?, payload_len }
+        }
         FrameKind::Digests => Head::Digests(DigestBatch::decode(head)?),
         FrameKind::Owned => Head::Owned(OwnedBatch::decode(head)?),
         FrameKind::Owed => Head::Owed(OwedBatch::decode(head)?),

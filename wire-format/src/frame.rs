@@ -21,7 +21,7 @@ use crate::digest;
 use crate::error::{DecodeError, EncodeError};
 use crate::limits::{
     MAX_BATCH_HEAD, MAX_CONTROL_BYTES, MAX_DIGESTS_HEAD, MAX_IMAGE_CHUNK, MAX_IMAGE_HEAD, MAX_OWNED_HEAD,
-    MAX_PAYLOAD_BYTES,
+    MAX_PACKED_IMAGE_HEAD, MAX_PAYLOAD_BYTES,
 };
 use crate::version;
 
@@ -47,13 +47,31 @@ pub enum FrameKind {
     Owned = 5,
     /// Those of them that come after the program runs.
     Owed = 6,
+    /// A piece of an image file, compressed.
+    PackedImage = 7,
 }
 
 impl FrameKind {
     fn from_number(number: u16) -> Option<Self> {
-        [Self::PageBatch, Self::Image, Self::Control, Self::Digests, Self::Owned, Self::Owed]
-            .into_iter()
-            .find(|kind| *kind as u16 == number)
+        [
+            Self::PageBatch,
+            Self::Image,
+            Self::Control,
+            Self::Digests,
+            Self::Owned,
+            Self::Owed,
+            Self::PackedImage,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u16 == number)
+    }
+
+    /// The oldest version that has frames of this kind. Of control messages some are newer.
+    pub(crate) fn version(self) -> u16 {
+        match self {
+            Self::PackedImage => version::PACKED_IMAGES,
+            _ => version::FRAMES,
+        }
     }
 
     /// The longest head of a frame of this kind.
@@ -61,6 +79,7 @@ impl FrameKind {
         match self {
             Self::PageBatch => MAX_BATCH_HEAD,
             Self::Image => MAX_IMAGE_HEAD,
+            Self::PackedImage => MAX_PACKED_IMAGE_HEAD,
             Self::Control => MAX_CONTROL_BYTES,
             Self::Digests => MAX_DIGESTS_HEAD,
             Self::Owned | Self::Owed => MAX_OWNED_HEAD,
@@ -71,7 +90,7 @@ impl FrameKind {
     fn max_payload(self) -> usize {
         match self {
             Self::PageBatch => MAX_PAYLOAD_BYTES,
-            Self::Image => MAX_IMAGE_CHUNK,
+            Self::Image | Self::PackedImage => MAX_IMAGE_CHUNK,
             Self::Control | Self::Digests | Self::Owned | Self::Owed => 0,
         }
     }
@@ -86,6 +105,7 @@ impl std::fmt::Display for FrameKind {
             Self::Digests => "digests",
             Self::Owned => "owned pages",
             Self::Owed => "owed pages",
+            Self::PackedImage => "packed image",
         })
     }
 }
@@ -176,8 +196,8 @@ impl Sequencer {
     }
 }
 
-/// Appends a frame that every version has to `out`, without its payload; `fill` writes the head. After an error `out` and `at`
-/// are as they were.
+/// Appends a frame, in the oldest version that has its kind, to `out`, without its payload; `fill` writes the head. After an error
+/// `out` and `at` are as they were.
 pub(crate) fn encode(
     kind: FrameKind,
     payload_len: usize,
@@ -185,10 +205,10 @@ pub(crate) fn encode(
     out: &mut Vec<u8>,
     fill: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
 ) -> Result<(), EncodeError> {
-    encode_in(version::FRAMES, kind, payload_len, at, out, fill)
+    encode_in(kind.version(), kind, payload_len, at, out, fill)
 }
 
-/// The same, of a frame that is in `version` and later ones.
+/// The same, of a message that is in `version` and later ones.
 pub(crate) fn encode_in(
     version: u16,
     kind: FrameKind,

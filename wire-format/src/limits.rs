@@ -41,6 +41,9 @@ pub const MAX_BATCH_HEAD: usize = 16
 /// Bytes of the head of a piece of an image: its place, its digest, and the longest name.
 pub const MAX_IMAGE_HEAD: usize = 26 + MAX_IMAGE_NAME;
 
+/// Bytes of the head of a packed piece of an image: how long the piece is, too.
+pub const MAX_PACKED_IMAGE_HEAD: usize = MAX_IMAGE_HEAD + 4;
+
 /// Bytes of the head of a list of owned pages: the longest list of runs.
 pub const MAX_OWNED_HEAD: usize = 12 + MAX_RUNS_PER_FRAME * 16;
 
@@ -50,7 +53,7 @@ pub const MAX_DIGESTS_HEAD: usize = MAX_OWNED_HEAD + MAX_DIGESTS_PER_FRAME * 16;
 /// Bytes of a frame's payload: a whole raw batch. One that compression makes longer is sent raw.
 pub const MAX_PAYLOAD_BYTES: usize = MAX_BATCH_PAGES * PAGE_SIZE;
 
-/// Bytes of an image file in one frame: as much as a batch of pages has.
+/// Bytes of an image file in one frame, unpacked: as much as a batch of pages has.
 pub const MAX_IMAGE_CHUNK: usize = 1 << 20;
 
 /// Bytes of the name of an image file (as file systems have it).

@@ -2,6 +2,7 @@
 //!
 //! | version | what changed, and why |
 //! |---|---|
+//! | 5 | Pieces of images may be packed. |
 //! | 4 | A destination says what it had done before the freeze. |
 //! | 3 | A session whose connections are lost while the program runs is held, and goes on over new ones. |
 //! | 2 | Several connections for a session; copies of pages that the receiver has elsewhere, zstd on top of what was sent before, a store that was kept; pages that are asked for again; checks that are chained; an end of the round in the freeze. The reasons stand in docs/PROTOCOL.md. |
@@ -12,12 +13,13 @@
 //! chose, and nothing newer than that is sent.
 
 /// The version that is spoken.
-pub const CURRENT: u16 = 4;
+pub const CURRENT: u16 = 5;
 
 /// The oldest version that is still understood. Version 1 was never released: nobody speaks it.
 pub const OLDEST: u16 = 2;
 
-/// The version of all frames that have not changed since: all kinds, and all messages but those of [`HOLDS`] and [`PREPARED`].
+/// The version of all frames that have not changed since: all kinds but that of [`PACKED_IMAGES`], and all messages but those of
+/// [`HOLDS`] and [`PREPARED`].
 pub const FRAMES: u16 = 2;
 
 /// The version from which on sessions are held ([`ControlMessage::Hold`](crate::ControlMessage::Hold)) and taken up again.
@@ -26,6 +28,9 @@ pub const HOLDS: u16 = 3;
 /// The version from which on a destination says what it had done before the freeze
 /// ([`ControlMessage::Prepared`](crate::ControlMessage::Prepared)).
 pub const PREPARED: u16 = 4;
+
+/// The version from which on a piece of an image may be packed ([`ImageChunk::packed`](crate::ImageChunk::packed)).
+pub const PACKED_IMAGES: u16 = 5;
 
 /// A range of versions, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Encode, bincode::Decode)]
@@ -70,6 +75,7 @@ mod tests {
     fn the_newest_common_version_is_taken() {
         assert_eq!(negotiate(&supported()), Some(CURRENT));
         assert_eq!(negotiate(&Versions { oldest: 1, newest: 900 }), Some(CURRENT));
+        assert_eq!(negotiate(&Versions { oldest: 2, newest: 4 }), Some(4), "and with it no packed image");
         assert_eq!(
             negotiate(&Versions { oldest: 2, newest: 2 }),
             Some(2),

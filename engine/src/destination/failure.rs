@@ -44,6 +44,13 @@ pub(crate) enum ReceiveError {
     Unexpected(String),
     #[error("a piece of the image {name} at offset {offset} was damaged on the way")]
     ImageDigest { name: String, offset: u64 },
+    #[error("a piece of the image {name} at offset {offset} cannot be unpacked")]
+    ImageUnpack {
+        name: String,
+        offset: u64,
+        #[source]
+        source: DecodeError,
+    },
     #[error("could not keep the image {name}")]
     Image {
         name: String,
@@ -158,6 +165,7 @@ impl ReceiveError {
             ReceiveError::Channel(ChannelError::Frame(_))
             | ReceiveError::Late(_)
             | ReceiveError::UnknownSession
+            | ReceiveError::ImageUnpack { .. }
             | ReceiveError::Order(_)
             | ReceiveError::Unexpected(_)
             | ReceiveError::UnknownSpace(_)

@@ -6,6 +6,7 @@ mod hub;
 mod keep;
 pub(crate) mod late;
 mod network;
+mod pieces;
 mod receive;
 mod rejoin;
 mod restore;

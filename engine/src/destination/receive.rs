@@ -4,18 +4,19 @@ use super::failure::ReceiveError;
 use super::hub::{Hub, LAST_WORDS};
 use super::keep::Lists;
 use super::network::Arrival;
+use super::pieces::Pieces;
 use super::store::StoreError;
 use crate::link::{Channel, ChannelError, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
 use pageferry_tracker::{PageSet, Run};
 use pageferry_wire_format::{
-    ControlMessage, OwedBatch, OwnedBatch, PageRun, Preparation, RegionInfo, SpaceDigest, SpaceId, SpaceInfo,
-    digest, limits,
+    ControlMessage, ImageChunk, OwedBatch, OwnedBatch, PageRun, Preparation, RegionInfo, SpaceDigest,
+    SpaceId, SpaceInfo, limits,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSliceMut, Write};
+use std::io::Write;
 use std::time::Duration;
 
 /// Memory is asked about for so many bytes of images at a time: most programs have less, and the program stands still meanwhile.
@@ -83,6 +84,7 @@ pub(super) struct Reception<'a, 'b> {
     all_sealed: bool,
     files: BTreeMap<String, u64>,
     open_image: Option<(String, File)>,
+    pieces: Pieces,
     /// The round that was completed last; pages that were asked for again then are still to come.
     pub(super) asked_again: bool,
     /// Bytes of images, and as many as there is memory for without asking again.
@@ -119,6 +121,7 @@ impl<'a, 'b> Reception<'a, 'b> {
             all_sealed: false,
             files: BTreeMap::new(),
             open_image: None,
+            pieces: Pieces::new(),
             asked_again: false,
             image_bytes: 0,
             image_room: IMAGES_AHEAD,
@@ -185,12 +188,7 @@ impl<'a, 'b> Reception<'a, 'b> {
                     if !self.all_sealed {
                         return Err(ReceiveError::Order("an image before the seal"));
                     }
-                    let mut bytes = vec![0; payload];
-                    self.channel.link_mut().receive_all(&mut [IoSliceMut::new(&mut bytes)])?;
-                    if digest::page(&bytes) != chunk.digest {
-                        return Err(ReceiveError::ImageDigest { name: chunk.name, offset: chunk.offset });
-                    }
-                    self.image(&chunk.name, chunk.offset, &bytes)?;
+                    self.image(&chunk, payload)?;
                 }
                 Incoming::Digests(_) => return Err(ReceiveError::Order("digests before the images")),
                 Incoming::Control(message) => {
@@ -230,7 +228,9 @@ impl<'a, 'b> Reception<'a, 'b> {
         self.keep_list(bytes)
     }
 
-    fn image(&mut self, name: &str, offset: u64, bytes: &[u8]) -> Result<(), ReceiveError> {
+    fn image(&mut self, chunk: &ImageChunk, payload: usize) -> Result<(), ReceiveError> {
+        let bytes = self.pieces.receive(self.channel.link_mut(), chunk, payload)?;
+        let (name, offset) = (chunk.name.as_str(), chunk.offset);
         // They are kept in memory too, and a file system in memory does not say no before the machine is out of it.
         self.image_bytes += bytes.len() as u64;
         if self.image_bytes > self.image_room {

@@ -174,9 +174,7 @@ impl Archivist {
     fn check(&mut self, head: &Head) -> Result<(), Damage> {
         match head {
             Head::Pages { .. } => self.ledger.pages(self.frames.batch(), self.frames.payload()),
-            Head::Image { chunk, .. } => {
-                self.ledger.image(&chunk.name, chunk.offset, &chunk.digest, self.frames.payload())
-            }
+            Head::Image { chunk, .. } => self.ledger.image(chunk, self.frames.payload()),
             other => self.ledger.take(other),
         }
     }

@@ -40,6 +40,17 @@ pub enum Damage {
         /// Where in it the piece belongs.
         offset: u64,
     },
+    /// A packed piece of an image.
+    #[error("the piece of the image {name} at {offset} cannot be unpacked")]
+    UnpackImage {
+        /// Name of the image.
+        name: String,
+        /// Where in it the piece belongs.
+        offset: u64,
+        /// Why.
+        #[source]
+        source: DecodeError,
+    },
     /// Compressed pages.
     #[error("pages of space {} cannot be unpacked", .space.0)]
     Unpack {

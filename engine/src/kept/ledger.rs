@@ -7,8 +7,8 @@ use super::error::Damage;
 use crate::source::sent::SentPages;
 use pageferry_tracker::PageSet;
 use pageferry_wire_format::{
-    Chain, Coding, ControlMessage, Head, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRef, PageRun,
-    SpaceDigest, SpaceId, ZstdDecoder, digest, limits,
+    Chain, Coding, ControlMessage, Head, ImageChunk, PAGE_SIZE, PageBatch, PageDigest, PageNo, PageRef,
+    PageRun, SpaceDigest, SpaceId, ZstdDecoder, digest, limits,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -165,21 +165,25 @@ impl Ledger {
         true
     }
 
-    /// A piece of an image.
-    pub(super) fn image(
-        &mut self,
-        name: &str,
-        offset: u64,
-        content: &PageDigest,
-        bytes: &[u8],
-    ) -> Result<(), Damage> {
+    /// A piece of an image, packed or not.
+    pub(super) fn image(&mut self, chunk: &ImageChunk, payload: &[u8]) -> Result<(), Damage> {
         if !self.sealed {
             return Err(Damage::Order("an image before the seal"));
         }
-        if digest::page(bytes) != *content {
-            return Err(Damage::Image { name: name.to_owned(), offset });
+        let (name, offset) = (chunk.name.clone(), chunk.offset);
+        let Self { unpacker, room, .. } = self;
+        let unpacked = match unpacker {
+            Some(unpacker) => chunk.piece(payload, unpacker, room),
+            none => ZstdDecoder::new().and_then(|new| chunk.piece(payload, none.insert(new), room)),
+        };
+        let bytes = match unpacked {
+            Ok(bytes) => bytes,
+            Err(source) => return Err(Damage::UnpackImage { name, offset, source }),
+        };
+        if digest::page(bytes) != chunk.digest {
+            return Err(Damage::Image { name, offset });
         }
-        let size = self.files.entry(name.to_owned()).or_default();
+        let size = self.files.entry(name).or_default();
         if *size != offset {
             return Err(Damage::Order("a piece of an image at the wrong place"));
         }

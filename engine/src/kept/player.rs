@@ -60,9 +60,7 @@ fn run(frames: &mut Frames<StreamFile>, channel: &mut Channel, ledger: &mut Ledg
         };
         let checked = match &head {
             Head::Pages { .. } => ledger.pages(frames.batch(), frames.payload()),
-            Head::Image { chunk, .. } => {
-                ledger.image(&chunk.name, chunk.offset, &chunk.digest, frames.payload())
-            }
+            Head::Image { chunk, .. } => ledger.image(chunk, frames.payload()),
             Head::Control(ControlMessage::RoundEnd { .. }) => {
                 ledger.end_round();
                 Ok(())

@@ -9,7 +9,7 @@ use super::player::survey;
 use crate::link::{Channel, ChannelError, Incoming};
 use pageferry_wire_format::{
     Coding, ControlMessage, Hello, ImageChunk, OwnedBatch, PageBatch, PageDigest, PageNo, PageRef, PageRun,
-    RestoreChoices, SpaceDigest, SpaceId, SpaceInfo, delta, digest, version,
+    RestoreChoices, SpaceDigest, SpaceId, SpaceInfo, ZstdEncoder, delta, digest, version,
 };
 use std::fs;
 use std::io::IoSlice;
@@ -26,6 +26,8 @@ struct Speaker {
     channel: Channel,
     /// What is there from before.
     offered: Vec<PageDigest>,
+    /// A piece of a second image, and what it travels as.
+    piece: Option<(ImageChunk, Vec<u8>)>,
 }
 
 impl Speaker {
@@ -36,7 +38,7 @@ impl Speaker {
     fn to(mut archive: Archive) -> Self {
         let mut link = archive.connect().unwrap();
         link.set_stall(Duration::from_secs(20));
-        Self { archive, channel: Channel::new(link), offered: Vec::new() }
+        Self { archive, channel: Channel::new(link), offered: Vec::new(), piece: None }
     }
 
     fn say(&mut self, message: ControlMessage) -> Said {
@@ -106,7 +108,12 @@ impl Speaker {
         let sealed = self.ask(ControlMessage::SealEnd { spaces: 1 })?;
         assert!(matches!(sealed, Some(ControlMessage::Sealed { pages }) if pages == count), "{sealed:?}");
         self.channel.image(&ImageChunk::new("core-9.img", 0, b"registers"), b"registers")?;
-        let ready = self.ask(ControlMessage::ImagesEnd { files: 1, bytes: 9 })?;
+        let (mut files, mut bytes) = (1, 9);
+        if let Some((chunk, payload)) = self.piece.take() {
+            self.channel.image(&chunk, &payload)?;
+            (files, bytes) = (2, bytes + u64::from(chunk.unpacked.unwrap()));
+        }
+        let ready = self.ask(ControlMessage::ImagesEnd { files, bytes })?;
         assert!(matches!(ready, Some(ControlMessage::Ready { .. })), "{ready:?}");
         self.ask(ControlMessage::Commit)
     }
@@ -310,6 +317,63 @@ fn the_independent_reader_finds_every_byte_that_was_changed_and_every_end_that_i
         assert!(found.fault.is_some() && found.bytes <= at as u64, "byte {at}: {:?}", found.fault);
         fs::write(&damaged, &whole[..at]).unwrap();
         assert!(inspect(&damaged).unwrap().fault.is_some(), "cut after {at} bytes");
+    }
+}
+
+/// A file of ten thousand bytes, packed.
+fn packed_piece() -> (ImageChunk, Vec<u8>) {
+    let (bytes, mut packed) = (b"libraries ".repeat(1000), Vec::new());
+    ZstdEncoder::new().unwrap().encode(1, &bytes, &mut packed).unwrap();
+    (ImageChunk::packed("pages-1.img", 0, &bytes), packed)
+}
+
+#[test]
+fn a_packed_piece_of_an_image_is_kept_as_it_came_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let mut source = Speaker::new(&path);
+    source.begin().unwrap();
+    source.whole(5, &bytes(1)).unwrap();
+    source.round().unwrap();
+    let (chunk, packed) = packed_piece();
+    source.piece = Some((chunk, packed.clone()));
+    source.end(&[(5, &bytes(1))]).unwrap();
+    assert!(source.archive.is_kept());
+    survey(&path).unwrap();
+    let right = inspect(&path).unwrap();
+    assert_eq!((right.fault, right.bytes), (None, source.channel.link().sent()));
+    let image = right.images.iter().find(|image| image.name == "pages-1.img").unwrap();
+    assert!(image.count == 1 && image.bytes < 500, "the bytes of the stream: {image:?}");
+    // Damage of what is packed.
+    let mut whole = fs::read(&path).unwrap();
+    let at = whole.windows(packed.len()).position(|window| window == packed).unwrap();
+    whole[at + packed.len() - 5] ^= 0x55;
+    fs::write(&path, &whole).unwrap();
+    let fault = inspect(&path).unwrap().fault.unwrap();
+    assert!(fault.contains("pages-1.img"), "{fault}");
+}
+
+#[test]
+fn a_packed_piece_that_is_not_what_it_says_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let (chunk, packed) = packed_piece();
+    let longer = ImageChunk { unpacked: Some(10_001), ..chunk.clone() };
+    let other = ImageChunk { digest: digest::ZERO_PAGE, ..chunk.clone() };
+    let none = vec![0; packed.len()];
+    for (piece, says) in [
+        ((longer, packed.clone()), "cannot be unpacked"),
+        ((chunk, none), "cannot be unpacked"),
+        ((other, packed), "does not have the bytes"),
+    ] {
+        let mut source = Speaker::new(&path);
+        source.begin().unwrap();
+        source.whole(5, &bytes(1)).unwrap();
+        source.round().unwrap();
+        source.piece = Some(piece);
+        let error = source.end(&[(5, &bytes(1))]).unwrap_err();
+        assert!(matches!(&error, ChannelError::Aborted { detail, .. } if detail.contains(says)), "{error}");
+        assert!(!source.archive.is_kept() && fs::read_dir(dir.path()).unwrap().next().is_none());
     }
 }
 

@@ -80,8 +80,11 @@ fn read_stream(mut bytes: &[u8]) {
         assert!(again == bytes[..HEADER_BYTES + head.len()], "{meaning:?} is written in another way");
         assert_eq!(decoder.sequencer(), &at, "the two sides of the stream differ");
         let (payload, rest) = rest.split_at(payload_len.min(rest.len()));
-        if matches!(meaning, Head::Pages { .. }) && payload.len() == payload_len {
-            unpack(&batch, payload);
+        match &meaning {
+            _ if payload.len() < payload_len => {}
+            Head::Pages { .. } => unpack(&batch, payload),
+            Head::Image { chunk, .. } => unpack_image(chunk, payload),
+            _ => {}
         }
         bytes = rest;
     }
@@ -110,6 +113,21 @@ fn unpack(batch: &PageBatch, payload: &[u8]) {
             }
         }
     }
+}
+
+/// A piece of an image is as long as it says, or an error.
+fn unpack_image(chunk: &ImageChunk, payload: &[u8]) {
+    let len = chunk.unpacked.map_or(payload.len(), |len| len as usize);
+    assert!(len <= limits::MAX_IMAGE_CHUNK);
+    if len > MOST_PAGES * PAGE_SIZE {
+        return;
+    }
+    let mut room = Vec::new();
+    with_zstd(|_, decoder| {
+        if let Ok(piece) = chunk.piece(payload, decoder, &mut room) {
+            assert_eq!(piece.len(), len);
+        }
+    });
 }
 
 /// Deltas: the bytes as one, on a page made from the first of them, and as changes of that page, there and back.
@@ -246,7 +264,8 @@ pub fn batch(data: &[u8]) {
         let written = digests.encode(&mut first(), &mut frame);
         assert!(head_of(written, &frame) == head, "{digests:?} is written in another way");
     }
-    if let Ok(chunk) = ImageChunk::decode(head, payload_len) {
+    for read in [ImageChunk::decode, ImageChunk::decode_packed] {
+        let Ok(chunk) = read(head, payload_len) else { continue };
         frame.clear();
         let written = chunk.encode(payload_len, &mut first(), &mut frame);
         assert!(head_of(written, &frame) == head, "{chunk:?} is written in another way");

@@ -38,6 +38,7 @@ fn kinds_stand_in_the_document() {
         (FrameKind::Digests, "both", limits::MAX_DIGESTS_HEAD, 0),
         (FrameKind::Owned, "source", limits::MAX_OWNED_HEAD, 0),
         (FrameKind::Owed, "both", limits::MAX_OWNED_HEAD, 0),
+        (FrameKind::PackedImage, "source", limits::MAX_PACKED_IMAGE_HEAD, limits::MAX_IMAGE_CHUNK),
     ] {
         let number = (kind as u16).to_string();
         stands(&[&number, &kind.to_string(), from, &head.to_string(), &payload.to_string()]);

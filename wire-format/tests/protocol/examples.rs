@@ -131,6 +131,7 @@ pub fn examples() -> Vec<(&'static str, Frame)> {
         ("pages-zero", Frame::Pages(zeros, 0)),
         ("image", Frame::Image(ImageChunk::new("p0/pagemap-1.img", 1 << 20, b"abc"), 3)),
         ("image-empty", Frame::Image(ImageChunk::new("fs.img", 0, b""), 0)),
+        ("packed-image", Frame::Image(ImageChunk::packed("pages-1.img", 1 << 20, &[7; 4096]), 19)),
         ("owned", Frame::Owned(OwnedBatch { space: SpaceId(1), runs: runs(), more: true })),
         ("owed", Frame::Owed(OwedBatch { space: SpaceId(1), runs: runs(), more: false })),
         ("digests", Frame::Digests(digests)),

@@ -88,6 +88,10 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
     };
     let ready = |count| ControlMessage::Ready { timings: vec![(Part::Run, 1); count], verified_pages: 0 };
     let image = |name: usize, len| Frame::Image(ImageChunk::new(&"x".repeat(name), 0, b""), len);
+    let packed = |name: usize, len: usize| {
+        let chunk = ImageChunk { unpacked: Some(len as u32), ..ImageChunk::new(&"x".repeat(name), 0, b"") };
+        Frame::Image(chunk, len - 1)
+    };
     let fits = [
         Frame::Pages(pages(limits::MAX_BATCH_PAGES), limits::MAX_PAYLOAD_BYTES),
         Frame::Owned(owned(limits::MAX_RUNS_PER_FRAME)),
@@ -111,6 +115,7 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
         Frame::Control(ready(limits::MAX_TIMINGS)),
         Frame::Control(ControlMessage::abort(AbortCode::Busy, &"x".repeat(limits::MAX_DETAIL_BYTES))),
         image(limits::MAX_IMAGE_NAME, limits::MAX_IMAGE_CHUNK),
+        packed(limits::MAX_IMAGE_NAME, limits::MAX_IMAGE_CHUNK),
     ];
     for frame in fits {
         assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)));
@@ -135,6 +140,8 @@ fn the_largest_frames_come_back_and_larger_ones_are_not_written() {
         }),
         image(limits::MAX_IMAGE_NAME + 1, 1),
         image(1, limits::MAX_IMAGE_CHUNK + 1),
+        packed(limits::MAX_IMAGE_NAME + 1, 2),
+        packed(1, limits::MAX_IMAGE_CHUNK + 1),
     ];
     for (index, frame) in too_large.iter().enumerate() {
         let error = frame.encode().unwrap_err();
@@ -334,6 +341,16 @@ proptest! {
     fn messages_come_back(message in control()) {
         let frame = Frame::Control(message);
         prop_assert_eq!(decode(&frame.encode().unwrap()), Some(Ok(frame)));
+    }
+
+    #[test]
+    fn packed_images_come_back(name in "[a-z0-9-]{1,9}(/[a-z0-9-]{1,9}){0,5}", offset in 0u64..1 << 60, len in 0usize..1 << 20, payload in 0usize..1 << 20) {
+        let chunk = ImageChunk { unpacked: Some(len as u32), ..ImageChunk::new(&name, offset, name.as_bytes()) };
+        let frame = Frame::Image(chunk, payload);
+        match frame.encode() {
+            Ok(bytes) => prop_assert_eq!(decode(&bytes), Some(Ok(frame))),
+            Err(_) => prop_assert!(payload == 0 || payload >= len),
+        }
     }
 
     #[test]

@@ -169,6 +169,10 @@ fn every_frame_is_in_the_corpus() {
     for (name, frame) in real_batches() {
         seeds.push(("decoder", name.to_owned(), frame));
     }
+    let (content, mut packed) = (b"a piece of an image ".repeat(40), Vec::new());
+    ZstdEncoder::new().unwrap().encode(1, &content, &mut packed).unwrap();
+    let frame = Frame::Image(ImageChunk::packed("pages-1.img", 4096, &content), packed.len());
+    seeds.push(("decoder", "packed-image".to_owned(), [frame.encode().unwrap(), packed].concat()));
     let mut change = vec![1, 0x80];
     change.extend([16, 0, 9, 17, 0, 9, 0, 8, 1]);
     seeds.push(("delta", "changes".to_owned(), change));

@@ -105,6 +105,9 @@ fn lengths_are_limited_before_anything_is_received_for_them() {
     for (name, frame) in examples() {
         let (head, payload) = match frame {
             Frame::Pages(..) => (limits::MAX_BATCH_HEAD, limits::MAX_PAYLOAD_BYTES),
+            Frame::Image(ref chunk, _) if chunk.unpacked.is_some() => {
+                (limits::MAX_PACKED_IMAGE_HEAD, limits::MAX_IMAGE_CHUNK)
+            }
             Frame::Image(..) => (limits::MAX_IMAGE_HEAD, limits::MAX_IMAGE_CHUNK),
             Frame::Control(_) => (limits::MAX_CONTROL_BYTES, 0),
             Frame::Digests(_) => (limits::MAX_DIGESTS_HEAD, 0),
@@ -193,8 +196,33 @@ fn image_names_stay_inside_their_folder() {
     {
         let chunk = ImageChunk::new(name, 0, b"");
         assert!(Frame::Image(chunk, 0).encode().is_err(), "{name:?}");
+        let chunk = ImageChunk::packed(name, 0, &[0; 100]);
+        assert!(Frame::Image(chunk, 19).encode().is_err(), "{name:?}");
     }
     assert!(Frame::Image(ImageChunk::new("x", u64::MAX, b"a"), 1).encode().is_err());
+}
+
+/// Each kind of piece has a version of its own, and the other's head makes no sense in it.
+#[test]
+fn a_piece_is_packed_in_its_own_kind_and_version_only() {
+    for packed in [false, true] {
+        let chunk = if packed { ImageChunk::packed } else { ImageChunk::new }("x.img", 0, &[0; 100]);
+        let bytes = Frame::Image(chunk, 19).encode().unwrap();
+        for (at, lie) in [(4, if packed { 2 } else { 5 }), (4, 4), (6, if packed { 2 } else { 7 })] {
+            let mut bytes = bytes.clone();
+            bytes[at] = lie;
+            reseal(&mut bytes);
+            assert!(matches!(decode(&bytes), Some(Err(_))), "packed: {packed}, byte {at} is {lie}");
+        }
+    }
+    let bytes = Frame::Image(ImageChunk::packed("x.img", 0, &[0; 100]), 19).encode().unwrap();
+    // After offset and digest: as long as the payload, shorter, and longer than any piece.
+    for len in [19, 18, 0, limits::MAX_IMAGE_CHUNK as u32 + 1, u32::MAX] {
+        let mut bytes = bytes.clone();
+        bytes[HEADER_BYTES + 24..HEADER_BYTES + 28].copy_from_slice(&len.to_le_bytes());
+        reseal(&mut bytes);
+        assert!(matches!(decode(&bytes), Some(Err(_))), "{len}");
+    }
 }
 
 #[test]
@@ -534,6 +562,7 @@ fn a_frame_is_written_in_the_oldest_version_that_has_it_and_in_no_other() {
         let written = u16::from_le_bytes([bytes[4], bytes[5]]);
         let oldest = match &frame {
             Frame::Control(message) => message.version(),
+            Frame::Image(chunk, _) if chunk.unpacked.is_some() => version::PACKED_IMAGES,
             _ => version::FRAMES,
         };
         assert_eq!(written, oldest, "{name}");

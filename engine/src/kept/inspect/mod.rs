@@ -10,7 +10,7 @@ use super::checkpoints::stream_of;
 use super::error::{Damage, KeptError};
 use super::frames::{Frames, StreamFile};
 use super::store::KeptPages;
-use pageferry_wire_format::{Coding, ControlMessage, Head, PAGE_SIZE, digest};
+use pageferry_wire_format::{Coding, ControlMessage, Head, PAGE_SIZE, ZstdDecoder, digest};
 use rebuilt::Rebuilt;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -152,6 +152,9 @@ struct Reader {
     codings: BTreeMap<&'static str, (u64, u64)>,
     rounds: BTreeMap<u32, Round>,
     images: BTreeMap<String, (u64, u64, u64)>,
+    /// For packed pieces of images, and what comes out.
+    unpacker: Option<ZstdDecoder>,
+    room: Vec<u8>,
 }
 
 impl Reader {
@@ -165,6 +168,8 @@ impl Reader {
             codings: BTreeMap::new(),
             rounds: BTreeMap::new(),
             images: BTreeMap::new(),
+            unpacker: None,
+            room: Vec::new(),
         }
     }
 
@@ -209,15 +214,22 @@ impl Reader {
             (Stage::Rounds, Head::Pages { .. }) => self.pages(bytes),
             (Stage::Rounds, Head::Owned(batch)) => self.rebuilt.own(batch),
             (Stage::Images, Head::Image { chunk, .. }) => {
-                let payload = self.frames.payload();
-                if digest::page(payload) != chunk.digest {
+                let Self { frames, unpacker, room, .. } = self;
+                let failed =
+                    |source| Damage::UnpackImage { name: chunk.name.clone(), offset: chunk.offset, source };
+                let unpacker = match unpacker {
+                    Some(unpacker) => unpacker,
+                    none => none.insert(ZstdDecoder::new().map_err(failed)?),
+                };
+                let piece = chunk.piece(frames.payload(), unpacker, room).map_err(failed)?;
+                if digest::page(piece) != chunk.digest {
                     return Err(Damage::Image { name: chunk.name.clone(), offset: chunk.offset });
                 }
                 let (pieces, size, cost) = self.images.entry(chunk.name.clone()).or_default();
                 if *size != chunk.offset {
                     return Err(Damage::Order("a piece of an image at the wrong place"));
                 }
-                (*pieces, *size, *cost) = (*pieces + 1, *size + payload.len() as u64, *cost + bytes);
+                (*pieces, *size, *cost) = (*pieces + 1, *size + piece.len() as u64, *cost + bytes);
                 Ok(())
             }
             (Stage::Digests, Head::Digests(_)) if self.inspection.verify => Ok(()),
