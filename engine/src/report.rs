@@ -63,8 +63,11 @@ pub struct MigrationReport {
     pub repeated_pages: u64,
     /// Pages that the destination had kept from before, and offered.
     pub kept_pages: u64,
-    /// Bytes of CRIU's images on the wire.
+    /// Bytes of CRIU's images on the wire, where some of them are packed.
     pub image_bytes: u64,
+    /// Bytes of the files that they are.
+    #[serde(default)]
+    pub image_file_bytes: u64,
     /// From the start of `send` until the program ran at the destination.
     pub total_us: u64,
     /// From the start of `send` until every page was in place at the destination; 0 if that did not happen.

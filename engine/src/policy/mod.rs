@@ -8,6 +8,7 @@ pub mod fixed;
 pub mod goals;
 pub(crate) mod headroom;
 pub mod hot;
+pub(crate) mod images;
 pub mod memory;
 pub mod reasons;
 pub mod slowdown;

@@ -15,8 +15,7 @@ use crate::policy::Decision;
 use crate::report::{FillReport, RoundReport, TimedPart};
 use pageferry_criu_glue::{HideKind, Owned, Wait};
 use pageferry_tracker::{self as tracker, Collected, PageSet, TreeState};
-use pageferry_wire_format::{ControlMessage, HandoverState, ImageChunk, OwedBatch, OwnedBatch, limits};
-use std::io::Read;
+use pageferry_wire_format::{ControlMessage, HandoverState, OwedBatch, OwnedBatch, limits};
 use std::time::{Duration, Instant};
 
 /// Splits the downtime: each lap begins where the one before it ended.
@@ -135,9 +134,7 @@ impl Migration<'_> {
 
         self.phase = Phase::Images;
         crate::fault::point("images");
-        let sent = self.channel().link().sent();
         self.send_images()?;
-        self.report.image_bytes = self.channel().link().sent() - sent;
         self.report.downtime_us.images = laps.lap(self.observer, "images");
 
         self.phase = Phase::Restoring;
@@ -345,34 +342,6 @@ impl Migration<'_> {
         Ok(table)
     }
 
-    /// Ships CRIU's images.
-    fn send_images(&mut self) -> Result<(), SendError> {
-        let names = self.images.list().map_err(SendError::Images)?;
-        let mut buffer = vec![0; limits::MAX_IMAGE_CHUNK];
-        let (mut files, mut bytes) = (0u32, 0u64);
-        for (name, len) in names {
-            let mut file = self.images.open(&name).map_err(SendError::Images)?;
-            let mut offset = 0u64;
-            loop {
-                let got = read_full(&mut file, &mut buffer).map_err(SendError::Images)?;
-                // An empty file travels as one empty chunk: its existence means something to CRIU.
-                if got == 0 && (offset > 0 || len > 0) {
-                    break;
-                }
-                let chunk = ImageChunk::new(&name, offset, &buffer[..got]);
-                self.channel().image(&chunk, &buffer[..got])?;
-                offset += got as u64;
-                if got < buffer.len() {
-                    break;
-                }
-            }
-            files += 1;
-            bytes += offset;
-        }
-        self.control(&ControlMessage::ImagesEnd { files, bytes })?;
-        Ok(())
-    }
-
     /// A SIGSTOP waits in every task from here on: whatever ends now, this engine, CRIU or the link, no task of
     /// the source runs another instruction of the program unless it is told to.
     fn hold_tree(&mut self) -> Result<(), SendError> {
@@ -445,20 +414,6 @@ impl Migration<'_> {
 
 fn timed_parts(timings: Vec<(impl std::fmt::Display, u64)>) -> impl Iterator<Item = TimedPart> {
     timings.into_iter().map(|(what, us)| TimedPart { name: what.to_string(), us })
-}
-
-/// Reads until the buffer is full or the file ends.
-fn read_full(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {
-    let mut got = 0;
-    while got < buffer.len() {
-        match file.read(&mut buffer[got..]) {
-            Ok(0) => break,
-            Ok(n) => got += n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(got)
 }
 
 /// How long the source waits between two questions about a commit in doubt.

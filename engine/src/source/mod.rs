@@ -5,6 +5,7 @@ mod closing;
 mod deltas;
 pub(crate) mod failure;
 mod handover;
+mod images;
 mod keep;
 pub(crate) mod late;
 pub(crate) mod machine;
@@ -43,6 +44,7 @@ use crate::policy::memory::Extent;
 use crate::report::{MigrationReport, SCHEMA};
 use books::Books;
 use failure::SendError;
+use images::Packer;
 use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
 use niceness::Niceness;
@@ -161,6 +163,8 @@ struct Migration<'a> {
     books: Mutex<Books>,
     /// One for each connection.
     workers: Vec<Worker>,
+    /// From the connection on, until the images are sent.
+    packer: Option<Packer>,
     /// Slows the program down when it outruns the link.
     throttle: Option<Throttle>,
     /// Tasks in which a SIGSTOP waits.
@@ -300,6 +304,7 @@ impl<'a> Migration<'a> {
             spaces: BTreeMap::new(),
             books: Mutex::default(),
             workers: Vec::new(),
+            packer: None,
             throttle: None,
             held: Vec::new(),
             watchman: None,

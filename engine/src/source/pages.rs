@@ -169,6 +169,11 @@ impl Worker {
         self.chooser.observe_link(bytes_per_second as usize, Duration::from_secs(1));
     }
 
+    /// Seconds that a byte takes the connection, as far as is known; `None` as long as it was never waited for.
+    pub(crate) fn link(&self) -> Option<f64> {
+        self.chooser.link()
+    }
+
     /// Sends batches until the queue is empty or somebody says stop. `before` is called before each of them, and once more after
     /// the last; it may take its time, and ends the round early with `false`.
     pub(crate) fn run(

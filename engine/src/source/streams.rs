@@ -1,6 +1,7 @@
 //! The connections of a migration and the workers on them: opening, a round over all of them, and its end.
 
 use super::failure::SendError;
+use super::images::Packer;
 use super::pages::{Round, SendPagesError, Worker};
 use super::precopy::Todo;
 use super::queue::{Queue, Task};
@@ -47,6 +48,7 @@ impl Migration<'_> {
             }
             self.workers.push(Worker::new(chooser)?);
         }
+        self.packer = Some(Packer::new(self.plan.coding, self.spoken)?);
         self.join_streams()?;
         if self.plan.coding != CodingChoice::Auto {
             self.books().set_plain();

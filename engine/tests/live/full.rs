@@ -107,7 +107,7 @@ fn images(ferry: &Ferry) -> anyhow::Result<()> {
     drop(group);
     let receiver = ferry.receiver(None, &["--once"])?;
     let outcome = ferry.migrate(pid, None, &[])?;
-    ensure!(outcome.moved()?.image_bytes > 128 << 20, "what was to be in the images was not");
+    ensure!(outcome.moved()?.image_file_bytes > 128 << 20, "what was to be in the images was not");
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     ferry.hosts.kill(Host::Destination, pid)
 }

@@ -8,6 +8,7 @@ mod control;
 mod faults;
 mod ferry;
 mod full;
+mod images;
 mod kept;
 mod late;
 mod memory;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         faults::tests(),
         resume::tests(),
         full::tests(),
+        images::tests(),
         memory::tests(),
         recover::tests(),
         owed::tests(),

@@ -219,6 +219,11 @@ impl CodingChooser {
         self.meter.link().is_some_and(|link| link >= SLOW_LINK && link * ratio - core > KEEPING)
     }
 
+    /// Seconds that a byte takes the link, as far as is known; `None` as long as it was never waited for.
+    pub fn link(&self) -> Option<f64> {
+        self.meter.link()
+    }
+
     /// The way of the next batch. `has_base`: the bytes that were sent before of its pages are at hand.
     pub fn choose(&mut self, has_base: bool) -> Way {
         self.seen.iter_mut().for_each(|seen| seen.age = seen.age.saturating_add(1));
