@@ -34,6 +34,8 @@ pub struct Site {
     pub freeze: FreezeCost,
     /// Bytes of CRIU's images for a process, beside memory that is in them.
     pub image_bytes: f64,
+    /// What is left of images on the wire where they are packed: where the link is slower than packing.
+    pub image_ratio: f64,
     /// Time that the program loses when it writes to a page for the first time after a scan.
     pub write_fault: Duration,
     /// Time until a page that the program waits for in post-copy is there, beside the round trip and its bytes.
@@ -43,6 +45,8 @@ pub struct Site {
 /// What is left of a link's rate for what goes over it, where frames of Ethernet (1514 bytes) carry TCP with time stamps.
 const PAYLOAD: f64 = 1448.0 / 1514.0;
 
+/// Bytes of images that are packed in a second (docs/BENCHMARKS.md).
+const PACKING: f64 = 500e6;
 /// Bytes of a page.
 const PAGE: f64 = 4096.0;
 /// Head of a frame and its digests, shared between the pages of a batch.
@@ -62,6 +66,7 @@ impl Default for Site {
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
             image_bytes: 40e3,
+            image_ratio: 0.25,
             write_fault: Duration::from_nanos(700),
             read_fault: Duration::from_micros(100),
         }
@@ -93,11 +98,30 @@ impl Site {
     /// Standing still when no page has to be sent, and the bytes of it: CRIU's images, with `in_images` pages of memory that
     /// only they can carry.
     pub fn stand(&self, processes: u32, resident_pages: u64, in_images: u64) -> (Duration, f64) {
-        let bytes = self.image_bytes * f64::from(processes.max(1)) + in_images as f64 * PAGE;
-        let carried = Duration::from_secs_f64(self.carry(bytes)) + self.round_trip * ROUND_TRIPS;
+        let plain = self.image_bytes * f64::from(processes.max(1)) + in_images as f64 * PAGE;
+        // Packing and the link work at the same time.
+        let packing = plain / PACKING;
+        let packed = packing.max(self.carry(plain * self.image_ratio)) < self.carry(plain);
+        let (bytes, work) = if packed { (plain * self.image_ratio, packing) } else { (plain, 0.0) };
+        let carried = Duration::from_secs_f64(self.carry(bytes).max(work)) + self.round_trip * ROUND_TRIPS;
         (self.freeze.of(processes, resident_pages) + carried, bytes)
     }
 }
 
 /// The last round, the seal, the images with `Ready`, and the commit each wait for an answer.
 const ROUND_TRIPS: u32 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_packed_where_the_link_is_slower() {
+        let at = |bandwidth: f64| Site { bandwidth, ..Site::default() }.stand(1, 0, 1000).1;
+        let plain = 40e3 + 4096e3;
+        assert_eq!((at(f64::INFINITY), at(12.5e6), at(125e6)), (plain, plain / 4.0, plain / 4.0));
+        let (slow, quick) = (Site { bandwidth: 12.5e6, ..Site::default() }, Site::default());
+        let took = slow.stand(1, 0, 1000).0 - quick.stand(1, 0, 1000).0;
+        assert_eq!(took.as_millis(), (plain / 4.0 / 12.5e3) as u128);
+    }
+}
