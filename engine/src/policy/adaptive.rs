@@ -1,7 +1,7 @@
 //! The default policy: predict the downtime of freezing now, and the one of freezing after another round.
 
 use super::estimate::FreezeCost;
-use super::{Decision, RoundPolicy, RoundSample, StopReason};
+use super::{Decision, Measured, RoundPolicy, RoundSample, StopReason};
 use std::time::Duration;
 
 /// Goes on while another round is expected to shorten the downtime noticeably.
@@ -39,6 +39,29 @@ impl Adaptive {
     }
 }
 
+/// What the fluid model makes of the pages that were just collected.
+pub(super) struct Fluid {
+    /// Sending those that are held back, and the others, in the freeze.
+    pub(super) held: Duration,
+    pub(super) copy: Duration,
+    /// By so much a freeze after another round is shorter.
+    pub(super) gain: Duration,
+}
+
+/// As [`Adaptive`] says.
+pub(super) fn fluid(sample: &RoundSample, measured: &Measured) -> Fluid {
+    let rate = measured.pages_per_second.max(1.0);
+    let pages = sample.todo_pages.saturating_sub(sample.hot_pages) as f64;
+    let copy = Duration::from_secs_f64(pages / rate);
+    let dirty_rate = match sample.since_last.as_secs_f64() {
+        seconds if seconds > 0.0 => pages / seconds,
+        _ => 0.0,
+    };
+    let after = (measured.round_overhead + copy).as_secs_f64() * dirty_rate / rate;
+    let gain = copy.saturating_sub(Duration::from_secs_f64(after));
+    Fluid { held: Duration::from_secs_f64(sample.hot_pages as f64 / rate), copy, gain }
+}
+
 impl RoundPolicy for Adaptive {
     fn decide(&mut self, sample: &RoundSample) -> Decision {
         let fixed = self.cost.of(sample.processes, sample.resident_pages);
@@ -46,17 +69,8 @@ impl RoundPolicy for Adaptive {
             // Round 0 copies everything; what it will cost is not known before it ran.
             return Decision { stop: None, predicted_downtime: fixed };
         };
-        let rate = measured.pages_per_second.max(1.0);
-        let pages = sample.todo_pages.saturating_sub(sample.hot_pages) as f64;
-        let copy = Duration::from_secs_f64(pages / rate);
-        let held = Duration::from_secs_f64(sample.hot_pages as f64 / rate);
+        let Fluid { held, copy, gain } = fluid(sample, &measured);
         let now = fixed + held + copy;
-        let dirty_rate = match sample.since_last.as_secs_f64() {
-            seconds if seconds > 0.0 => pages / seconds,
-            _ => 0.0,
-        };
-        let after = (measured.round_overhead + copy).as_secs_f64() * dirty_rate / rate;
-        let gain = copy.saturating_sub(Duration::from_secs_f64(after));
         let helps = gain >= WORTH_AT_LEAST.max(copy.mul_f64(WORTH));
 
         // The prediction may be too rosy again and again (bursts): what counts in the end is whether the
@@ -96,7 +110,6 @@ impl RoundPolicy for Adaptive {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Measured;
     use super::*;
 
     /// A program that dirties `dirty` distinct pages a second out of `working_set`, copied at `rate`.

@@ -1,5 +1,6 @@
 //! The last rounds: what the program wrote while its freeze was made ready.
 
+use super::adaptive::{Fluid, fluid};
 use super::estimate::FreezeCost;
 use super::{Decision, RoundSample, StopReason};
 use std::time::Duration;
@@ -37,16 +38,8 @@ impl Closing {
         let fixed = self.cost.of(sample.processes, sample.resident_pages);
         let stop = Some(StopReason::TargetMet);
         let Some(measured) = sample.measured else { return Decision { stop, predicted_downtime: fixed } };
-        let rate = measured.pages_per_second.max(1.0);
-        let pages = sample.todo_pages.saturating_sub(sample.hot_pages) as f64;
-        let copy = Duration::from_secs_f64(pages / rate);
-        let predicted_downtime = fixed + Duration::from_secs_f64(sample.todo_pages as f64 / rate);
-        let dirty_rate = match sample.since_last.as_secs_f64() {
-            seconds if seconds > 0.0 => pages / seconds,
-            _ => 0.0,
-        };
-        let after = (measured.round_overhead + copy).as_secs_f64() * dirty_rate / rate;
-        let gain = copy.saturating_sub(Duration::from_secs_f64(after));
+        let Fluid { held, copy, gain } = fluid(sample, &measured);
+        let predicted_downtime = fixed + held + copy;
         let helps = gain >= WORTH.max(copy.mul_f64(WORTH_SHARE));
         let shrinks = self.last.is_none_or(|last| copy <= last.mul_f64(SHRINKS));
         if !helps || !shrinks || self.rounds == MOST {
