@@ -27,8 +27,8 @@ const KEPT: usize = 64;
 const FAR: f64 = 5.0;
 /// Runs as which the engine's own constants count, of each kind.
 const OWN: f64 = 0.25;
-/// Runs without anything peculiar that each program is thought to have had: from run to run a program differs by half as much as
-/// programs do.
+/// Runs without anything peculiar that each program is thought to have had: right where a program differs from run to run by half as
+/// much as programs do, which is a guess.
 const LIKE_OTHERS: f64 = 0.25;
 /// Runs after which one counts half: machines have neighbours, and their pace changes.
 const HALF_LIFE: f64 = 16.0;
@@ -255,8 +255,8 @@ impl Calibration {
         let cost = |own: PageCost, seen: Option<Duration>| PageCost { time: seen.unwrap_or(own.time), ..own };
         let mut setups: Vec<u64> = self.runs.iter().map(|run| run.setup_us).collect();
         setups.sort_unstable();
-        let ratio = |run: &&Run| run.image_ratio.filter(|_| run.program == program);
-        let image_ratio = self.runs.iter().rev().find_map(|run| ratio(&run));
+        let mut own_runs = self.runs.iter().rev().filter(|run| run.program == program);
+        let image_ratio = own_runs.find_map(|run| run.image_ratio);
         Site {
             image_ratio: image_ratio.unwrap_or(site.image_ratio),
             freeze: self.freeze_cost(program),

@@ -5,8 +5,8 @@ use super::estimate::FreezeCost;
 use super::{Decision, RoundSample, StopReason};
 use std::time::Duration;
 
-/// Between the decision to freeze and the freeze both sides get ready, which takes 5 to 10 ms, and 10 ms more for each GiB of memory. What a program
-/// writes in that time it would stand still for. Rounds of the milliseconds that are left cost next to nothing, and leave what is
+/// Between the decision to freeze and the freeze both sides get ready, which takes the longer the more memory there is (`prepared_us` of a
+/// report: the source's counters, areas and watchman). What a program writes in that time it would stand still for. Rounds of the milliseconds that are left cost next to nothing, and leave what is
 /// written in the last of them.
 ///
 /// As [`super::Adaptive`] it goes by the fluid model. A round is worth it if it is expected to shorten the freeze noticeably, and each must
