@@ -71,16 +71,21 @@ impl Copy {
         self.0.iter().map(noted).collect()
     }
 
+    /// Waits for CRIU, which still has the tree where its engine has just been killed: it ends the repair mode of the sockets first, and lets
+    /// the tree run into the signal that waits for it.
+    pub(super) fn await_release(&self) {
+        let until = Instant::now() + RELEASE;
+        while self.0.iter().any(Target::is_traced) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// How it stands.
     ///
     /// # Errors
     /// The first process that does not.
     pub(super) fn stand(&self) -> Result<Vec<Stood>, i32> {
-        // Where its engine has just been killed CRIU still has it, and lets it run into the signal that waits for it.
-        let until = Instant::now() + RELEASE;
-        while self.0.iter().any(Target::is_traced) && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        self.await_release();
         let stood = |target: &Target| {
             let process = Process { pid: target.pid(), start: target.start_time() };
             let Stillness { threads, switches } = target.stillness().ok_or(process.pid)?;

@@ -308,6 +308,10 @@ fn conclude(
         (_, Some(error)) => not_sent(&error, &entry, state, answer.as_ref()),
         (_, None) => describe(chosen, &entry, state, answer.as_ref(), plan.dry_run),
     };
+    if chosen == Verdict::RunHere && entry.step >= Step::Held && !plan.dry_run {
+        // A packet that finds a socket in its repair mode has it count bytes as sent that never were (tcp_write_xmit).
+        tree.await_release();
+    }
     if chosen == Verdict::RunHere && !entry.addresses.is_empty() {
         let addresses = entry.addresses.join(", ");
         text += &match plan.dry_run {

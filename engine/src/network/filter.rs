@@ -45,7 +45,11 @@ const ADVERTISEMENT: u8 = 136;
 /// What is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// At the destination: packets to the address, and questions for it. Each ends by itself.
+    /// At the destination: packets to and from the address, and questions for it. Each ends by itself.
+    ///
+    /// From it as well: sockets that are made in their repair mode have their timers. What they sent again, or to ask for the state of a window,
+    /// before it is known that the program will run here, could be bytes that the source's socket has not sent yet. A client that
+    /// has acknowledged those is not listened to any more if the program stays there (RFC 9293, 3.10.7.4).
     Arriving,
     /// At the source: everything to and from the address. The kernel ends it when this process ends.
     Leaving,
@@ -93,10 +97,10 @@ impl Filter {
         self.netlink.ask(batch(silent.into()))
     }
 
-    /// Lets packets to the addresses in.
+    /// Lets packets to the addresses in, and those from them out.
     pub(crate) fn open(&mut self) -> io::Result<()> {
-        let emptied = self.emptied(HOLD);
-        self.netlink.ask(batch(vec![emptied]))
+        let emptied = [HOLD, BLOCK].map(|chain| self.emptied(chain));
+        self.netlink.ask(batch(emptied.into()))
     }
 
     fn emptied(&self, chain: Chain) -> Message {
@@ -165,16 +169,16 @@ fn rules(name: &str, hold: Hold, addresses: &[IpAddr]) -> Vec<Message> {
                 .with(2, &flags.to_be_bytes())
         })
         .collect();
-    let mut chains = vec![SILENCE, HOLD, ARP_SILENCE, ARP_QUIET];
-    if hold == Hold::Leaving {
-        chains.push(BLOCK);
-    }
+    let chains = [SILENCE, HOLD, BLOCK, ARP_SILENCE, ARP_QUIET];
     all.extend(chains.iter().map(|chain| chain_of(name, *chain)));
     let mut rule = |chain: Chain, expressions: Vec<Expression>| all.push(rule_of(name, chain, expressions));
     if addresses.iter().any(IpAddr::is_ipv6) {
         // Neighbours may ask for the address, and see that it is there, while its packets wait.
         for kind in DISCOVERY {
             rule(HOLD, [icmpv6(kind), vec![Expression::Verdict(ACCEPT)]].concat());
+            if hold == Hold::Arriving {
+                rule(BLOCK, [icmpv6(kind), vec![Expression::Verdict(ACCEPT)]].concat());
+            }
         }
     }
     for address in addresses {
@@ -184,9 +188,7 @@ fn rules(name: &str, hold: Hold, addresses: &[IpAddr]) -> Vec<Message> {
                 let octets = v4.octets().to_vec();
                 let at = |offset| same(NETWORK_HEADER, offset, octets.clone());
                 rule(HOLD, [family(libc::NFPROTO_IPV4 as u8), at(16), drop.clone()].concat());
-                if hold == Hold::Leaving {
-                    rule(BLOCK, [family(libc::NFPROTO_IPV4 as u8), at(12), drop.clone()].concat());
-                }
+                rule(BLOCK, [family(libc::NFPROTO_IPV4 as u8), at(12), drop.clone()].concat());
                 // Target and sender of ARP between Ethernet and IPv4.
                 rule(ARP_SILENCE, [at(24), drop.clone()].concat());
                 rule(ARP_QUIET, [at(14), drop].concat());
@@ -199,8 +201,8 @@ fn rules(name: &str, hold: Hold, addresses: &[IpAddr]) -> Vec<Message> {
                 rule(HOLD, [family(libc::NFPROTO_IPV6 as u8), at(24), drop.clone()].concat());
                 if hold == Hold::Leaving {
                     rule(BLOCK, [icmpv6(ADVERTISEMENT), target(), drop.clone()].concat());
-                    rule(BLOCK, [family(libc::NFPROTO_IPV6 as u8), at(8), drop].concat());
                 }
+                rule(BLOCK, [family(libc::NFPROTO_IPV6 as u8), at(8), drop].concat());
             }
         }
     }

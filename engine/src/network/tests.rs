@@ -88,6 +88,8 @@ fn comes(address: IpAddr, name: &'static str) {
     let (machine, client) = wire();
     let to = SocketAddr::new(address, 9);
     let prefix = if address.is_ipv4() { 24 } else { 64 };
+    let peer: SocketAddr =
+        if address.is_ipv4() { "10.9.0.3:9" } else { "[2001:db8:9::3]:9" }.parse().unwrap();
     let mut arriving = machine.run(move || {
         let owner = [2, 0, 0, 0, 0, 7];
         let place = of_destination(address, prefix, "eth0", owner).unwrap();
@@ -123,9 +125,12 @@ fn comes(address: IpAddr, name: &'static str) {
         server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         let mut buffer = [0; 100];
         assert!(server.recv(&mut buffer).is_err(), "nothing gets in before the program runs");
+        let error = server.send_to(b"early", peer).expect_err("nothing gets out before the program runs");
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied, "{error}");
         let started = Instant::now();
         arriving.open().unwrap();
         let opened = started.elapsed();
+        server.send_to(b"now", peer).expect("what the kernel says as the program begins to run");
         arriving.deliver().unwrap();
         let delivered = arriving.ground().delivered();
         assert!(delivered.packets > 0 && delivered.bytes > 0 && delivered.lost == 0, "{delivered:?}");
