@@ -62,6 +62,13 @@ struct Row {
     ratio: Runs,
     /// Least that `ratio` has to be.
     limit_ratio: f64,
+    /// The bare loop with a digest of every page at both ends and nothing else: what is left for an engine that knows what has arrived. 10^9
+    /// bytes a second.
+    digests_gb_s: Runs,
+    /// `gb_s` over that, run by run.
+    ratio_to_digests: Runs,
+    /// That over the bare loop, run by run: what `ratio` would be for an engine that costs nothing else.
+    digests_ratio: Runs,
     /// Largest resident size of the engine at the source (VmHWM, program text included).
     engine_memory_bytes: Runs,
     /// That, in percent of the program's memory.
@@ -87,12 +94,12 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let trial = Trial { options, ferry: &ferry, scratch: scratch.path(), size, streams };
         let mut runs = Vec::new();
         for run in 1..=common.runs {
-            let (copied, speed, engine) = trial.run()?;
+            let ran = trial.run()?;
             eprintln!(
-                "{size}, streams {streams}, run {run} of {}: {speed:.2} GB/s, engine {engine}, bare {copied:.2} GB/s",
-                common.runs
+                "{size}, streams {streams}, run {run} of {}: {:.2} GB/s, engine {}, bare {:.2} GB/s, with digests {:.2}",
+                common.runs, ran.gb_s, ran.engine, ran.bare_gb_s, ran.digests_gb_s
             );
-            runs.push((copied, speed, engine));
+            runs.push(ran);
         }
         let row = trial.row(&runs);
         if common.json {
@@ -114,20 +121,32 @@ struct Trial<'a> {
     streams: u16,
 }
 
+/// Speeds in 10^9 bytes a second, and the memory that the engine needed.
+struct Ran {
+    bare_gb_s: f64,
+    digests_gb_s: f64,
+    gb_s: f64,
+    engine: ByteSize,
+}
+
 impl Trial<'_> {
-    /// A program that the bare loop copies, and one that is moved: the speeds of both, and the memory that the engine needed.
-    fn run(&self) -> anyhow::Result<(f64, f64, ByteSize)> {
+    /// A program that is moved, and before it two that the bare loop copies, the second with digests.
+    fn run(&self) -> anyhow::Result<Ran> {
         let (common, bytes) = (&self.options.common, self.size.as_u64());
         let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
         // Nothing is written meanwhile: the first round is then all that is measured.
         let arguments = ["writer", "--memory", &bytes.to_string(), "--rate", "0"].map(str::to_owned);
         // A program each: the kernel counts who reads a page, and moves it between its lists at the second time.
-        let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
-        // Room for what arrives, as a machine has it that waits for a migration.
-        machine::touch(bytes / 4 * 5)?;
-        let copied = bare::copy(&hosts, &subject, self.streams, &self.options.bare)?.gb_s();
-        hosts.kill(Host::Source, subject.pid)?;
-        drop(subject);
+        let copy = |variant: &Variant| -> anyhow::Result<f64> {
+            let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
+            // Room for what arrives, as a machine has it that waits for a migration.
+            machine::touch(bytes / 4 * 5)?;
+            let speed = bare::copy(&hosts, &subject, self.streams, variant)?.gb_s();
+            hosts.kill(Host::Source, subject.pid)?;
+            Ok(speed)
+        };
+        let bare_gb_s = copy(&self.options.bare)?;
+        let digests_gb_s = copy(&Variant { digests: true, ..self.options.bare.clone() })?;
         let subject = Subject::start(&hosts, self.scratch, "writer", &arguments)?;
         machine::touch(bytes / 4 * 5)?;
         let streams = self.streams.to_string();
@@ -145,16 +164,14 @@ impl Trial<'_> {
             "the first round sent {} pages, less than the program's memory",
             first.sent_pages
         );
-        let speed = (first.sent_pages * 4096) as f64 / 1e3 / first.duration_us as f64;
-        Ok((copied, speed, ByteSize(migration.engine_peak_bytes)))
+        let gb_s = (first.sent_pages * 4096) as f64 / 1e3 / first.duration_us as f64;
+        Ok(Ran { bare_gb_s, digests_gb_s, gb_s, engine: ByteSize(migration.engine_peak_bytes) })
     }
 
-    /// Of the speeds of the bare loop and of the engine, and the engine's memory.
-    fn row(&self, runs: &[(f64, f64, ByteSize)]) -> Row {
-        let bare_gb_s = Runs::new(runs.iter().map(|(bare, ..)| *bare).collect());
-        let gb_s = Runs::new(runs.iter().map(|(_, speed, _)| *speed).collect());
-        let ratio = Runs::new(runs.iter().map(|(bare, speed, _)| speed / bare).collect());
-        let memory = Runs::new(runs.iter().map(|(.., engine)| engine.as_u64() as f64).collect());
+    fn row(&self, runs: &[Ran]) -> Row {
+        let each = |of: fn(&Ran) -> f64| Runs::new(runs.iter().map(of).collect());
+        let (gb_s, ratio) = (each(|ran| ran.gb_s), each(|ran| ran.gb_s / ran.bare_gb_s));
+        let memory = each(|ran| ran.engine.as_u64() as f64);
         let percent = memory.median / self.size.as_u64() as f64 * 100.0;
         let limit_gb_s = goal_gb_s(self.streams);
         let pass = gb_s.median >= limit_gb_s && ratio.median >= GOAL_RATIO && percent <= GOAL_PERCENT;
@@ -163,9 +180,12 @@ impl Trial<'_> {
             streams: self.streams,
             gb_s,
             limit_gb_s,
-            bare_gb_s,
+            bare_gb_s: each(|ran| ran.bare_gb_s),
             ratio,
             limit_ratio: GOAL_RATIO,
+            digests_gb_s: each(|ran| ran.digests_gb_s),
+            ratio_to_digests: each(|ran| ran.gb_s / ran.digests_gb_s),
+            digests_ratio: each(|ran| ran.digests_gb_s / ran.bare_gb_s),
             engine_memory_bytes: memory,
             engine_memory_percent: percent,
             limit_percent: GOAL_PERCENT,
@@ -181,6 +201,9 @@ fn render(rows: &[Row], options: &Options) -> String {
         "goodput GB/s",
         "bare GB/s",
         "ratio",
+        "digests GB/s",
+        "to them",
+        "they to bare",
         "engine memory",
         "of the program's",
         "at least",
@@ -193,6 +216,9 @@ fn render(rows: &[Row], options: &Options) -> String {
             row.gb_s.display(2),
             row.bare_gb_s.display(2),
             row.ratio.display(2),
+            row.digests_gb_s.display(2),
+            row.ratio_to_digests.display(2),
+            row.digests_ratio.display(2),
             ByteSize(row.engine_memory_bytes.median as u64).to_string(),
             format!("{:.2} %", row.engine_memory_percent),
             format!("{} GB/s", row.limit_gb_s),

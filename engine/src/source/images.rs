@@ -5,14 +5,15 @@ use super::failure::SendError;
 use crate::link::Channel;
 use crate::plan::CodingChoice;
 use crate::policy::images::{MUCH, PIECE, Pace, Packed, Packing};
-use pageferry_wire_format::{
-    ControlMessage, EncodeError, ImageChunk, ZstdEncoder, limits, version::PACKED_IMAGES,
-};
+use pageferry_wire_format::{ControlMessage, EncodeError, ImageChunk, ZstdEncoder, version::PACKED_IMAGES};
 use std::io::Read;
 use std::time::Instant;
 
 /// The level: of pages of libraries the next two make less than a hundredth less.
 const LEVEL: i32 = 1;
+
+/// What is read of a file at a time. It is memory of the engine for the whole migration.
+const READ: usize = 4 * PIECE;
 
 /// Sends pieces of images, packed where that is quicker. It is made before the freeze, with all the memory that it uses, because a page
 /// that a process touches for the first time takes the kernel longer than zstd takes for it.
@@ -32,7 +33,7 @@ impl Packer {
             CodingChoice::Zstd => Packed::Always,
             CodingChoice::Auto => Packed::WhereQuicker,
         });
-        let buffer = vec![0xff; limits::MAX_IMAGE_CHUNK];
+        let buffer = vec![0xff; READ];
         let (mut zstd, mut packed) = (None, Vec::new());
         if packing.is_possible() {
             let mut encoder = ZstdEncoder::new()?;
