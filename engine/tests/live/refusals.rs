@@ -1,12 +1,13 @@
 //! What cannot be done is refused with a reason, and leaves the program alone.
 
 use super::Test;
-use super::ferry::Ferry;
+use super::ferry::{Ferry, LIMIT};
 use anyhow::{Context, ensure};
-use pageferry_benches::bench::hosts::Host;
+use pageferry_benches::bench::{child::wait_for, hosts::Host};
 use pageferry_wire_format::version;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::process::Stdio;
 
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
@@ -127,9 +128,14 @@ if os.fork() == 0:
 b.close()
 time.sleep(1000)";
     let parent = ferry.program(&["python3", "-I", "-c", script])?;
-    std::thread::sleep(Duration::from_millis(500));
-    let child = ferry.sh(Host::Source, &format!("cat /proc/{parent}/task/{parent}/children"))?;
-    let child: i32 = child.trim().parse().context("the child's pid")?;
+    // As soon as each has closed its end of the other's.
+    let child: i32 = wait_for("a child with one end of the pair", LIMIT, || {
+        let children = ferry.sh(Host::Source, &format!("cat /proc/{parent}/task/{parent}/children"))?;
+        let Ok(child) = children.parse::<i32>() else { return Ok(None) };
+        let ends =
+            format!("for p in {parent} {child}; do ls -l /proc/$p/fd | grep -c socket:; done 2>/dev/null");
+        Ok((ferry.sh(Host::Source, &ends)? == "1\n1").then_some(child))
+    })?;
     let receiver = ferry.receiver(None, &[])?;
     let outcome = ferry.migrate(child, None, &[])?;
     outcome.failed(1, &["CRIU could not dump", "end of its log", "running at the source"])?;
@@ -161,6 +167,7 @@ s = socket.socket()
 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 s.bind(("10.77.0.2", 7077))
 s.listen(1)
+print("listening", flush=True)
 c, _ = s.accept()
 c.recv(65536)
 c.sendall(b"PGFY" + struct.pack("<HHIIQQ", 900, 3, 0, 0, 0, 0))
@@ -169,9 +176,14 @@ c.recv(65536)
 
 fn other_version(ferry: &Ferry) -> anyhow::Result<()> {
     let subject = ferry.subject(&WRITER)?;
-    let mut peer =
-        ferry.hosts.exec(Host::Destination, ["timeout", "30", "python3", "-I", "-c", LATER]).spawn()?;
-    std::thread::sleep(Duration::from_millis(700));
+    let mut peer = ferry
+        .hosts
+        .exec(Host::Destination, ["timeout", "120", "python3", "-I", "-c", LATER])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    BufReader::new(peer.stdout.take().context("its output")?).read_line(&mut said)?;
+    ensure!(said == "listening\n", "the peer does not listen");
     let outcome = ferry.migrate(subject.pid, None, &[])?;
     peer.wait()?;
     let ours = format!("version {} is spoken here", version::CURRENT);
