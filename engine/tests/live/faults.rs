@@ -2,10 +2,12 @@
 //! survives, with all of its memory, and nothing else is left.
 
 use super::Test;
-use super::ferry::{Ferry, Outcome};
+use super::ferry::{Ferry, LIMIT, Outcome};
 use super::kept::fresh;
+use super::recover::writes;
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
+use pageferry_benches::bench::child::wait_for;
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
 use std::time::{Duration, Instant};
@@ -119,15 +121,21 @@ fn silent(ferry: &Ferry) -> anyhow::Result<()> {
     for phase in ["precopy", "frozen", "dump", "images", "restore", "ready"] {
         (|| {
             let fault = format!("{phase}=delay:900");
-            let migration = ferry.migrate_start(subject.pid, Some(&fault), &patience)?;
-            std::thread::sleep(Duration::from_millis(550));
+            let mut migration = ferry.migrate_start(subject.pid, Some(&fault), &patience)?;
+            migration.says("a scripted fault")?;
+            let may_run_there = ["restore", "ready"].contains(&phase);
+            if may_run_there {
+                writes(ferry, Host::Destination, "ready")?;
+                // What it then says to the source is on its way.
+                std::thread::sleep(Duration::from_millis(50));
+            }
             let interface =
                 ferry.sh(Host::Source, "ip -o link show up type veth | sed 's/^[0-9]*: //; s/[@:].*//'")?;
             ferry.sh(Host::Source, &format!("ip link set {interface} down"))?;
             let outcome = migration.wait();
             ferry.sh(Host::Source, &format!("ip link set {interface} up"))?;
             let outcome = outcome?;
-            if ["restore", "ready"].contains(&phase) {
+            if may_run_there {
                 // The receiver was ready before. The commit went nowhere, and nobody answers: which copy is the one
                 // cannot be known from here.
                 return in_doubt(ferry, &subject, &outcome);
@@ -162,8 +170,8 @@ fn interrupted(ferry: &Ferry) -> anyhow::Result<()> {
         (|| {
             // It stands at the phase for a moment, in which the signal comes.
             let fault = format!("{phase}=delay:700");
-            let migration = ferry.migrate_start(subject.pid, Some(&fault), &["--streams", "3"])?;
-            std::thread::sleep(Duration::from_millis(550));
+            let mut migration = ferry.migrate_start(subject.pid, Some(&fault), &["--streams", "3"])?;
+            migration.says("a scripted fault")?;
             migration.signal(signal)?;
             let outcome = migration.wait()?;
             if outcome.code == 0 {
@@ -192,7 +200,9 @@ fn receiver_interrupted(ferry: &Ferry) -> anyhow::Result<()> {
     for phase in ["dest-round", "dest-restore"] {
         let receiver = ferry.receiver(Some(&format!("{phase}=delay:1500")), &[])?;
         let migration = ferry.migrate_start(subject.pid, None, &AT_ONCE)?;
-        std::thread::sleep(Duration::from_millis(900));
+        wait_for("the receiver at the fault", LIMIT, || {
+            Ok(receiver.log().contains("a scripted fault").then_some(()))
+        })?;
         receiver.stop()?;
         let outcome = migration.wait()?;
         rolled_back(ferry, &subject, &outcome).with_context(|| format!("interrupted at {phase}"))?;
