@@ -159,9 +159,10 @@ impl Ledger {
             return false;
         }
         let contents = if made.is_copies() { &contents } else { &made.each };
-        let stored = made.pages.iter().zip(contents);
-        stored.for_each(|(page, content)| space.pages.insert(*page, *content));
-        made.zeros.iter().for_each(|page| space.pages.insert(*page, digest::ZERO_PAGE));
+        let zeros = made.zeros.iter().map(|page| (page, &digest::ZERO_PAGE));
+        for (page, content) in made.pages.iter().zip(contents).chain(zeros) {
+            space.pages.insert(*page, *content);
+        }
         true
     }
 

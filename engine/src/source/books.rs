@@ -170,11 +170,10 @@ impl Books {
     ) -> Fate {
         let Look { space, page, bytes, content, zero, round, last, idle } = *look;
         let sent = self.spaces.entry(space).or_default();
-        let before = sent.get(page).copied();
+        let before = sent.insert(page, content);
         if before == Some(content) {
             return Fate::Unchanged;
         }
-        sent.insert(page, content);
         if zero {
             return Fate::Zero;
         }
@@ -230,6 +229,9 @@ impl Books {
         stays: impl Fn(SpaceId, u64) -> bool,
     ) -> Option<(SpaceId, PageDigest)> {
         let Self { spaces, relatives, .. } = self;
+        if spaces.len() == 1 {
+            return None;
+        }
         let has = |of: SpaceId| {
             let content = *spaces.get(&of)?.get(page)?;
             (content != digest::ZERO_PAGE && stays(of, page)).then_some((of, content))

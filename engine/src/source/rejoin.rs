@@ -252,8 +252,9 @@ pub(crate) fn hear_what_stands(
     }
     for (space, runs, digests) in told {
         let sent = books.space(space);
-        let pages = runs.iter().flat_map(PageRun::pages);
-        pages.zip(digests).for_each(|(page, content)| sent.insert(page, content));
+        for (page, content) in runs.iter().flat_map(PageRun::pages).zip(digests) {
+            sent.insert(page, content);
+        }
     }
     books.settle();
     Ok(count)

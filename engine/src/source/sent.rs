@@ -5,7 +5,6 @@
 use pageferry_tracker::PageSet;
 use pageferry_wire_format::digest::{SpaceDigest, ZERO_PAGE};
 use pageferry_wire_format::{PageDigest, PageNo, PageRun};
-use std::collections::BTreeMap;
 
 const PAGES: u64 = 512;
 const WORDS: usize = (PAGES / 64) as usize;
@@ -15,6 +14,8 @@ struct Table {
     /// Given since the destination last said that it has everything.
     doubted: [u64; WORDS],
     digests: [PageDigest; PAGES as usize],
+    /// Named among the tables in which there may be pages in doubt.
+    doubtful: bool,
 }
 
 impl Table {
@@ -23,6 +24,7 @@ impl Table {
             given: [0; WORDS],
             doubted: [0; WORDS],
             digests: [PageDigest([0; 16]); PAGES as usize],
+            doubtful: false,
         })
     }
 
@@ -34,7 +36,10 @@ impl Table {
 /// The pages of one space that the destination was given.
 #[derive(Default)]
 pub(crate) struct SentPages {
-    tables: BTreeMap<u64, Box<Table>>,
+    /// By the number of the stretch of address space, in order: mostly the next one is the last.
+    tables: Vec<(u64, Box<Table>)>,
+    /// Where in `tables` a page was entered last: the next one is mostly in the same.
+    last: usize,
     /// The tables in which there may be pages in doubt.
     doubtful: Vec<u64>,
     digest: SpaceDigest,
@@ -42,47 +47,75 @@ pub(crate) struct SentPages {
 }
 
 impl SentPages {
+    /// Where the table of a stretch is, or belongs.
+    fn find(&self, chunk: u64) -> Result<usize, usize> {
+        match self.tables.get(self.last) {
+            Some((number, _)) if *number == chunk => Ok(self.last),
+            _ => self.tables.binary_search_by_key(&chunk, |(number, _)| *number),
+        }
+    }
+
+    fn table(&self, chunk: u64) -> Option<&Table> {
+        self.find(chunk).ok().map(|at| &*self.tables[at].1)
+    }
+
+    fn table_mut(&mut self, chunk: u64) -> Option<&mut Table> {
+        self.find(chunk).ok().map(|at| &mut *self.tables[at].1)
+    }
+
     /// The digest of the content that the destination has for `page`.
     pub(crate) fn get(&self, page: u64) -> Option<&PageDigest> {
-        let table = self.tables.get(&(page / PAGES))?;
+        let table = self.table(page / PAGES)?;
         let index = (page % PAGES) as usize;
         table.has(index).then(|| &table.digests[index])
     }
 
-    /// `page` was sent with the content of `digest`. Whether it has arrived is in doubt until [`SentPages::settle`].
-    pub(crate) fn insert(&mut self, page: u64, digest: PageDigest) {
-        let table = self.tables.entry(page / PAGES).or_insert_with(Table::new);
-        let index = (page % PAGES) as usize;
-        if table.doubted == [0; WORDS] {
-            self.doubtful.push(page / PAGES);
+    /// `page` is about to be sent with the content of `digest`, unless the destination has that already. Gives what it
+    /// had before. Whether the new content has arrived is in doubt until [`SentPages::settle`].
+    pub(crate) fn insert(&mut self, page: u64, digest: PageDigest) -> Option<PageDigest> {
+        let (chunk, index) = (page / PAGES, (page % PAGES) as usize);
+        self.last = self.find(chunk).unwrap_or_else(|at| {
+            self.tables.insert(at, (chunk, Table::new()));
+            at
+        });
+        let table = &mut self.tables[self.last].1;
+        let before = table.has(index).then(|| table.digests[index]);
+        if before == Some(digest) {
+            return before;
+        }
+        if !table.doubtful {
+            table.doubtful = true;
+            self.doubtful.push(chunk);
         }
         table.doubted[index / 64] |= 1 << (index % 64);
-        if table.has(index) {
-            self.digest.remove(PageNo(page), &table.digests[index]);
-        } else {
-            table.given[index / 64] |= 1 << (index % 64);
-            self.pages += 1;
+        match &before {
+            Some(before) => self.digest.remove(PageNo(page), before),
+            None => {
+                table.given[index / 64] |= 1 << (index % 64);
+                self.pages += 1;
+            }
         }
         table.digests[index] = digest;
         self.digest.insert(PageNo(page), &digest);
+        before
     }
 
     /// The destination does not have `page`.
     pub(crate) fn remove(&mut self, page: u64) {
-        let Some(table) = self.tables.get_mut(&(page / PAGES)) else { return };
         let index = (page % PAGES) as usize;
-        if table.has(index) {
-            table.given[index / 64] &= !(1 << (index % 64));
-            self.digest.remove(PageNo(page), &table.digests[index]);
-            self.pages -= 1;
-        }
+        let Some(table) = self.table_mut(page / PAGES).filter(|table| table.has(index)) else { return };
+        table.given[index / 64] &= !(1 << (index % 64));
+        let before = table.digests[index];
+        self.digest.remove(PageNo(page), &before);
+        self.pages -= 1;
     }
 
     /// The destination has everything that was sent so far.
     pub(crate) fn settle(&mut self) {
-        for chunk in self.doubtful.drain(..) {
-            if let Some(table) = self.tables.get_mut(&chunk) {
+        for chunk in std::mem::take(&mut self.doubtful) {
+            if let Some(table) = self.table_mut(chunk) {
                 table.doubted = [0; WORDS];
+                table.doubtful = false;
             }
         }
     }
@@ -95,7 +128,9 @@ impl SentPages {
         chunks.sort_unstable();
         chunks.dedup();
         for chunk in chunks {
-            let Some(table) = self.tables.get_mut(&chunk) else { continue };
+            let Ok(at) = self.find(chunk) else { continue };
+            let table = &mut self.tables[at].1;
+            table.doubtful = false;
             let doubted = std::mem::replace(&mut table.doubted, [0; WORDS]);
             for (word, doubted) in doubted.iter().enumerate() {
                 let mut gone = table.given[word] & doubted;
@@ -158,7 +193,7 @@ impl SentPages {
             let (mut at, end) = (run.start, run.start + run.len);
             while at < end {
                 let stop = end.min((at / PAGES + 1) * PAGES);
-                match self.tables.get(&(at / PAGES)) {
+                match self.table(at / PAGES) {
                     None => missing.insert(at, stop - at),
                     Some(table) => {
                         let mut page = at;
@@ -190,8 +225,8 @@ impl SentPages {
         let mut forgotten = PageSet::default();
         let mut runs = kept.runs().iter().peekable();
         let digest = &mut self.digest;
-        self.tables.retain(|chunk, table| {
-            let (first, end) = (chunk * PAGES, (chunk + 1) * PAGES);
+        self.tables.retain_mut(|(chunk, table)| {
+            let (first, end) = (*chunk * PAGES, (*chunk + 1) * PAGES);
             let mut keep = [0u64; WORDS];
             while let Some(run) = runs.peek() {
                 if run.start >= end {
@@ -274,9 +309,11 @@ mod tests {
                     sent.settle();
                     doubted.clear();
                 }
-                sent.insert(page, digest_of(content));
-                model.insert(page, digest_of(content));
-                doubted.insert(page);
+                let before = model.insert(page, digest_of(content));
+                prop_assert_eq!(sent.insert(page, digest_of(content)), before);
+                if before != Some(digest_of(content)) {
+                    doubted.insert(page);
+                }
             }
             for page in removed {
                 sent.remove(page);
