@@ -169,6 +169,10 @@ pub struct RoundReport {
     /// Pages that had to be looked at, and were left for the next round: this one was a sample.
     #[serde(default)]
     pub left_pages: u64,
+    /// Pages that were written again before their turn came, as many of their neighbours were, and were left for the next round:
+    /// sent now, they would have been sent twice.
+    #[serde(default)]
+    pub ahead_pages: u64,
     /// How many pages, and how many bytes, went by each coding.
     pub codings: Codings,
     /// Share of its running time that the program lost from the scan of this round to the next; not known yet when the round ends.

@@ -52,6 +52,7 @@ mod throttle;
 pub mod tree;
 pub mod uffd;
 pub mod working_set;
+mod write_check;
 
 pub use attach::{
     AttachError, CollectError, Collected, DetachError, SpaceKey, SpaceScan, Ticket, Tracker, TreeState,
@@ -70,3 +71,4 @@ pub use target::{OpenError, Target};
 pub use threads::stack_pointers;
 pub use throttle::{Throttle, Undisturbed};
 pub use tree::TreeError;
+pub use write_check::WriteCheck;

@@ -25,7 +25,7 @@ mod varint;
 pub mod version;
 
 pub use batch::{Coding, PageBatch};
-pub use chooser::{CodingChooser, Prospect, Way, prospect};
+pub use chooser::{CodingChooser, Prospect, SLOW_LINK, Way, prospect};
 pub use coding::{ZstdDecoder, ZstdEncoder};
 pub use control::{
     AbortCode, ControlMessage, HandoverState, Hello, MovingAddress, Part, Preparation, RegionInfo,

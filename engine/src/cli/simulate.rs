@@ -145,13 +145,14 @@ fn one(outcome: &Outcome) -> String {
             round.dirty_pages.to_string(),
             round.unchanged_pages.to_string(),
             round.held_pages.to_string(),
+            round.ahead_pages.to_string(),
             Bytes(round.sent_bytes).to_string(),
             micros(round.duration_us).to_string(),
             micros(round.predicted_downtime_us).to_string(),
         ]
     });
-    let columns = ["round", "dirty", "unchanged", "held back", "bytes", "time", "downtime if frozen"];
-    let mut text = table(&columns, &[0, 1, 2, 3, 4, 5, 6], rows);
+    let columns = ["round", "dirty", "unchanged", "held back", "left", "bytes", "time", "downtime if frozen"];
+    let mut text = table(&columns, &[0, 1, 2, 3, 4, 5, 6, 7], rows);
     let _ = writeln!(
         text,
         "\n{}: stands still for {}, runs there after {}, all of it there after {}, {} on the wire, {:.1} % slower meanwhile{}",

@@ -3,10 +3,12 @@
 use super::site::Site;
 use super::trace::{Pages, Trace};
 use crate::plan::{PolicyChoice, Strategy};
+use crate::policy::ahead::Pass;
 use crate::policy::estimate::PREFILL;
 use crate::policy::goals::{Choice, Late, hoped_pace};
 use crate::policy::{self, Goals, HotPages, Means, Measured, Navigator, RoundSample, StopReason};
-use pageferry_tracker::{PageSet, SpaceKey};
+use pageferry_tracker::{PageSet, Run as PageRun, SpaceKey};
+use pageferry_wire_format::{SLOW_LINK, limits::MAX_BATCH_PAGES};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -39,6 +41,9 @@ pub struct Round {
     pub unchanged_pages: u64,
     /// Of the dirty ones, held back until the freeze because they are written all the time.
     pub held_pages: u64,
+    /// Of a first pass, left for the next round because they were written again before their turn came
+    /// ([`crate::policy::ahead`]).
+    pub ahead_pages: u64,
     /// Bytes on the wire.
     pub sent_bytes: u64,
     /// From its scan to its acknowledgement.
@@ -128,6 +133,8 @@ struct Due {
     /// Dirty, and as they were when they were sent: the write came before the round had read them.
     unchanged: u64,
     held: u64,
+    /// The program is ahead of them.
+    ahead: u64,
     /// Written since the last look, whatever becomes of it.
     dirty: u64,
     pages: Pages,
@@ -141,6 +148,8 @@ impl Due {
 
 /// Parts of a round in which pages are taken as read at the same time.
 const PARTS: u32 = 8;
+/// ... and of a first pass, from which what is written until then is left out.
+const FIRST_PARTS: u32 = 32;
 
 impl Run<'_> {
     fn pre_copy(&mut self, wish: &Wish, began: Duration) -> (StopReason, Option<Choice>) {
@@ -158,6 +167,8 @@ impl Run<'_> {
         );
         // Deltas that are small are sent and not held back (`source/precopy`).
         let hold = navigator.policy().holds_back() && self.site.again.bytes * 2.0 > 4096.0;
+        let leaves = navigator.policy().holds_back() && self.site.carry(1.0) >= SLOW_LINK;
+        let mut first_pass = true;
         let mut measured = None;
         for round in 0.. {
             let start = self.now;
@@ -184,6 +195,10 @@ impl Run<'_> {
             if let Some(most) = course.most {
                 due = self.part(due, most);
             }
+            if first_pass && leaves {
+                due = self.ahead(due);
+            }
+            first_pass &= course.most.is_some();
             let sendable = due.sendable();
             self.last = Some(start);
             let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
@@ -208,6 +223,7 @@ impl Run<'_> {
                 dirty_pages: sendable + due.held,
                 unchanged_pages: due.unchanged,
                 held_pages: due.held,
+                ahead_pages: due.ahead,
                 sent_bytes: bytes as u64,
                 duration_us: (self.now - start).as_micros() as u64,
                 predicted_downtime_us: decision.predicted_downtime.as_micros() as u64,
@@ -258,6 +274,33 @@ impl Run<'_> {
         part
     }
 
+    /// What is left to send of a first pass without the pages that the program is ahead of ([`crate::policy::ahead`]); those are
+    /// found at the next look.
+    fn ahead(&self, due: Due) -> Due {
+        let mut sent = Due { held: due.held, dirty: due.dirty, ..Due::default() };
+        let mut pass = Pass::new(due.first);
+        let mut at = self.now + self.site.round_overhead;
+        for part in 0..FIRST_PARTS {
+            let mut parts: Vec<_> =
+                due.pages.iter().map(|(key, pages)| (*key, share_of(pages, (part, FIRST_PARTS)))).collect();
+            let whole: u64 = parts.iter().map(|(_, mine)| mine.len()).sum();
+            // In the middle of the part.
+            let middle = at + self.site.send(whole, 0, 0).0 / 2;
+            let written = self.trace.written(self.now, middle);
+            for (key, mine) in &mut parts {
+                let written =
+                    written.get(key).map_or_else(PageSet::default, |written| mine.intersect(written));
+                *mine = mine.subtract(&left_of(mine, &written, (&mut pass, middle - self.now)));
+            }
+            let rest = parts.iter().map(|(_, mine)| mine.len()).sum();
+            at += self.site.send(rest, 0, 0).0;
+            sent.first += rest;
+            sent.ahead += whole - rest;
+            parts.into_iter().for_each(|(key, mine)| sent.pages.entry(key).or_default().absorb(mine));
+        }
+        sent
+    }
+
     /// Pages that the last round sent and that were not written since they were read.
     fn kept(&self) -> Pages {
         let mut kept = Pages::new();
@@ -267,7 +310,7 @@ impl Run<'_> {
             let at = from + (to - from) * (2 * part + 1) / (2 * PARTS);
             let written = self.trace.written(at, self.now);
             for (key, sent) in &self.sending {
-                let mine = share_of(sent, part);
+                let mine = share_of(sent, (part, PARTS));
                 let rest = match written.get(key) {
                     Some(written) => mine.subtract(written),
                     None => mine,
@@ -303,6 +346,7 @@ impl Run<'_> {
                     dirty_pages: pages,
                     unchanged_pages: due.unchanged,
                     held_pages: 0,
+                    ahead_pages: 0,
                     sent_bytes: bytes as u64,
                     duration_us: time.as_micros() as u64,
                     predicted_downtime_us,
@@ -344,10 +388,9 @@ impl Run<'_> {
 }
 
 /// The pages of a part of a round: it reads them in order.
-fn share_of(pages: &PageSet, part: u32) -> PageSet {
-    let total = pages.len();
-    let (from, to) =
-        (total * u64::from(part) / u64::from(PARTS), total * u64::from(part + 1) / u64::from(PARTS));
+fn share_of(pages: &PageSet, (part, parts): (u32, u32)) -> PageSet {
+    let edge = |part: u32| pages.len() * u64::from(part) / u64::from(parts);
+    let (from, to) = (edge(part), edge(part + 1));
     let (mut mine, mut rank) = (PageSet::default(), 0);
     for run in pages.runs() {
         let (low, high) = (from.max(rank), to.min(rank + run.len));
@@ -359,6 +402,41 @@ fn share_of(pages: &PageSet, part: u32) -> PageSet {
     mine
 }
 
+/// Of the written ones among some pages, those that are left for the next round, batch by batch.
+fn left_of(pages: &PageSet, written: &PageSet, (pass, since): (&mut Pass, Duration)) -> PageSet {
+    let mut left = PageSet::default();
+    let mut rest = written.runs();
+    let mut batch: (u64, Vec<PageRun>) = (0, Vec::new());
+    let mut close = |(pages, written): &mut (u64, Vec<PageRun>)| {
+        let count = written.iter().map(|run| run.len).sum();
+        if *pages > 0 && pass.leaves(since, count, *pages) {
+            written.iter().for_each(|run| left.insert(run.start, run.len));
+        }
+        (*pages, *written) = (0, Vec::new());
+    };
+    for run in pages.runs() {
+        let mut start = run.start;
+        while start < run.end() {
+            let end = run.end().min(start + (MAX_BATCH_PAGES as u64 - batch.0));
+            while let Some(first) = rest.first().filter(|first| first.start < end) {
+                let low = first.start.max(start);
+                batch.1.push(PageRun { start: low, len: first.end().min(end) - low });
+                if first.end() > end {
+                    break;
+                }
+                rest = &rest[1..];
+            }
+            batch.0 += end - start;
+            start = end;
+            if batch.0 == MAX_BATCH_PAGES as u64 {
+                close(&mut batch);
+            }
+        }
+    }
+    close(&mut batch);
+    left
+}
+
 fn count(pages: &Pages) -> u64 {
     pages.values().map(PageSet::len).sum()
 }
@@ -367,7 +445,6 @@ fn count(pages: &Pages) -> u64 {
 mod tests {
     use super::super::trace::tests::{scan, uniform_writer};
     use super::*;
-    use pageferry_tracker::Run as PageRun;
 
     fn wish(strategy: Strategy) -> Wish {
         Wish {
@@ -381,6 +458,43 @@ mod tests {
 
     fn gigabit() -> Site {
         Site { bandwidth: 125e6, ..Site::default() }
+    }
+
+    #[test]
+    fn what_the_program_is_ahead_of_is_left_where_many_are_written() {
+        let set = |runs: &[(u64, u64)]| -> PageSet {
+            runs.iter().map(|&(start, len)| PageRun { start, len }).collect()
+        };
+        // Batches of 256 pages: those of 0 to 255, of 300 to 555, and the last one of 556 to 599.
+        let pages = set(&[(0, 256), (300, 300)]);
+        let of =
+            |written: &PageSet| left_of(&pages, written, (&mut Pass::new(4000), Duration::from_millis(500)));
+        assert_eq!(of(&set(&[(10, 127), (400, 200)])), set(&[(400, 200)]), "127 of 256 are too few");
+        assert_eq!(of(&set(&[(0, 128)])), set(&[(0, 128)]));
+        assert_eq!(of(&set(&[(255, 1), (300, 128), (590, 10)])), set(&[(300, 128)]));
+        assert!(of(&PageSet::default()).is_empty());
+    }
+
+    #[test]
+    fn a_hot_set_is_not_sent_in_the_first_round() {
+        const PAGES: u64 = 1 << 16;
+        const HOT: u64 = PAGES / 20;
+        let hot: PageSet = (0..HOT).map(|page| PageRun { start: page * 20, len: 1 }).collect();
+        let mut trace = Trace::new();
+        trace.add(&scan(0, PAGES, PageSet::default(), true));
+        (1..100).for_each(|step| trace.add(&scan(step * 100, PAGES, hot.clone(), false)));
+        let of = |policy, site: &Site| {
+            let wish = Wish { policy, ..wish(Strategy::PreCopy) };
+            simulate(&trace, site, &wish, Duration::ZERO)
+        };
+        let (ours, fixed) = (of(PolicyChoice::Adaptive, &gigabit()), of(PolicyChoice::Fixed(1), &gigabit()));
+        let left = ours.rounds[0].ahead_pages;
+        assert_eq!(ours.rounds[0].dirty_pages + left, PAGES);
+        assert!(left * 10 > HOT * 7 && left <= HOT, "{left} of {HOT}: all but those of the first moment");
+        assert_eq!(fixed.rounds[0].dirty_pages, PAGES);
+        assert_eq!(ours.rounds[1].dirty_pages, HOT);
+        let quick = of(PolicyChoice::Adaptive, &Site::default());
+        assert_eq!(quick.rounds[0].dirty_pages, PAGES, "a quick link");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! When to send another round, and when to freeze. Pure: time comes in as durations, nothing is waited for.
 
 pub mod adaptive;
+pub mod ahead;
 pub(crate) mod bubbling;
 pub mod closing;
 pub mod estimate;

@@ -50,6 +50,8 @@ pub(crate) struct Look<'a> {
     pub(crate) content: PageDigest,
     pub(crate) zero: bool,
     pub(crate) round: u32,
+    /// Most pages are sent for the first time, and say nothing by it.
+    pub(crate) passes: bool,
     /// Nothing is sent again after this: there is no point in keeping bytes.
     pub(crate) last: bool,
     /// The link is what takes the time: bytes that are sent for the first time may be kept, too.
@@ -168,7 +170,7 @@ impl Books {
         in_hand: impl Fn(SpaceId, u64) -> Option<&'a Page>,
         stays: impl Fn(SpaceId, u64) -> bool,
     ) -> Fate {
-        let Look { space, page, bytes, content, zero, round, last, idle } = *look;
+        let Look { space, page, bytes, content, zero, round, passes, last, idle } = *look;
         let sent = self.spaces.entry(space).or_default();
         let before = sent.insert(page, content);
         if before == Some(content) {
@@ -213,8 +215,10 @@ impl Books {
         }
         match before {
             _ if last => {}
-            // The page is sent a second time at least: from now on its bytes are worth keeping.
+            // The page is sent a second time at least: from now on its bytes are worth keeping. So are those of one that is sent
+            // for the first time when all others were: it is new, or was written again before its turn came.
             Some(_) => self.cache.keep(space, page, bytes, content, round),
+            None if !passes => self.cache.keep(space, page, bytes, content, round),
             None if idle => self.cache.keep_first(space, page, bytes, content, round),
             None => {}
         }
@@ -294,7 +298,17 @@ mod tests {
         fn send(&mut self, space: SpaceId, page: u64, bytes: &Page, round: u32) -> Fate {
             let zero = digest::is_zero(bytes);
             let content = if zero { digest::ZERO_PAGE } else { digest::page(bytes) };
-            let look = Look { space, page, bytes, content, zero, round, last: false, idle: false };
+            let look = Look {
+                space,
+                page,
+                bytes,
+                content,
+                zero,
+                round,
+                passes: round == 0,
+                last: false,
+                idle: false,
+            };
             self.books.enter(&look, &mut self.out, |_, _| None, |_, _| true)
         }
     }
@@ -341,6 +355,7 @@ mod tests {
             content: first,
             zero: false,
             round: 0,
+            passes: true,
             last: false,
             idle: true,
         };
@@ -389,6 +404,7 @@ mod tests {
             content: digest::page(&noise(3)),
             zero: false,
             round: 1,
+            passes: false,
             last: false,
             idle: false,
         };
@@ -422,6 +438,7 @@ mod tests {
             content,
             zero: false,
             round: 0,
+            passes: true,
             last: false,
             idle: false,
         };

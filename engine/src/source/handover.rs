@@ -112,6 +112,7 @@ impl Migration<'_> {
             gone_pages: tally.gone,
             held_pages: 0,
             left_pages: 0,
+            ahead_pages: 0,
             slowdown: None,
             codings: tally.codings,
             sent_bytes,

@@ -1,5 +1,6 @@
 //! The sending side of a migration.
 
+mod ahead;
 pub(crate) mod books;
 mod closing;
 mod deltas;
@@ -49,7 +50,7 @@ use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
 use niceness::Niceness;
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
-use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Throttle, Tracker};
+use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Throttle, Tracker, WriteCheck};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
 use pages::Worker;
 use std::collections::BTreeMap;
@@ -119,6 +120,8 @@ fn refusal(error: SendError) -> MigrationError {
 struct Space {
     place: Place,
     reader: PageReader,
+    /// Says what has been written since the last look, where the tracker has marks.
+    check: Option<WriteCheck>,
     hot: HotPages,
     /// Pages that it had at the last look, as the destination is to make room for them.
     pages: u64,
@@ -208,6 +211,9 @@ struct Migration<'a> {
     rounds: Option<precopy::Course>,
     /// Whether most pages of the last round travelled as deltas.
     deltas_help: bool,
+    /// While most pages are sent for the first time: how many there are, of which some may be left because they were written
+    /// again already; 0 if none may be.
+    leave: Option<u64>,
     /// Where the pages of the program are kept when it has moved.
     store: Option<KeptStore>,
     /// Which ones these are, by address space.
@@ -329,6 +335,7 @@ impl<'a> Migration<'a> {
             rounds: None,
             holds_back: false,
             deltas_help: false,
+            leave: None,
             store: plan.keep_store.as_deref().map(KeptStore::open).transpose()?,
             to_keep: Vec::new(),
             closed_bytes: 0,

@@ -1,6 +1,7 @@
 //! One worker of the pipeline: it takes a batch off the queue, reads, hashes, codes and sends it, so that a page's bytes
 //! stay in the core's cache from the first step to the last. Each worker has its own connection and its own buffers.
 
+use super::ahead::Ahead;
 use super::books::{Base, Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
 use super::slowdown::{Work, WorkShare};
@@ -54,6 +55,10 @@ pub(crate) struct Round<'a> {
     pub(crate) number: u32,
     /// Nothing was sent before it.
     pub(crate) first: bool,
+    /// Most pages are sent for the first time.
+    pub(crate) passes: bool,
+    /// What the program is ahead of.
+    pub(crate) ahead: Ahead,
     /// The tree stands still, so a page that cannot be read is a bug and not a change.
     pub(crate) frozen: bool,
     /// Somebody failed or was told to stop: the others need not go on.
@@ -80,6 +85,8 @@ impl<'a> Round<'a> {
             readers,
             number,
             first: number == 0,
+            passes: number == 0,
+            ahead: Ahead::new(0),
             frozen,
             stop: AtomicBool::new(false),
             work: WorkShare::full(),
@@ -199,7 +206,15 @@ impl Worker {
             let most = self.chooser.batch_pages().min(limits::MAX_BATCH_PAGES) as u64;
             let Some(task) = round.queue.next(hand, most, &mut self.runs) else { break Ok(()) };
             let had = (tally.pages(), tally.bytes());
-            let sent = self.send_batch(channel, round, task, &mut tally);
+            if self.chooser.link_is_slow()
+                && let Some(check) = task.check
+            {
+                tally.left += round.ahead.leave(check, &mut self.runs);
+            }
+            let sent = match self.runs.is_empty() {
+                true => Ok(()),
+                false => self.send_batch(channel, round, task, &mut tally),
+            };
             if let Err(error) = sent.and_then(|()| Ok(channel.hear_abort()?)) {
                 break Err(error);
             }
@@ -299,6 +314,7 @@ impl Worker {
                 zero,
                 round: round.number,
                 last: round.frozen,
+                passes: round.passes,
                 idle,
             };
             let in_hand = |of: SpaceId, at: u64| {

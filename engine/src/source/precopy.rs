@@ -9,7 +9,9 @@ use crate::plan::{NoConvergence, Strategy};
 use crate::policy::throttle::next_share;
 use crate::policy::{self, Closing, Decision, HotPages, Measured, Navigator, RoundSample, StopReason};
 use crate::report::RoundReport;
-use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState};
+use pageferry_tracker::{
+    Collected, PageReader, PageSet, ReadError, SpaceScan, Throttle, TreeState, WriteCheck,
+};
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
 use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
@@ -31,6 +33,8 @@ pub(super) struct Course {
     measured: Option<Measured>,
     /// Pages that the last round left for this one.
     left_pages: u64,
+    /// Everything before was a sample: most pages are still to be sent for the first time.
+    first_pass: bool,
     /// When the last acknowledged look was taken.
     last_collect: Option<Instant>,
     /// As of [`Migration::changes`].
@@ -79,8 +83,15 @@ impl Migration<'_> {
         let mut navigator = self.navigator();
         self.holds_back = navigator.policy().holds_back();
         let changes = self.changes();
-        let mut course =
-            Course { navigator, closing: None, measured: None, left_pages: 0, last_collect: None, changes };
+        let mut course = Course {
+            navigator,
+            closing: None,
+            measured: None,
+            left_pages: 0,
+            first_pass: true,
+            last_collect: None,
+            changes,
+        };
         self.control.enter(Stage::PreCopy);
         let mut round = 0;
         loop {
@@ -193,6 +204,9 @@ impl Migration<'_> {
         }
         let left_pages = chosen.most.map_or(0, |most| self.leave(&mut todo, most));
         let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
+        let leaves = self.holds_back && course.closing.is_none();
+        self.leave = course.first_pass.then_some(if leaves { sendable } else { 0 });
+        course.first_pass &= left_pages > 0;
         self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
         let sending = Instant::now();
         let before = (self.sent_bytes(), self.paused);
@@ -211,6 +225,7 @@ impl Migration<'_> {
         // Of a round that is lost the pages come again: they were written since the one before.
         course.last_collect = Some(start);
 
+        let sendable = sendable - tally.left;
         if policy::says_the_pace(sendable) || course.measured.is_none() {
             course.measured = Some(Measured {
                 pages_per_second: sendable.max(1) as f64 / acked.as_secs_f64().max(1e-6),
@@ -220,12 +235,13 @@ impl Migration<'_> {
         }
         // What was left of a sample is to be sent, and was not written.
         let written = if course.left_pages > 0 { dirty_pages } else { todo_pages };
-        course.left_pages = left_pages;
+        course.left_pages = left_pages + tally.left;
         let report = RoundReport {
             round,
             frozen: false,
-            dirty_pages: todo_pages - left_pages,
+            dirty_pages: todo_pages - left_pages - tally.left,
             left_pages,
+            ahead_pages: tally.left,
             sent_pages: tally.sent(),
             unchanged_pages: tally.codings.unchanged.pages,
             zero_pages: tally.codings.zero.pages,
@@ -390,6 +406,7 @@ impl Migration<'_> {
             self.layout.place(scan.key, &scan.target).map_err(|source| SendError::Look { pid, source })?;
         // The destination makes memory ready for these. What comes late passes through little of it.
         let pages = if self.plan.strategy == Strategy::PostCopy { 0 } else { scan.populated.len() };
+        let kind = self.tracker_mut().kind();
         let vacant = match self.spaces.entry(scan.key.0) {
             Entry::Occupied(mut space) => {
                 space.get_mut().pages = pages;
@@ -398,8 +415,10 @@ impl Migration<'_> {
             Entry::Vacant(vacant) => vacant,
         };
         let reader = PageReader::new(&scan.target).map_err(|source| SendError::Reader { pid, source })?;
+        // Only guesses are made of it: who ends now is found to have ended where that matters.
+        let check = WriteCheck::new(&scan.target, kind).ok().flatten();
         let info = SpaceInfo { space: place.id, vpid: place.vpid, name: scan.target.name(), pages };
-        vacant.insert(Space { place, reader, hot: HotPages::default(), pages });
+        vacant.insert(Space { place, reader, check, hot: HotPages::default(), pages });
         Ok(Some(info))
     }
 

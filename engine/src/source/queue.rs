@@ -1,7 +1,7 @@
 //! What is to be sent in a round, handed out batch by batch to whichever worker comes next.
 
 use crate::layout::Place;
-use pageferry_tracker::{PageReader, PageSet, Run};
+use pageferry_tracker::{PageReader, PageSet, Run, WriteCheck};
 use pageferry_wire_format::SpaceId;
 use std::cmp::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,6 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) struct Task<'a> {
     pub(crate) place: &'a Place,
     pub(crate) reader: &'a PageReader,
+    /// Says which pages have been written meanwhile, where that can be said.
+    pub(crate) check: Option<&'a WriteCheck>,
     pub(crate) pages: &'a PageSet,
 }
 
@@ -218,8 +220,9 @@ mod tests {
             (1..20).chain([64, 700, 5000]).flat_map(|most| [(most, 1), (most, 2), (most, 3)])
         {
             let tasks = places.iter().zip(&pages);
-            let queue =
-                Queue::new(tasks.map(|(place, pages)| Task { place, reader: &reader, pages }).collect());
+            let queue = Queue::new(
+                tasks.map(|(place, pages)| Task { place, reader: &reader, check: None, pages }).collect(),
+            );
             let hands: Vec<Hand> = (0..workers).map(|_| queue.hand()).collect();
             let mut given = vec![PageSet::default(); pages.len()];
             let mut runs = Vec::new();
@@ -255,7 +258,7 @@ mod tests {
         let reader = PageReader::new(&target).unwrap();
         let place = Place { id: SpaceId(0), target: target.clone(), vpid: 1 };
         let pages: PageSet = std::iter::once(Run { start: 100, len: 1500 }).collect();
-        let queue = Queue::new(vec![Task { place: &place, reader: &reader, pages: &pages }]);
+        let queue = Queue::new(vec![Task { place: &place, reader: &reader, check: None, pages: &pages }]);
         let (one, other) = (queue.hand(), queue.hand());
         let next = |hand| {
             let mut runs = Vec::new();

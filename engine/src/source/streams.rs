@@ -1,5 +1,6 @@
 //! The connections of a migration and the workers on them: opening, a round over all of them, and its end.
 
+use super::ahead::Ahead;
 use super::failure::SendError;
 use super::images::Packer;
 use super::pages::{Round, SendPagesError, Worker};
@@ -109,15 +110,20 @@ impl Migration<'_> {
     /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let (observer, cancel, control) = (self.observer, self.cancel, self.control);
-        let Self { spaces, books, workers, further, channel, throttle, peer, report, watch, .. } = self;
+        let Self { spaces, books, workers, further, channel, throttle, peer, report, watch, leave, .. } =
+            self;
         let channel = channel.as_mut().expect("connected before the first round");
         let tasks = todo.iter().map(|Todo { key, pages }| {
-            let Space { place, reader, .. } = &spaces[key];
-            Task { place, reader, pages }
+            let Space { place, reader, check, .. } = &spaces[key];
+            Task { place, reader, check: check.as_ref(), pages }
         });
         let readers = spaces.values().map(|space| (space.place.id, &space.reader)).collect();
         let mut round = Round::new(Queue::new(tasks.collect()), control, books, readers, round, frozen);
         round.first &= report.interruptions == 0;
+        round.passes = leave.is_some();
+        if !frozen {
+            round.ahead = Ahead::new(leave.unwrap_or(0));
+        }
         let mut watch = watch.as_mut().filter(|_| !frozen);
         if let Some(watch) = &watch {
             round.work.set(watch.share());

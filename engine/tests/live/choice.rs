@@ -2,7 +2,7 @@
 
 use super::Test;
 use super::ferry::{Ferry, Outcome};
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use pageferry::MigrationReport;
 use pageferry_benches::bench::hosts::Host;
 
@@ -93,19 +93,31 @@ fn outruns(ferry: &Ferry) -> anyhow::Result<()> {
 }
 
 fn whole(ferry: &Ferry) -> anyhow::Result<()> {
-    // So little that a machine that is busy with something else keeps the ratio of the two.
+    const LINK: f64 = 15e6;
     let writer = ["writer", "--memory", "32MiB", "--rate", "10MB", "--full-page"];
-    let options = ["--bandwidth", "15MB", "--downtime", "150ms", "--coding", "raw"];
-    let rounds = chosen(ferry, &writer, &options, &["--total-time", "5min"])?;
-    ensure!(rounds.strategy == "pre-copy", "{}: {}", rounds.strategy, rounds.strategy_because);
-    ensure!(rounds.total_time_goal_met == Some(true), "5 minutes were not enough");
-    // Rounds send it nearly three times, and post-copy less than twice.
-    let goal = format!("{}us", rounds.complete_us * 4 / 5);
-    let report = chosen(ferry, &writer, &options, &["--total-time", &goal])?;
-    ensure!(report.strategy == "hybrid" && report.strategy_reason == "too-long", "{}", report.strategy);
-    ensure!(report.stop_reason == "total-time", "{}", report.stop_reason);
-    ensure!(report.complete_us < rounds.complete_us, "{} and {} us", report.complete_us, rounds.complete_us);
-    Ok(())
+    let options = ["--bandwidth", "15MB", "--downtime", "300ms", "--coding", "raw"];
+    // The two rates are near each other, and a machine that stands still for a tenth of a second now and then carries less than
+    // it is allowed to: what is chosen then is right, and is another question.
+    let as_fast = |report: &MigrationReport| {
+        let long = report.rounds.iter().filter(|round| round.sent_pages >= 1000);
+        long.map(|round| round.link_rate).fold(f64::INFINITY, f64::min) > 0.9 * LINK
+    };
+    for _ in 0..6 {
+        let rounds = chosen(ferry, &writer, &options, &["--total-time", "5min"])?;
+        // Rounds send it nearly three times, and post-copy less than twice.
+        let goal = format!("{}us", rounds.complete_us * 4 / 5);
+        let report = chosen(ferry, &writer, &options, &["--total-time", &goal])?;
+        if !as_fast(&rounds) || !as_fast(&report) {
+            continue;
+        }
+        ensure!(rounds.strategy == "pre-copy", "{}: {}", rounds.strategy, rounds.strategy_because);
+        ensure!(rounds.total_time_goal_met == Some(true), "5 minutes were not enough");
+        ensure!(report.strategy == "hybrid" && report.strategy_reason == "too-long", "{}", report.strategy);
+        ensure!(report.stop_reason == "total-time", "{}", report.stop_reason);
+        ensure!(report.complete_us < rounds.complete_us, "{} and {}", report.complete_us, rounds.complete_us);
+        return Ok(());
+    }
+    bail!("this machine never carried nine tenths of 15 MB/s in every long round")
 }
 
 fn said(ferry: &Ferry) -> anyhow::Result<()> {

@@ -8,6 +8,7 @@ use pageferry_benches::bench::hosts::Host;
 pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("a hot set is held back until the freeze", hot_set),
+        ("what is written all the time is not sent in the first round", ahead),
         ("a program that outruns the link runs on, when asked for", give_up),
         ("a program that outruns the link is slowed down, when asked for", throttle),
         ("what is written while the freeze is made ready goes before it", closing),
@@ -42,6 +43,32 @@ fn hot_set(ferry: &Ferry) -> anyhow::Result<()> {
     ensure!(ours.0 < fixed.0, "bytes of holding back and of fixed rounds: {} and {}", ours.0, fixed.0);
     // Both send the hot set in the freeze, and little else.
     ensure!(ours.1 < 2 * fixed.1.max(500), "pages in the freeze: {} and {}", ours.1, fixed.1);
+    Ok(())
+}
+
+/// One page in twenty, again and again: a first round that sends them sends them in vain.
+fn ahead(ferry: &Ferry) -> anyhow::Result<()> {
+    const PAGES: u64 = (64 << 20) / 4096;
+    let mut bytes = Vec::new();
+    for policy in ["adaptive", "fixed:6"] {
+        let subject = ferry.subject(&["writer", "--memory", "64MiB", "--every", "20", "--rate", "80MB"])?;
+        let receiver = ferry.receiver(None, &["--once"])?;
+        let options = ["--verify", "--bandwidth", "20MB", "--policy", policy];
+        let outcome = ferry.migrate(subject.pid, None, &options)?;
+        let report = outcome.moved()?;
+        ensure!(report.verified, "it was not compared");
+        let (first, second) = (&report.rounds[0], &report.rounds[1]);
+        // The others are written before it is known that they will be again.
+        let left = if policy == "adaptive" { PAGES / 80..PAGES / 20 + 10 } else { 0..1 };
+        ensure!(left.contains(&first.ahead_pages), "{policy}: {first:?}");
+        ensure!(second.dirty_pages >= first.ahead_pages, "{policy}: {second:?}");
+        bytes.push(report.bytes_sent);
+        ferry.lives_only(Host::Destination, &subject).context(policy)?;
+        ensure!(receiver.wait()? == 0, "the receiver's exit code");
+        ferry.hosts.kill(Host::Destination, subject.pid)?;
+    }
+    let [ours, fixed] = bytes[..] else { unreachable!("two policies") };
+    ensure!(ours + PAGES / 80 * 4096 / 2 < fixed, "bytes of leaving and of fixed rounds: {ours} and {fixed}");
     Ok(())
 }
 

@@ -80,7 +80,8 @@ fn recording(ferry: &Ferry) -> anyhow::Result<()> {
     let rounds = |outcome: &Value| outcome["rounds"].as_array().map_or(0, Vec::len);
     ensure!(rounds(&fixed) == 10, "nine rounds and the freeze: {fixed}");
     ensure!((3..9).contains(&rounds(&adaptive)), "{adaptive}");
-    let pages = adaptive["rounds"][0]["dirty_pages"].as_u64().context("pages")?;
+    let of_first = |what: &str| adaptive["rounds"][0][what].as_u64().context("pages");
+    let pages = of_first("dirty_pages")? + of_first("ahead_pages")?;
     ensure!((8192..9000).contains(&pages), "the first round has all of it: {pages}");
     // Half the bytes, half the time.
     let half = json(&with(&["--strategy", "stop-and-copy", "--ratio", "0.5", "--json"])?)?;

@@ -129,6 +129,20 @@ pub(crate) fn notes(pagemap: &File, pages: &PageSet) -> io::Result<PageSet> {
     Ok(notes)
 }
 
+/// The pages from `page` to `end` that have their soft-dirty bit, whether they exist or not.
+pub(crate) fn soft_dirty(pagemap: &File, mut page: u64, end: u64) -> io::Result<PageSet> {
+    let mut dirty = Collector::default();
+    let mut buffer = vec![0u8; BUFFER.min((end - page) as usize * 8)];
+    while page < end {
+        for entry in read(pagemap, page, end - page, &mut buffer)? {
+            dirty.take(page, entry >> 55 & 1 == 1);
+            page += 1;
+        }
+    }
+    dirty.end(page);
+    Ok(dirty.pages)
+}
+
 /// Which frame a page of ours has that was read and never written.
 fn zero_frame() -> io::Result<Option<u64>> {
     let page = MmapMut::map_anon(4096)?;

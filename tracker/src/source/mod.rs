@@ -21,6 +21,8 @@ mod reach;
 pub(crate) mod soft_dirty;
 pub(crate) mod uffd_wp;
 
+pub(crate) use entries::soft_dirty as soft_dirty_entries;
+
 use crate::inject::InjectError;
 use crate::page_set::{PageSet, Run};
 use crate::scope::{Span, Untracked, View};

@@ -3,12 +3,13 @@
 use crate::Case;
 use crate::subject::{Subject, dirty, populated, within};
 use nix::sys::signal::Signal;
-use pageferry_tracker::{Collected, PageReader, Run, SpaceScan, Tracker, TrackerKind, TreeState};
+use pageferry_tracker::{Collected, PageReader, Run, SpaceScan, Tracker, TrackerKind, TreeState, WriteCheck};
 
 pub const CASES: &[Case] = &[
     ("a_known_writer_exactly", a_known_writer_exactly),
     ("unacknowledged_pages_come_back", unacknowledged_pages_come_back),
     ("a_frozen_collect_sees_the_same", a_frozen_collect_sees_the_same),
+    ("a_write_is_seen_before_it_is_collected", a_write_is_seen_before_it_is_collected),
     ("bytes_that_stay_the_same", bytes_that_stay_the_same),
     ("pages_written_meanwhile_are_not_lost", pages_written_meanwhile_are_not_lost),
     ("huge_pages_are_never_missing", huge_pages_are_never_missing),
@@ -82,6 +83,28 @@ fn a_known_writer_exactly(kind: TrackerKind) {
         subject.ask(&format!("read {at} 1"))
     );
     tracker.detach().expect("detach");
+}
+
+fn a_write_is_seen_before_it_is_collected(kind: TrackerKind) {
+    let (mut subject, at, mut tracker) = prepared(kind);
+    let Some(check) = WriteCheck::new(&subject.target(), kind).expect("a check") else {
+        assert_eq!(kind, TrackerKind::Compare, "only bytes that are compared have no marks");
+        return;
+    };
+    let seen = || {
+        let runs = [(0, 10), (20, 44)].map(|(start, len)| Run { start: at / 4096 + start, len });
+        within(&check.written(&runs).expect("a look"), at, 64)
+    };
+    assert_eq!(seen(), NONE);
+    for turn in 0..3 {
+        subject.tell(&format!("write {at} 3 9 10 40"));
+        assert_eq!(seen(), [3, 9, 40], "turn {turn}: of those that were asked about");
+        assert_eq!(seen(), [3, 9, 40], "turn {turn}: looking changes nothing");
+        let collected = collect(&mut tracker);
+        assert_eq!(dirty(only(&collected), at, 64), [3, 9, 10, 40], "turn {turn}");
+        tracker.acknowledge(collected.ticket);
+        assert_eq!(seen(), NONE, "turn {turn}");
+    }
 }
 
 fn pages(list: &[u64]) -> String {

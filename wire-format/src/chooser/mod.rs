@@ -68,8 +68,8 @@ const TOLD_GLIMPSE: u32 = 16;
 const WORTH_A_GLIMPSE: f64 = 1.3;
 /// Seconds that it takes to keep a copy of a byte, in a virtual machine that has to get the memory for it: 8 us a page.
 const KEEPING: f64 = 2e-9;
-/// Where a byte takes the link less than this, nothing is kept: a fast link is a slower one for a moment when its other end is held up.
-const SLOW_LINK: f64 = 6e-9;
+/// Where a byte takes the link less than this (seconds), nothing is kept: a fast link is a slower one for a moment when its other end is held up.
+pub const SLOW_LINK: f64 = 6e-9;
 /// Choices for which a plan is kept: making one takes microseconds, and a raw batch not many more.
 const KEEP_PLAN: u32 = 8;
 
@@ -209,6 +209,11 @@ impl CodingChooser {
     /// quarter of it, which stays in a core's second-level cache while it is read, hashed and sent.
     pub fn batch_pages(&self) -> usize {
         if self.compressing { MAX_BATCH_PAGES } else { MAX_BATCH_PAGES / 4 }
+    }
+
+    /// Whether the link is known, and slower than one on which a core's time matters more than bytes.
+    pub fn link_is_slow(&self) -> bool {
+        self.meter.link().is_some_and(|link| link >= SLOW_LINK)
     }
 
     /// Whether the core waits for the link, by so much that it can do something for later with each byte that is sent: keep a

@@ -188,7 +188,8 @@ impl Source {
         let bytes = bytes(self.memory[&space][&page]);
         let zero = digest::is_zero(&bytes);
         let content = if zero { digest::ZERO_PAGE } else { digest::page(&bytes) };
-        let look = Look { space, page, bytes: &bytes, content, zero, round, last: false, idle: true };
+        let look =
+            Look { space, page, bytes: &bytes, content, zero, round, passes: true, last: false, idle: true };
         let mut out = Output::default();
         let stays = |of: SpaceId, at: u64| !todo.contains(&(of, at));
         let fate = self.books.enter(&look, &mut out, |_, _| None, stays);
