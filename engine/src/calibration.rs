@@ -263,6 +263,7 @@ impl Calibration {
             setup: setups.get(setups.len() / 2).map_or(site.setup, |us| Duration::from_micros(*us)),
             first: cost(site.first, quick(|run| run.first_ns)),
             again: cost(site.again, quick(|run| run.again_ns)),
+            anew: cost(site.anew, quick(|run| run.again_ns)),
             ..site
         }
     }

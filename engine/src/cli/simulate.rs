@@ -90,6 +90,8 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
         round_trip: verb.round_trip.0,
         first: bytes(own.first, verb.ratio),
         again: bytes(own.again, again),
+        // What is said of them is of all of them, whether bytes were kept or not.
+        anew: bytes(own.anew, again),
         ..own
     };
     let site = calibration.site(own, &program);

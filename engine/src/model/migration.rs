@@ -1,6 +1,7 @@
 //! A migration in virtual time: the rules of the engine ([`crate::policy`]) over what a program wrote.
 
-use super::site::Site;
+use super::based::Based;
+use super::site::{Load, Site};
 use super::trace::{Pages, Trace};
 use crate::plan::{PolicyChoice, Strategy};
 use crate::policy::ahead::Pass;
@@ -90,6 +91,7 @@ pub fn simulate(trace: &Trace, site: &Site, wish: &Wish, start: Duration) -> Out
         sending: Pages::new(),
         read: (start, start),
         hot: BTreeMap::new(),
+        based: Based::default(),
         rounds: Vec::new(),
         bytes: 0.0,
         write_faults: 0,
@@ -119,6 +121,7 @@ struct Run<'a> {
     sending: Pages,
     read: (Duration, Duration),
     hot: BTreeMap<SpaceKey, HotPages>,
+    based: Based,
     rounds: Vec<Round>,
     bytes: f64,
     /// Writes to pages that a scan had protected.
@@ -128,22 +131,13 @@ struct Run<'a> {
 /// What is to be sent.
 #[derive(Default)]
 struct Due {
-    first: u64,
-    again: u64,
-    /// Dirty, and as they were when they were sent: the write came before the round had read them.
-    unchanged: u64,
+    load: Load,
     held: u64,
     /// The program is ahead of them.
     ahead: u64,
     /// Written since the last look, whatever becomes of it.
     dirty: u64,
     pages: Pages,
-}
-
-impl Due {
-    fn sendable(&self) -> u64 {
-        self.first + self.again + self.unchanged
-    }
 }
 
 /// Parts of a round in which pages are taken as read at the same time.
@@ -176,7 +170,7 @@ impl Run<'_> {
             let existing = self.trace.existing(start);
             let sample = RoundSample {
                 round,
-                todo_pages: due.sendable() + due.held,
+                todo_pages: due.load.pages() + due.held,
                 hot_pages: due.held,
                 dirty_pages: due.dirty,
                 since_last: self.last.map_or(Duration::ZERO, |last| start - last),
@@ -198,10 +192,13 @@ impl Run<'_> {
             if first_pass && leaves {
                 due = self.ahead(due);
             }
+            if self.site.carry(1.0) >= SLOW_LINK || !first_pass {
+                self.based.sent(&due.pages, first_pass, count(&existing));
+            }
             first_pass &= course.most.is_some();
-            let sendable = due.sendable();
+            let sendable = due.load.pages();
             self.last = Some(start);
-            let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
+            let (time, bytes) = self.site.send(due.load);
             let acknowledged = time + self.site.round_trip;
             self.now = start + acknowledged + self.site.round_overhead;
             self.bytes += bytes;
@@ -221,7 +218,7 @@ impl Run<'_> {
                 round,
                 frozen: false,
                 dirty_pages: sendable + due.held,
-                unchanged_pages: due.unchanged,
+                unchanged_pages: due.load.unchanged,
                 held_pages: due.held,
                 ahead_pages: due.ahead,
                 sent_bytes: bytes as u64,
@@ -252,11 +249,14 @@ impl Run<'_> {
             let pages = hot.look(&dirty.union(&missing), &dirty, populated, hold);
             due.held += hot.held().len();
             let first = pages.subtract(given).len();
-            due.first += first;
-            // What is not new to the destination, and not as it has it already.
-            let unchanged = kept.get(key).map_or(0, |kept| kept.intersect(&pages).len());
-            due.unchanged += unchanged;
-            due.again += pages.len() - first - unchanged;
+            due.load.first += first;
+            // As the destination has it: dirty again is what is not, and is not new to it.
+            let unchanged = kept.get(key).map_or_else(PageSet::default, |kept| kept.intersect(&pages));
+            due.load.unchanged += unchanged.len();
+            let again = pages.intersect(given).subtract(&unchanged);
+            let based = self.based.among(*key, &again);
+            due.load.again += based;
+            due.load.anew += again.len() - based;
             due.pages.insert(*key, pages);
         }
         due
@@ -266,8 +266,8 @@ impl Run<'_> {
     fn part(&mut self, due: Due, most: u64) -> Due {
         let mut part = Due { held: due.held, dirty: due.dirty, ..Due::default() };
         for (key, pages) in due.pages {
-            let (now, later) = pages.split(most - part.first);
-            part.first += now.len();
+            let (now, later) = pages.split(most - part.load.first);
+            part.load.first += now.len();
             part.pages.insert(key, now);
             self.hot.entry(key).or_default().put_back(&later);
         }
@@ -278,14 +278,14 @@ impl Run<'_> {
     /// found at the next look.
     fn ahead(&self, due: Due) -> Due {
         let mut sent = Due { held: due.held, dirty: due.dirty, ..Due::default() };
-        let mut pass = Pass::new(due.first);
+        let mut pass = Pass::new(due.load.first);
         let mut at = self.now + self.site.round_overhead;
         for part in 0..FIRST_PARTS {
             let mut parts: Vec<_> =
                 due.pages.iter().map(|(key, pages)| (*key, share_of(pages, (part, FIRST_PARTS)))).collect();
             let whole: u64 = parts.iter().map(|(_, mine)| mine.len()).sum();
             // In the middle of the part.
-            let middle = at + self.site.send(whole, 0, 0).0 / 2;
+            let middle = at + self.site.send(Load { first: whole, ..Load::default() }).0 / 2;
             let written = self.trace.written(self.now, middle);
             for (key, mine) in &mut parts {
                 let written =
@@ -293,8 +293,8 @@ impl Run<'_> {
                 *mine = mine.subtract(&left_of(mine, &written, (&mut pass, middle - self.now)));
             }
             let rest = parts.iter().map(|(_, mine)| mine.len()).sum();
-            at += self.site.send(rest, 0, 0).0;
-            sent.first += rest;
+            at += self.site.send(Load { first: rest, ..Load::default() }).0;
+            sent.load.first += rest;
             sent.ahead += whole - rest;
             parts.into_iter().for_each(|(key, mine)| sent.pages.entry(key).or_default().absorb(mine));
         }
@@ -331,8 +331,8 @@ impl Run<'_> {
         let (mut downtime, bytes) =
             self.site.stand(existing.len() as u32, resident, self.trace.in_images(self.now));
         self.bytes += bytes;
-        let pages = due.sendable();
-        let (time, bytes) = self.site.send(due.first, due.again, due.unchanged);
+        let pages = due.load.pages();
+        let (time, bytes) = self.site.send(due.load);
         self.bytes += bytes;
         let predicted_downtime_us = (downtime + time).as_micros() as u64;
         let mut fill = Duration::ZERO;
@@ -344,7 +344,7 @@ impl Run<'_> {
                     round: self.rounds.len() as u32,
                     frozen: true,
                     dirty_pages: pages,
-                    unchanged_pages: due.unchanged,
+                    unchanged_pages: due.load.unchanged,
                     held_pages: 0,
                     ahead_pages: 0,
                     sent_bytes: bytes as u64,

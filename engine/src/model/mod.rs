@@ -3,6 +3,7 @@
 //! [`Trace`] is what a program wrote, [`Site`] the link and the hosts, and [`simulate`] runs the engine's own policy over
 //! them: the same [`crate::policy`] that decides in a migration.
 
+mod based;
 mod forecast;
 mod migration;
 mod site;
@@ -10,5 +11,5 @@ mod trace;
 
 pub use forecast::{Estimate, Forecast, forecast};
 pub use migration::{Outcome, Round, Wish, simulate};
-pub use site::{HEAD, PageCost, Site};
+pub use site::{HEAD, Load, PageCost, Site};
 pub use trace::{Pages, Trace};

@@ -24,6 +24,8 @@ pub struct Site {
     pub first: PageCost,
     /// A page that was sent before and is dirty again.
     pub again: PageCost,
+    /// One of these of which the sender has kept no bytes, so that it cannot go as what differs.
+    pub anew: PageCost,
     /// Reading and hashing a page that turns out to be as it was sent.
     pub look: Duration,
     /// From the start until the first round: connecting, attaching, CRIU's preparations.
@@ -40,6 +42,26 @@ pub struct Site {
     pub write_fault: Duration,
     /// Time until a page that the program waits for in post-copy is there, beside the round trip and its bytes.
     pub read_fault: Duration,
+}
+
+/// Pages that are sent together, by what they cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Never sent before.
+    pub first: u64,
+    /// Sent before, and dirty again.
+    pub again: u64,
+    /// ... of which no bytes were kept.
+    pub anew: u64,
+    /// As they were sent: they are only looked at.
+    pub unchanged: u64,
+}
+
+impl Load {
+    /// All of them.
+    pub fn pages(&self) -> u64 {
+        self.first + self.again + self.anew + self.unchanged
+    }
 }
 
 /// What is left of a link's rate for what goes over it, where frames of Ethernet (1514 bytes) carry TCP with time stamps.
@@ -61,6 +83,7 @@ impl Default for Site {
             round_trip: Duration::from_micros(100),
             first: PageCost { time: Duration::from_nanos(5000), bytes: PAGE + HEAD },
             again: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
+            anew: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             look: Duration::from_nanos(400),
             setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
@@ -79,14 +102,13 @@ impl Site {
         rate as f64 * PAYLOAD
     }
 
-    /// How long it takes to send `first` pages that were never sent and `again` pages that were, and to look at `unchanged`
-    /// pages that are as they were sent, and their bytes: the
-    /// processors and the link work at the same time, so it takes as long as the slower of them.
-    pub fn send(&self, first: u64, again: u64, unchanged: u64) -> (Duration, f64) {
-        let bytes = first as f64 * self.first.bytes + again as f64 * self.again.bytes;
-        let work = first as f64 * self.first.time.as_secs_f64()
-            + again as f64 * self.again.time.as_secs_f64()
-            + unchanged as f64 * self.look.as_secs_f64();
+    /// How long it takes to send these pages, and their bytes: the processors and the link work at the same time, so it takes
+    /// as long as the slower of them.
+    pub fn send(&self, load: Load) -> (Duration, f64) {
+        let kinds = [(load.first, self.first), (load.again, self.again), (load.anew, self.anew)];
+        let bytes = kinds.iter().map(|(pages, cost)| *pages as f64 * cost.bytes).sum();
+        let work = kinds.iter().map(|(pages, cost)| *pages as f64 * cost.time.as_secs_f64()).sum::<f64>()
+            + load.unchanged as f64 * self.look.as_secs_f64();
         (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
     }
 

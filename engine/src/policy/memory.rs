@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+/// Share of the program's memory that the delta cache takes unless it is told: 1/16.
+pub const DELTA_CACHE_SHARE: u64 = 16;
+
 const MIB: u64 = 1 << 20;
 
 /// What a side takes before there is any program: code, stacks, CRIU's messages, a piece of an image, what the allocator keeps.

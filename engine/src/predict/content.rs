@@ -205,12 +205,17 @@ impl Content {
         }
     }
 
-    /// One that was sent before and is dirty again; `None` if there were none.
-    pub(super) fn again(&self, way: Way) -> Option<Cost> {
-        let whole = match self.again_coded.bytes > 0.0 {
+    /// One that was sent before, is dirty again, and goes whole.
+    pub(super) fn anew(&self, way: Way) -> Cost {
+        match self.again_coded.bytes > 0.0 {
             true => whole(&self.again_coded, self.reading / self.pages.max(1.0), way),
             false => self.first(way),
-        };
+        }
+    }
+
+    /// One that was sent before and is dirty again; `None` if there were none.
+    pub(super) fn again(&self, way: Way) -> Option<Cost> {
+        let whole = self.anew(way);
         let bytes = self.again_bytes as f64 + self.again_whole as f64 * whole.bytes;
         let share = self.again_whole as f64 / self.again as f64;
         (self.again > 0).then(|| Cost {

@@ -202,6 +202,7 @@ fn site(
     let bandwidth = plan.bandwidth.map_or(f64::INFINITY, Site::payload);
     let way = Way { workers, bandwidth, sending: SENDING / 4096.0 };
     let first = content.first(way);
+    let anew = content.anew(way);
     let again = match (content.again(way), trace.unchanged_share()) {
         (Some(again), _) => again,
         (None, Some(unchanged)) => Cost { bytes: first.bytes * (1.0 - unchanged), ..first },
@@ -214,6 +215,7 @@ fn site(
         round_trip: plan.round_trip,
         first: PageCost { time: time(&first) + storing, bytes: first.bytes + HEAD },
         again: PageCost { time: time(&again), bytes: again.bytes + HEAD },
+        anew: PageCost { time: time(&anew), bytes: anew.bytes + HEAD },
         ..Site::default()
     };
     let learned = calibration.site(own, program);
@@ -226,5 +228,10 @@ fn site(
         },
         ..own
     };
-    Site { first: slower(own.first, learned.first), again: slower(own.again, learned.again), ..learned }
+    Site {
+        first: slower(own.first, learned.first),
+        again: slower(own.again, learned.again),
+        anew: slower(own.anew, learned.again),
+        ..learned
+    }
 }

@@ -6,6 +6,7 @@ use super::{Migration, Phase, Space};
 use crate::control::Stage;
 use crate::observe::Event;
 use crate::plan::{NoConvergence, Strategy};
+use crate::policy::memory::DELTA_CACHE_SHARE;
 use crate::policy::throttle::next_share;
 use crate::policy::{self, Closing, Decision, HotPages, Measured, Navigator, RoundSample, StopReason};
 use crate::report::RoundReport;
@@ -15,9 +16,6 @@ use pageferry_tracker::{
 use pageferry_wire_format::{ControlMessage, RegionInfo, SpaceInfo};
 use std::collections::btree_map::Entry;
 use std::time::{Duration, Instant};
-
-/// Share of the program's memory that the delta cache takes unless it is told: 1/16.
-const DELTA_CACHE_SHARE: u64 = 16;
 
 /// What is to be sent of one space.
 pub(super) struct Todo {
