@@ -116,9 +116,12 @@ impl Shared {
 }
 
 fn cycle(root: &Target, shared: &Shared) {
+    // Since when it runs after it has stood.
+    let mut released: Option<Instant> = None;
     loop {
         let share = shared.state().share;
         if share <= 0.0 {
+            released = None;
             if !shared.wait(Duration::from_secs(3600)) {
                 return;
             }
@@ -128,17 +131,19 @@ fn cycle(root: &Target, shared: &Shared) {
         let asked = Instant::now();
         let stopped = Frozen::new(root, &[], PATIENCE);
         let stands = Instant::now();
-        // Until the last thread stood the program ran.
-        let stopping = stands - asked;
+        // Until the last thread stood the program ran, and before for longer than it was meant to, where this thread had to
+        // wait for a processor.
+        let (stopping, ran) = (stands - asked, stands - released.unwrap_or(asked));
         let (goes_on, failed) = match stopped {
             Ok(frozen) => {
-                let least = PERIOD.mul_f64(share).max(stopping.mul_f64(share / (1.0 - share)));
+                let least = PERIOD.mul_f64(share).max(ran.mul_f64(share / (1.0 - share)));
                 let goes_on = shared.wait(least.clamp(STAND.0, STAND.1));
                 drop(frozen);
                 (goes_on, None)
             }
             Err(error) => (true, Some(error)),
         };
+        released = failed.is_none().then(Instant::now);
         let stood = if failed.is_none() { stands.elapsed() } else { Duration::ZERO };
         drop(gate);
         let mut state = shared.state();
