@@ -443,6 +443,7 @@ fn count(pages: &Pages) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::site::PageCost;
     use super::super::trace::tests::{scan, uniform_writer};
     use super::*;
 
@@ -495,6 +496,23 @@ mod tests {
         assert_eq!(ours.rounds[1].dirty_pages, HOT);
         let quick = of(PolicyChoice::Adaptive, &Site::default());
         assert_eq!(quick.rounds[0].dirty_pages, PAGES, "a quick link");
+    }
+
+    #[test]
+    fn what_differs_is_little_only_where_bytes_were_kept() {
+        let small = PageCost { bytes: 60.0, ..gigabit().again };
+        let site = Site { bandwidth: 12.5e6, again: small, ..Site::default() };
+        let of = |pages| {
+            let trace = uniform_writer(pages, 5120.0, 10);
+            simulate(&trace, &site, &wish(Strategy::PreCopy), Duration::ZERO).stop_reason
+        };
+        assert_eq!(of(1 << 14), Some("no-progress"), "a sixteenth of what it writes to");
+        let hot: PageSet = [PageRun { start: 0, len: 500 }].into_iter().collect();
+        let mut trace = Trace::new();
+        trace.add(&scan(0, 1 << 14, PageSet::default(), true));
+        (1..100).for_each(|step| trace.add(&scan(step * 100, 1 << 14, hot.clone(), false)));
+        let moved = simulate(&trace, &site, &wish(Strategy::PreCopy), Duration::ZERO);
+        assert_eq!(moved.stop_reason, Some("target-met"), "all of it");
     }
 
     #[test]

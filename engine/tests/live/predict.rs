@@ -35,8 +35,9 @@ fn median(forecast: &Value, quantity: &str) -> anyhow::Result<f64> {
 }
 
 fn writer(ferry: &Ferry) -> anyhow::Result<()> {
-    // 5120 pages a second out of 16384.
-    let subject = ferry.subject(&["writer", "--memory", "64MiB", "--rate", "20MiB"])?;
+    // 1280 pages a second out of 16384, of which the link carries 2900: most go whole the second time, too, because the sender
+    // keeps the bytes of a sixteenth.
+    let subject = ferry.subject(&["writer", "--memory", "64MiB", "--rate", "5MiB"])?;
     let pid = subject.pid.to_string();
     let words =
         ["predict", "--pid", &pid, "--bandwidth", "100Mbit", "--duration", "3s", "--calibration", "none"];
@@ -47,7 +48,7 @@ fn writer(ferry: &Ferry) -> anyhow::Result<()> {
     }
     let prediction = json(&pageferry(ferry, &[&words[..], &["--json"]].concat())?)?;
     let rate = prediction["dirty_rate"].as_f64().context("a rate")?;
-    ensure!((4000.0..6000.0).contains(&rate), "{rate} pages a second, and 5120 were written");
+    ensure!((1000.0..1500.0).contains(&rate), "{rate} pages a second, and 1280 were written");
     let ways = prediction["strategies"].as_array().context("strategies")?;
     let [auto, stop, pre, post, hybrid] = &ways[..] else { anyhow::bail!("{} ways", ways.len()) };
     // 64 MiB of noise over 100 Mbit/s, of which TCP leaves 95.6.
