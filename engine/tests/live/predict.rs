@@ -48,7 +48,9 @@ fn writer(ferry: &Ferry) -> anyhow::Result<()> {
     }
     let prediction = json(&pageferry(ferry, &[&words[..], &["--json"]].concat())?)?;
     let rate = prediction["dirty_rate"].as_f64().context("a rate")?;
-    ensure!((1000.0..1500.0).contains(&rate), "{rate} pages a second, and 1280 were written");
+    // Each scan also finds pages of its stack and heap.
+    let own = prediction["scans"].as_f64().context("scans")? / 3.0 * 10.0;
+    ensure!(rate > 1000.0 && rate < 1500.0 + own, "{rate} pages a second, of 1280 and {own} of its own");
     let ways = prediction["strategies"].as_array().context("strategies")?;
     let [auto, stop, pre, post, hybrid] = &ways[..] else { anyhow::bail!("{} ways", ways.len()) };
     // 64 MiB of noise over 100 Mbit/s, of which TCP leaves 95.6.
