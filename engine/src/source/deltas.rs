@@ -1,9 +1,9 @@
 //! The bytes that were last sent of pages that are likely to be dirty again, so that these can be sent as what differs.
 //!
 //! A page gets in when it is sent a second time: most pages of a program are sent once, and those that were written twice
-//! are written again. So does one that was not sent when most were for the first time. Where there is room it gets in when it is sent first, and leaves for any of those. The others leave
-//! when they were not sent for some rounds and another one wants their place. An entry counts only while its digest is that
-//! of what the destination has.
+//! are written again. So does one that was not sent when most were for the first time. Where there is room a page gets in
+//! when it is sent first, and leaves for any of those. The others leave when they were not sent for some rounds and another one
+//! wants their place. An entry counts only while its digest is that of what the destination has.
 
 use pageferry_wire_format::{PageDigest, SpaceId, delta::Page};
 use std::collections::HashMap;
