@@ -189,7 +189,7 @@ impl Run<'_> {
             if let Some(most) = course.most {
                 due = self.part(due, most);
             }
-            if first_pass && leaves {
+            if round == 0 && leaves {
                 due = self.ahead(due);
             }
             if self.site.carry(1.0) >= SLOW_LINK || !first_pass {

@@ -202,9 +202,11 @@ impl Migration<'_> {
         }
         let left_pages = chosen.most.map_or(0, |most| self.leave(&mut todo, most));
         let sendable: u64 = todo.iter().map(|todo| todo.pages.len()).sum();
-        let leaves = self.holds_back && course.closing.is_none();
+        // Of pages that the destination has none is left, whatever their marks say: those that it never had are due until
+        // they are given.
+        let none_given = round == 0 && self.report.interruptions == 0;
+        let leaves = none_given && self.holds_back && course.closing.is_none();
         self.leave = course.first_pass.then_some(if leaves { sendable } else { 0 });
-        course.first_pass &= left_pages > 0;
         self.observer.event(&Event::RoundStarted { round, dirty_pages: sendable });
         let sending = Instant::now();
         let before = (self.sent_bytes(), self.paused);
@@ -215,6 +217,8 @@ impl Migration<'_> {
                 return Err(error);
             }
         };
+        // One that is lost begins anew.
+        course.first_pass &= left_pages > 0;
         let paused = self.paused - before.1;
         let sent = sent - paused;
         self.deltas_help = tally.codings.delta.pages * 2 > tally.sent();
