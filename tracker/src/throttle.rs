@@ -17,6 +17,9 @@ const PERIOD: Duration = Duration::from_millis(50);
 /// see hiccups and no outages.
 const STAND: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));
 
+/// More than this is not made up for: the machine was asleep, or so busy that the program did not run either.
+const MOST_DUE: Duration = Duration::from_secs(1);
+
 /// A thread that does not stop within this (it waits in the kernel, for a disk) must not keep the others standing: the tree is
 /// not slowed down any more then.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -116,28 +119,27 @@ impl Shared {
 }
 
 fn cycle(root: &Target, shared: &Shared) {
+    let mut ledger = Ledger::default();
     // Since when it runs after it has stood.
     let mut released: Option<Instant> = None;
     loop {
         let share = shared.state().share;
         if share <= 0.0 {
-            released = None;
+            (ledger, released) = (Ledger::default(), None);
             if !shared.wait(Duration::from_secs(3600)) {
                 return;
             }
             continue;
         }
         let gate = shared.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let asked = Instant::now();
         let stopped = Frozen::new(root, &[], PATIENCE);
         let stands = Instant::now();
         // Until the last thread stood the program ran, and before for longer than it was meant to, where this thread had to
         // wait for a processor.
-        let (stopping, ran) = (stands - asked, stands - released.unwrap_or(asked));
+        ledger.ran(released.map_or(Duration::ZERO, |released| stands - released), share);
         let (goes_on, failed) = match stopped {
             Ok(frozen) => {
-                let least = PERIOD.mul_f64(share).max(ran.mul_f64(share / (1.0 - share)));
-                let goes_on = shared.wait(least.clamp(STAND.0, STAND.1));
+                let goes_on = shared.wait(ledger.stand(share));
                 drop(frozen);
                 (goes_on, None)
             }
@@ -146,6 +148,7 @@ fn cycle(root: &Target, shared: &Shared) {
         released = failed.is_none().then(Instant::now);
         let stood = if failed.is_none() { stands.elapsed() } else { Duration::ZERO };
         drop(gate);
+        ledger.stood(stood);
         let mut state = shared.state();
         state.stood += stood;
         if let Some(error) = failed {
@@ -153,9 +156,104 @@ fn cycle(root: &Target, shared: &Shared) {
             state.failed = Some(error);
         }
         drop(state);
-        let run = stood.mul_f64((1.0 - share) / share).saturating_sub(stopping);
-        if !goes_on || !shared.wait(run) {
+        if !goes_on || !shared.wait(ledger.run(share)) {
             return;
         }
+    }
+}
+
+/// What is left to stand still for what ran: nobody is punctual on a busy machine, and what ran too long in one turn has to
+/// be made up for in the next ones.
+#[derive(Debug, Default)]
+struct Ledger {
+    /// Seconds; below zero it has stood for longer than it had to.
+    due: f64,
+}
+
+impl Ledger {
+    /// How long it stands in a turn in which everybody is punctual.
+    fn turn(share: f64) -> f64 {
+        (PERIOD.as_secs_f64() * share).clamp(STAND.0.as_secs_f64(), STAND.1.as_secs_f64())
+    }
+
+    fn ran(&mut self, time: Duration, share: f64) {
+        self.due = (self.due + time.as_secs_f64() * share / (1.0 - share)).min(MOST_DUE.as_secs_f64());
+    }
+
+    fn stood(&mut self, time: Duration) {
+        self.due -= time.as_secs_f64();
+    }
+
+    /// How long it is to stand now.
+    fn stand(&self, share: f64) -> Duration {
+        Duration::from_secs_f64(self.due.clamp(Self::turn(share), STAND.1.as_secs_f64()))
+    }
+
+    /// How long it is to run now: until a whole turn is due, and not much shorter even with more than that due.
+    fn run(&self, share: f64) -> Duration {
+        let turn = Self::turn(share);
+        Duration::from_secs_f64((turn - self.due).max(turn / 2.0) * (1.0 - share) / share)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The share of its time that a tree stands, whose throttle wakes late by what `late` says of each turn.
+    fn share_of(share: f64, turns: usize, late: impl Fn(usize) -> Duration) -> f64 {
+        let (mut ledger, mut ran, mut stood) = (Ledger::default(), Duration::ZERO, Duration::ZERO);
+        for turn in 0..turns {
+            let stand = ledger.stand(share);
+            ledger.stood(stand);
+            stood += stand;
+            let run = ledger.run(share) + late(turn);
+            ledger.ran(run, share);
+            ran += run;
+        }
+        stood.as_secs_f64() / (stood + ran).as_secs_f64()
+    }
+
+    #[test]
+    fn a_punctual_throttle_keeps_its_share() {
+        for share in [0.01, 0.25, 0.5, 0.75, 0.99] {
+            let found = share_of(share, 100, |_| Duration::ZERO);
+            assert!((found - share).abs() < 0.01, "{found} instead of {share}");
+        }
+    }
+
+    #[test]
+    fn what_ran_too_long_is_made_up_for() {
+        for share in [0.25, 0.5, 0.75] {
+            let always = share_of(share, 200, |_| Duration::from_millis(10));
+            let seldom =
+                share_of(share, 200, |turn| Duration::from_millis(if turn % 20 == 3 { 150 } else { 0 }));
+            assert!(
+                (always - share).abs() < 0.02 && (seldom - share).abs() < 0.02,
+                "{always} and {seldom} instead of {share}"
+            );
+        }
+    }
+
+    /// A machine that was asleep for an hour does not make the program stand for hours.
+    #[test]
+    fn what_is_due_has_an_end() {
+        let mut ledger = Ledger::default();
+        ledger.ran(Duration::from_secs(3600), 0.9);
+        let mut turns = 0;
+        while ledger.due > Ledger::turn(0.9) {
+            ledger.stood(ledger.stand(0.9));
+            ledger.ran(ledger.run(0.9), 0.9);
+            turns += 1;
+            assert!(turns < 20, "it stands for nearly all of two seconds");
+        }
+    }
+
+    #[test]
+    fn it_never_stands_for_longer_than_a_hiccup() {
+        let mut ledger = Ledger::default();
+        ledger.ran(Duration::from_secs(1), 0.99);
+        assert_eq!(ledger.stand(0.99), STAND.1);
+        assert!(ledger.run(0.99) > Duration::ZERO);
     }
 }

@@ -8,6 +8,7 @@ use crate::sys::objects::HUGE;
 use pageferry_tracker::{Tracker, TrackerKind};
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 pub const CASES: &[Case] = &[
     ("private_huge_pages", private_huge_pages),
@@ -35,11 +36,30 @@ impl Reserve {
         let reserve = Self { before, _alone: alone };
         fs::write(SETTING, (count + COUNT).to_string()).map_err(failed)?;
         let now = fs::read_to_string(SETTING).map_err(failed)?;
-        match now.trim().parse() == Ok(count + COUNT) {
-            true => Ok(reserve),
-            false => Err(format!("no {COUNT} free pages of 2 MiB (nr_hugepages stays {})", now.trim())),
+        if now.trim().parse() != Ok(count + COUNT) {
+            return Err(format!("no {COUNT} free pages of 2 MiB (nr_hugepages stays {})", now.trim()));
         }
+        // The kernel counts pages that are still mapped into a process of an earlier case, which has just been ended, as ours.
+        let patience = Instant::now() + Duration::from_secs(10);
+        while free()? < COUNT {
+            if Instant::now() > patience {
+                return Err(format!("others have all but {} of the {COUNT} pages of 2 MiB", free()?));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(reserve)
     }
+}
+
+/// Huge pages that nobody has mapped or reserved.
+fn free() -> Result<u64, String> {
+    let meminfo = fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
+    let field = |name: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|value| value.trim().parse::<u64>().ok())
+            .ok_or_else(|| format!("/proc/meminfo has no {name}"))
+    };
+    Ok(field("HugePages_Free")?.saturating_sub(field("HugePages_Rsvd")?))
 }
 
 impl Drop for Reserve {
