@@ -31,9 +31,10 @@ mod x86 {
     use super::PAGE_SIZE;
     use std::arch::x86_64::{
         __m256i, __m512i, _mm256_add_epi64, _mm256_loadu_si256, _mm256_mul_epu32, _mm256_set1_epi64x,
-        _mm256_shuffle_epi32, _mm256_slli_epi64, _mm256_srli_epi64, _mm256_storeu_si256, _mm256_xor_si256,
-        _mm512_add_epi64, _mm512_loadu_si512, _mm512_mul_epu32, _mm512_set1_epi64, _mm512_shuffle_epi32,
-        _mm512_slli_epi64, _mm512_srli_epi64, _mm512_storeu_si512, _mm512_xor_si512,
+        _mm256_setzero_si256, _mm256_shuffle_epi32, _mm256_slli_epi64, _mm256_srli_epi64,
+        _mm256_storeu_si256, _mm256_xor_si256, _mm512_add_epi64, _mm512_loadu_si512, _mm512_mul_epu32,
+        _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi32, _mm512_slli_epi64, _mm512_srli_epi64,
+        _mm512_storeu_si512, _mm512_xor_si512,
     };
 
     /// Bytes that go into all eight accumulators at once.
@@ -93,31 +94,40 @@ mod x86 {
         bytes[from..].first_chunk().expect("all places are constants within the page or the secret")
     }
 
+    // In both: the reference adds to an accumulator, with each stripe, its product and its data with neighbours swapped. Sums
+    // of swapped data are a swapped sum: it is swapped once a block, and the sums of a block hang on nothing before.
+
     #[target_feature(enable = "avx512f")]
     pub(super) fn avx512(page: &[u8; PAGE_SIZE]) -> u128 {
         let prime = _mm512_set1_epi64(PRIME32_1.cast_signed());
         let scramble = load512(at(&SECRET, SECRET.len() - STRIPE));
         let mut sum = load512_lanes(&START);
-        let step = |sum: __m512i, from: usize, secret: usize| {
+        let add = |sum: __m512i, products: __m512i, data: __m512i| {
+            _mm512_add_epi64(sum, _mm512_add_epi64(products, _mm512_shuffle_epi32::<SWAP_PAIRS>(data)))
+        };
+        let step = |(products, sums): (__m512i, __m512i), from: usize, secret: usize| {
             let data = load512(at(page, from));
             let key = _mm512_xor_si512(data, load512(at(&SECRET, secret)));
             let product = _mm512_mul_epu32(key, _mm512_srli_epi64::<32>(key));
-            let swapped = _mm512_shuffle_epi32::<SWAP_PAIRS>(data);
-            _mm512_add_epi64(sum, _mm512_add_epi64(product, swapped))
+            (_mm512_add_epi64(products, product), _mm512_add_epi64(sums, data))
         };
         for block in 0..BLOCKS {
+            let mut sums = (_mm512_setzero_si512(), _mm512_setzero_si512());
             for stripe in 0..BLOCK_STRIPES {
-                sum = step(sum, block * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
+                sums = step(sums, block * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
             }
+            sum = add(sum, sums.0, sums.1);
             let mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64::<47>(sum)), scramble);
             let low = _mm512_mul_epu32(mixed, prime);
             let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
             sum = _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high));
         }
+        let mut sums = (_mm512_setzero_si512(), _mm512_setzero_si512());
         for stripe in 0..LAST_STRIPES {
-            sum = step(sum, BLOCKS * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
+            sums = step(sums, BLOCKS * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
         }
-        sum = step(sum, PAGE_SIZE - STRIPE, LAST_SECRET);
+        sums = step(sums, PAGE_SIZE - STRIPE, LAST_SECRET);
+        sum = add(sum, sums.0, sums.1);
         let mut lanes: Lanes = [0; 8];
         // SAFETY: writes 64 bytes, unaligned, which `lanes` has.
         unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), sum) };
@@ -145,15 +155,15 @@ mod x86 {
         let scramble_at = SECRET.len() - STRIPE;
         let (first, second) = START.split_at(4);
         let mut sums = [load256_lanes(at_lanes(first)), load256_lanes(at_lanes(second))];
-        let step = |sum: __m256i, from: usize, secret: usize| {
+        let add = |sum: __m256i, products: __m256i, data: __m256i| {
+            _mm256_add_epi64(sum, _mm256_add_epi64(products, _mm256_shuffle_epi32::<SWAP_PAIRS>(data)))
+        };
+        let zero = _mm256_setzero_si256();
+        let step = |(products, sums): (__m256i, __m256i), from: usize, secret: usize| {
             let data = load256(at(page, from));
             let key = _mm256_xor_si256(data, load256(at(&SECRET, secret)));
             let product = _mm256_mul_epu32(key, _mm256_srli_epi64::<32>(key));
-            let swapped = _mm256_shuffle_epi32::<SWAP_PAIRS>(data);
-            _mm256_add_epi64(sum, _mm256_add_epi64(product, swapped))
-        };
-        let both = |sums: [__m256i; 2], from: usize, secret: usize| {
-            [step(sums[0], from, secret), step(sums[1], from + HALF, secret + HALF)]
+            (_mm256_add_epi64(products, product), _mm256_add_epi64(sums, data))
         };
         let scramble = |sum: __m256i, secret: usize| {
             let secret = load256(at(&SECRET, secret));
@@ -162,16 +172,25 @@ mod x86 {
             let high = _mm256_mul_epu32(_mm256_srli_epi64::<32>(mixed), prime);
             _mm256_add_epi64(low, _mm256_slli_epi64::<32>(high))
         };
+        let both = |[first, second]: [(__m256i, __m256i); 2], from: usize, secret: usize| {
+            [step(first, from, secret), step(second, from + HALF, secret + HALF)]
+        };
+        let add_both = |sums: [__m256i; 2], [first, second]: [(__m256i, __m256i); 2]| {
+            [add(sums[0], first.0, first.1), add(sums[1], second.0, second.1)]
+        };
         for block in 0..BLOCKS {
+            let mut own = [(zero, zero); 2];
             for stripe in 0..BLOCK_STRIPES {
-                sums = both(sums, block * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
+                own = both(own, block * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
             }
+            sums = add_both(sums, own);
             sums = [scramble(sums[0], scramble_at), scramble(sums[1], scramble_at + HALF)];
         }
+        let mut own = [(zero, zero); 2];
         for stripe in 0..LAST_STRIPES {
-            sums = both(sums, BLOCKS * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
+            own = both(own, BLOCKS * BLOCK + stripe * STRIPE, stripe * SECRET_STEP);
         }
-        sums = both(sums, PAGE_SIZE - STRIPE, LAST_SECRET);
+        sums = add_both(sums, both(own, PAGE_SIZE - STRIPE, LAST_SECRET));
         let mut lanes: Lanes = [0; 8];
         let (first, second) = lanes.split_at_mut(4);
         // SAFETY: writes 32 bytes, unaligned, which half of eight lanes has.
