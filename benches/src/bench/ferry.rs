@@ -39,6 +39,8 @@ pub struct Report {
     pub image_bytes: u64,
     /// Whole time.
     pub total_us: u64,
+    /// When all of its memory was there, which post-copy reaches later.
+    pub complete_us: u64,
     /// Downtime.
     pub downtime_us: Downtime,
     /// Share of the time for which the program was made to stand still before the freeze.
