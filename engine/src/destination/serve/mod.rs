@@ -135,6 +135,17 @@ impl Status {
         change(&mut self.lock());
         self.changed.notify_all();
     }
+
+    /// How it goes, after each step: wakes nobody where that is as before.
+    fn go_on(&self, failing: Option<(Instant, ServeError)>) {
+        let mut state = self.lock();
+        let news = failing.is_some() != state.failing.is_some();
+        state.failing = failing;
+        drop(state);
+        if news {
+            self.changed.notify_all();
+        }
+    }
 }
 
 /// Serves the pages of one restored tree.

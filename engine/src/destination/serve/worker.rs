@@ -624,12 +624,14 @@ impl Worker {
         }
         let failing = self.failure.as_ref().map(|failure| (failure.since, failure.error.clone()));
         let done = self.views.is_empty() && settled && !self.draining;
-        let stats = done.then(|| FillStats { duration: started.elapsed(), ..self.stats.clone() });
-        self.status.set(|state| {
-            state.failing = failing;
-            state.filled = stats;
-            state.demand = done.then(|| self.demand.take_channel()).flatten();
-        });
+        self.status.go_on(failing);
+        if done {
+            let stats = FillStats { duration: started.elapsed(), ..self.stats.clone() };
+            self.status.set(|state| {
+                state.filled = Some(stats);
+                state.demand = self.demand.take_channel();
+            });
+        }
         done
     }
 
