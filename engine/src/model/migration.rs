@@ -332,9 +332,9 @@ impl Run<'_> {
             self.site.stand(existing.len() as u32, resident, self.trace.in_images(self.now));
         self.bytes += bytes;
         let pages = due.load.pages();
-        let (time, bytes) = self.site.send(due.load);
+        let late = matches!(strategy, Strategy::PostCopy | Strategy::Hybrid);
+        let (time, bytes) = if late { self.site.fill(due.load) } else { self.site.send(due.load) };
         self.bytes += bytes;
-        let predicted_downtime_us = (downtime + time).as_micros() as u64;
         let mut fill = Duration::ZERO;
         let mut waits = Duration::ZERO;
         match strategy {
@@ -349,7 +349,7 @@ impl Run<'_> {
                     ahead_pages: 0,
                     sent_bytes: bytes as u64,
                     duration_us: time.as_micros() as u64,
-                    predicted_downtime_us,
+                    predicted_downtime_us: downtime.as_micros() as u64,
                 });
             }
             Strategy::PostCopy | Strategy::Hybrid => {

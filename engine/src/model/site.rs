@@ -28,6 +28,8 @@ pub struct Site {
     pub anew: PageCost,
     /// Reading and hashing a page that turns out to be as it was sent.
     pub look: Duration,
+    /// What a page takes at least that follows after the program, which runs beside.
+    pub late: Duration,
     /// From the start until the first round: connecting, attaching, CRIU's preparations.
     pub setup: Duration,
     /// Time of a round beside its pages: the scan and the acknowledgement.
@@ -85,6 +87,7 @@ impl Default for Site {
             again: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             anew: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             look: Duration::from_nanos(400),
+            late: Duration::from_micros(6),
             setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
@@ -112,6 +115,15 @@ impl Site {
         (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
     }
 
+    /// The same after the program: whole pages.
+    pub fn fill(&self, load: Load) -> (Duration, f64) {
+        let kinds = [(load.first, self.first), (load.pages() - load.first, self.anew)];
+        let bytes = kinds.iter().map(|(pages, cost)| *pages as f64 * cost.bytes).sum();
+        let work: f64 =
+            kinds.iter().map(|(pages, cost)| *pages as f64 * cost.time.max(self.late).as_secs_f64()).sum();
+        (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
+    }
+
     /// Seconds that the link takes for `bytes`.
     pub fn carry(&self, bytes: f64) -> f64 {
         bytes / self.bandwidth
@@ -136,6 +148,19 @@ const ROUND_TRIPS: u32 = 4;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_that_follow_go_whole() {
+        let small = PageCost { bytes: 100.0, ..Site::default().again };
+        let site = Site { bandwidth: 12.5e6, again: small, ..Site::default() };
+        let load = Load { again: 1000, ..Load::default() };
+        assert_eq!(site.send(load).1, 100e3);
+        let (time, bytes) = site.fill(load);
+        assert_eq!(bytes, 1000.0 * (PAGE + HEAD));
+        assert!((time.as_secs_f64() - bytes / 12.5e6).abs() < 1e-6, "the link is slower than the sender");
+        let quick = Site { bandwidth: f64::INFINITY, ..site };
+        assert_eq!(quick.fill(load).0, 1000 * quick.late);
+    }
 
     #[test]
     fn images_are_packed_where_the_link_is_slower() {

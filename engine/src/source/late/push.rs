@@ -15,9 +15,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// Pages of a batch: 128 KiB, a millisecond of a gigabit link, is how long a page that is asked for may have to wait on a
-/// link that they share.
+/// Pages of a batch that goes raw: 128 KiB, a millisecond of a gigabit link, is how long a page that is asked for may have to
+/// wait on a link that they share.
 const BATCH: u64 = 32;
+/// Those of one that is compressed are as many as make these bytes, and so many at most: what is compressed together becomes
+/// smaller. Who waits for a page that is being compressed gets it before.
+const PACKED_BATCH: u64 = 128;
 
 /// Starts it. It gives the connection back when there is nothing left to send, or it was told to end.
 pub(super) fn start(
@@ -55,6 +58,8 @@ struct Push {
     pages: Vec<(u64, bool, PageDigest)>,
     runs: Vec<Run>,
     batch: PageBatch,
+    /// What was left of the last batch.
+    ratio: f64,
     headroom: Headroom,
     began: Instant,
 }
@@ -71,13 +76,14 @@ impl Push {
             pages: Vec::new(),
             runs: Vec::new(),
             batch: PageBatch::default(),
+            ratio: 1.0,
             headroom: Headroom::default(),
             began: Instant::now(),
         }
     }
 
     fn run(&mut self, debt: &Debt) -> Result<(), SendError> {
-        while let Some(space) = debt.next(BATCH, &mut self.runs) {
+        while let Some(space) = debt.next(batch_pages(self.ratio), &mut self.runs) {
             self.keep_headroom();
             self.send(debt, space)?;
         }
@@ -111,6 +117,7 @@ impl Push {
         }
         self.chooser.observe_work(self.pages.len() * super::PAGE, start.elapsed());
         let raw = slices.len() * super::PAGE;
+        self.ratio = 1.0;
         if raw > 0
             && let way @ Way::Zstd(level) = self.chooser.choose(false)
         {
@@ -120,6 +127,7 @@ impl Push {
             self.zstd.encode(level, &self.plain, &mut self.packed)?;
             self.chooser.observe(way, raw, self.packed.len(), start.elapsed());
             if self.packed.len() < raw {
+                self.ratio = self.packed.len() as f64 / raw as f64;
                 self.batch.set_coding(Coding::Zstd);
                 slices = vec![IoSlice::new(&self.packed)];
             }
@@ -132,5 +140,23 @@ impl Push {
         self.chooser.observe_link(sent, start.elapsed());
         debt.note_sent(space, &self.pages, sent, false);
         Ok(())
+    }
+}
+
+/// How many pages to send together, of which `ratio` is left on the wire.
+fn batch_pages(ratio: f64) -> u64 {
+    ((BATCH as f64 / ratio) as u64).clamp(BATCH, PACKED_BATCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_takes_the_link_for_as_long_whatever_is_left_of_it() {
+        assert_eq!(batch_pages(1.0), BATCH);
+        assert_eq!(batch_pages(0.5), 2 * BATCH);
+        assert_eq!(batch_pages(0.01), PACKED_BATCH);
+        assert_eq!(batch_pages(0.0), PACKED_BATCH);
     }
 }
