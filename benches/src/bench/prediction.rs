@@ -207,27 +207,6 @@ impl Trial<'_> {
             }
             _ => {}
         }
-        let said =
-            self.ask(
-                &hosts,
-                &[
-                    &[
-                        "predict",
-                        "--pid",
-                        &pid_text,
-                        "--bandwidth",
-                        BANDWIDTH,
-                        "--duration",
-                        WATCHED,
-                        "--json",
-                    ][..],
-                    &known,
-                ]
-                .concat(),
-            )?;
-        let prediction: Prediction = serde_json::from_str(&said).context("reading what was predicted")?;
-        let forecast = prediction.strategies.into_iter().find(|forecast| forecast.strategy == strategy);
-        let forecast = forecast.with_context(|| format!("nothing was predicted for {strategy}"))?;
         let record = [
             "track",
             "--pid",
@@ -243,6 +222,13 @@ impl Trial<'_> {
             "--quiet",
         ];
         self.ask(&hosts, &record)?;
+        // Just before the migration, as whoever decides about one would.
+        let predict =
+            ["predict", "--pid", &pid_text, "--bandwidth", BANDWIDTH, "--duration", WATCHED, "--json"];
+        let said = self.ask(&hosts, &[&predict[..], &known].concat())?;
+        let prediction: Prediction = serde_json::from_str(&said).context("reading what was predicted")?;
+        let forecast = prediction.strategies.into_iter().find(|forecast| forecast.strategy == strategy);
+        let forecast = forecast.with_context(|| format!("nothing was predicted for {strategy}"))?;
         let migration = self.ferry.migrate(
             &hosts,
             self.scratch,
