@@ -76,6 +76,8 @@ struct Row {
     measured: Runs,
     /// How far the prediction is off, as a share of what was measured: the median of the runs.
     error: f64,
+    /// How far the other runs are off each of them ([`Runs::apart`]): nothing that is said before one could be nearer.
+    apart: Option<f64>,
     /// From where to where the first run's prediction said that it would be.
     interval: Option<(f64, f64)>,
     pass: bool,
@@ -411,6 +413,7 @@ fn row(
         workload,
         strategy: strategy.to_owned(),
         quantity,
+        apart: measured.apart(),
         predicted,
         measured,
         error,
@@ -428,6 +431,7 @@ fn render(rows: &[Row], options: &Options) -> String {
         "said to lie in",
         "measured",
         "off by",
+        "runs apart",
         "goal",
     ]);
     for row in rows {
@@ -439,11 +443,13 @@ fn render(rows: &[Row], options: &Options) -> String {
             row.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("{low:.1}..{high:.1}")),
             row.measured.display(1),
             format!("{:.1} %", row.error * 100.0),
+            row.apart.map_or_else(|| "-".to_owned(), |apart| format!("{:.1} %", apart * 100.0)),
             if row.pass { "met" } else { "missed" }.to_owned(),
         ]);
     }
     format!(
-        "{}\n{} each, patterns dirty {} a second; link {}; median (smallest..largest) of {} runs; off by: the median of the runs' own\n\n{}",
+        "{}\n{} each, patterns dirty {} a second; link {}; median (smallest..largest) of {} runs; off by: the median of the runs' own; runs apart: what the \
+         median of the other runs would have been off by\n\n{}",
         machine::describe(),
         options.memory,
         options.rate,

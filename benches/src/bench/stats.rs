@@ -31,6 +31,16 @@ impl Runs {
         (smallest, largest)
     }
 
+    /// How far the median of all other runs is off each run, as a share of it: the median. What a prediction that knows
+    /// everything about the other runs would be off by; `None` for a single run.
+    pub fn apart(&self) -> Option<f64> {
+        let off = |at: usize| {
+            let others = self.runs.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, run)| *run);
+            (Self::new(others.collect()).median / self.runs[at] - 1.0).abs()
+        };
+        (self.runs.len() > 1).then(|| Self::new((0..self.runs.len()).map(off).collect()).median)
+    }
+
     /// `median (smallest..largest)`, or the median alone when there is one run.
     pub fn display(&self, digits: usize) -> String {
         let (smallest, largest) = self.spread();
@@ -57,6 +67,8 @@ mod tests {
         assert_eq!(runs.spread(), (1.0, 3.0));
         assert_eq!(runs.display(1), "2.0 (1.0..3.0)");
         assert_eq!(Runs::new(vec![7.25]).display(1), "7.2");
+        assert_eq!(Runs::new(vec![7.25]).apart(), None);
+        assert_eq!(Runs::new(vec![2.0, 2.0, 4.0]).apart(), Some(0.5), "3 for 2 twice, 2 for 4");
         assert_eq!(Runs::new(vec![]).display(1), "-");
     }
 }

@@ -83,6 +83,11 @@ impl Trace {
         self.steps.push(Step { at, existing, dirty, unchanged, in_images });
     }
 
+    /// As many pages more would travel in CRIU's images, at any time: of mappings that were not watched.
+    pub fn add_in_images(&mut self, pages: u64) {
+        self.steps.iter_mut().for_each(|step| step.in_images += pages);
+    }
+
     /// From the first scan to the last.
     pub fn duration(&self) -> Duration {
         self.steps.last().map_or(Duration::ZERO, |step| step.at)

@@ -1,6 +1,7 @@
 //! What a migration would bring, without one: watches a program for a while, and moves it in virtual time.
 
 mod content;
+mod images;
 
 use crate::calibration::Calibration;
 use crate::cancel::Cancel;
@@ -182,6 +183,7 @@ fn watch(
             // What it holds now is nearest to what would be sent.
             content.look(&collected)?;
             content.look_closely()?;
+            trace.add_in_images(images::pages(&collected));
             return Ok((trace, content));
         }
         tracker.acknowledge(collected.ticket);
