@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use pageferry::PolicyChoice;
 use pageferry::Strategy;
-use pageferry::model::{HEAD, Outcome, PageCost, Site, Trace, Wish, forecast, simulate};
+use pageferry::model::{Doubt, HEAD, Outcome, PageCost, Site, Trace, Wish, forecast, simulate};
 use pageferry_tracker::recording::{Ending, Reader};
 use serde::Serialize;
 use std::fmt::Write;
@@ -108,9 +108,9 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
             print(verb, &outcome, || one(&outcome))
         }
         None => {
-            let spread = calibration.spread();
+            let doubt = Doubt { freeze: calibration.spread(), bytes: Doubt::LEAST };
             let strategies = Strategy::ALL
-                .map(|strategy| forecast(&trace, &site, &wish(strategy), STARTS, spread))
+                .map(|strategy| forecast(&trace, &site, &wish(strategy), STARTS, doubt))
                 .to_vec();
             print(verb, &strategies, || forecasts(&strategies))
         }

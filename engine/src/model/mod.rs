@@ -9,7 +9,7 @@ mod migration;
 mod site;
 mod trace;
 
-pub use forecast::{Estimate, Forecast, forecast};
+pub use forecast::{Doubt, Estimate, Forecast, forecast};
 pub use migration::{Outcome, Round, Wish, simulate};
 pub use site::{HEAD, Load, PageCost, Site};
 pub use trace::{Pages, Trace};

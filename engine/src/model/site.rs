@@ -73,8 +73,8 @@ const PAYLOAD: f64 = 1448.0 / 1514.0;
 const PACKING: f64 = 500e6;
 /// Bytes of a page.
 const PAGE: f64 = 4096.0;
-/// Head of a frame and its digests, shared between the pages of a batch.
-pub const HEAD: f64 = 18.0;
+/// A page's part of the head of a frame, in batches of many pages: 1 byte in those of a first round, 5 in smaller ones.
+pub const HEAD: f64 = 4.0;
 
 impl Default for Site {
     /// Loopback between two processors, pages that do not compress, a receiver that has no memory ready: figures of

@@ -48,6 +48,9 @@ struct Coded {
     bytes: f64,
     /// For each level what came out, and the seconds that it took.
     levels: [(f64, f64); LEVELS.len()],
+    /// Batches, and the squares of what was left of each by the last level: how much they differ.
+    batches: f64,
+    squares: f64,
 }
 
 impl Coded {
@@ -55,6 +58,17 @@ impl Coded {
     fn levels(&self) -> [(f64, f64); LEVELS.len()] {
         let bytes = self.bytes.max(1.0);
         self.levels.map(|(out, seconds)| (seconds / bytes, out / bytes))
+    }
+
+    /// How far the mean of these batches may be from that of all pages, in nine of ten cases, as a share of it: 1.65 standard
+    /// errors.
+    fn doubt(&self) -> f64 {
+        let left = self.levels()[LEVELS.len() - 1].1;
+        if self.batches < 2.0 || left <= 0.0 {
+            return 0.0;
+        }
+        let variance = (self.squares / self.batches - left * left).max(0.0);
+        1.65 * (variance / (self.batches - 1.0)).sqrt() / left
     }
 }
 
@@ -130,10 +144,16 @@ impl Content {
         code(&mut encoder, &mut whole, &mut self.whole)
     }
 
+    /// How far bytes of pages that go whole may be off, as a share of them, because only a sample was looked at.
+    pub(super) fn doubt(&self) -> f64 {
+        self.whole.doubt()
+    }
+
     /// What was seen counts less from now on.
     fn age(&mut self) {
-        let levels = self.whole.levels.iter_mut().flat_map(|(out, seconds)| [out, seconds]);
-        let of_whole = [&mut self.whole.bytes].into_iter().chain(levels);
+        let Coded { bytes, levels, batches, squares } = &mut self.whole;
+        let levels = levels.iter_mut().flat_map(|(out, seconds)| [out, seconds]);
+        let of_whole = [bytes, batches, squares].into_iter().chain(levels);
         let others = [&mut self.pages, &mut self.zeros, &mut self.copies, &mut self.reading];
         of_whole.chain(others).for_each(|sum| *sum *= OLDER);
     }
@@ -239,6 +259,7 @@ fn code(encoder: &mut ZstdEncoder, whole: &mut Vec<u8>, coded: &mut Coded) -> Re
     }
     let mut out = Vec::with_capacity(whole.len());
     coded.bytes += whole.len() as f64;
+    coded.batches += 1.0;
     for (level, (bytes, seconds)) in LEVELS.iter().zip(&mut coded.levels) {
         // Once before: what a level needs beforehand is there when the engine codes batch after batch.
         for is_counted in [false, true] {
@@ -251,6 +272,8 @@ fn code(encoder: &mut ZstdEncoder, whole: &mut Vec<u8>, coded: &mut Coded) -> Re
             }
         }
     }
+    let left = out.len().min(whole.len()) as f64 / whole.len() as f64;
+    coded.squares += left * left;
     whole.clear();
     Ok(())
 }
@@ -331,7 +354,24 @@ mod tests {
     /// Compressed at 500 and 100 MB/s.
     fn coded(pages: u64, ratio: f64) -> Coded {
         let bytes = pages as f64 * 4096.0;
-        Coded { bytes, levels: [(ratio * bytes, 2e-9 * bytes), (0.95 * ratio * bytes, 10e-9 * bytes)] }
+        let levels = [(ratio * bytes, 2e-9 * bytes), (0.95 * ratio * bytes, 10e-9 * bytes)];
+        Coded { bytes, levels, ..Coded::default() }
+    }
+
+    #[test]
+    fn a_sample_of_what_differs_says_less_than_one_of_what_does_not() {
+        let of = |left: &[f64]| {
+            let mut coded = Coded { bytes: left.len() as f64, ..Coded::default() };
+            coded.batches = left.len() as f64;
+            coded.squares = left.iter().map(|left| left * left).sum();
+            coded.levels[LEVELS.len() - 1].0 = left.iter().sum();
+            coded.doubt()
+        };
+        assert!(of(&[0.3; 12]) < 1e-6, "but for rounding");
+        assert_eq!((of(&[]), of(&[0.4])), (0.0, 0.0));
+        let halves: Vec<f64> = (0..12).map(|batch| if batch % 2 == 0 { 0.1 } else { 0.5 }).collect();
+        let doubt = of(&halves);
+        assert!((0.3..0.4).contains(&doubt), "two thirds of the mean either way, in twelve batches: {doubt}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod images;
 
 use crate::calibration::Calibration;
 use crate::cancel::Cancel;
-use crate::model::{self, Forecast, HEAD, PageCost, Site, Trace, Wish};
+use crate::model::{self, Doubt, Forecast, HEAD, PageCost, Site, Trace, Wish};
 use crate::plan::{PolicyChoice, Strategy};
 pub use content::ContentError;
 use content::{Content, Cost, Way};
@@ -128,6 +128,7 @@ pub fn predict(
     }
     let site = site(plan, &trace, &content, calibration, &program);
     let now = trace.duration();
+    let doubt = Doubt { freeze: calibration.spread(), bytes: content.doubt().max(Doubt::LEAST) };
     let forecast = |strategy| {
         let wish = Wish {
             strategy,
@@ -136,7 +137,7 @@ pub fn predict(
             total_time: plan.total_time,
             max_rounds: plan.max_rounds,
         };
-        model::forecast(&trace, &site, &wish, STARTS, calibration.spread())
+        model::forecast(&trace, &site, &wish, STARTS, doubt)
     };
     Ok(Prediction {
         program,
