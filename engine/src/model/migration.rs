@@ -337,6 +337,7 @@ impl Run<'_> {
         self.bytes += bytes;
         let mut fill = Duration::ZERO;
         let mut waits = Duration::ZERO;
+        let mut to_place = resident;
         match strategy {
             Strategy::Auto | Strategy::StopAndCopy | Strategy::PreCopy => {
                 downtime += time;
@@ -358,6 +359,7 @@ impl Run<'_> {
                     downtime = downtime.saturating_sub(PREFILL);
                 }
                 fill = time;
+                to_place = resident.saturating_sub(pages);
                 // Half of the pages that it writes meanwhile have come by themselves, on average, when it gets to them.
                 let wanted = self.trace.written(self.now, self.now + fill);
                 let wanted: u64 = wanted
@@ -370,6 +372,7 @@ impl Run<'_> {
                 waits = (one * (wanted / 2).min(u64::from(u32::MAX)) as u32).min(fill);
             }
         }
+        let placing = self.site.place.mul_f64(to_place as f64);
         let lost = self.site.write_fault.mul_f64(self.write_faults as f64) + waits;
         let running = (ran + fill).as_secs_f64();
         Outcome {
@@ -380,7 +383,7 @@ impl Run<'_> {
             stop_reason: stop.map(StopReason::name),
             downtime_us: downtime.as_micros() as u64,
             total_us: (self.site.setup + ran + downtime).as_micros() as u64,
-            complete_us: (self.site.setup + ran + downtime + fill).as_micros() as u64,
+            complete_us: (self.site.setup + ran + downtime + fill + placing).as_micros() as u64,
             bytes: self.bytes as u64,
             slowdown: if running > 0.0 { (lost.as_secs_f64() / running).min(1.0) } else { 0.0 },
         }

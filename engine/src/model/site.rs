@@ -30,6 +30,8 @@ pub struct Site {
     pub look: Duration,
     /// What a page takes at least that follows after the program, which runs beside.
     pub late: Duration,
+    /// Putting a page in place that was there before the program was.
+    pub place: Duration,
     /// From the start until the first round: connecting, attaching, CRIU's preparations.
     pub setup: Duration,
     /// Time of a round beside its pages: the scan and the acknowledgement.
@@ -88,6 +90,7 @@ impl Default for Site {
             anew: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             look: Duration::from_nanos(400),
             late: Duration::from_micros(6),
+            place: Duration::from_nanos(1500),
             setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
