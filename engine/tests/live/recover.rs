@@ -82,8 +82,7 @@ fn before_the_commit(ferry: &Ferry) -> anyhow::Result<()> {
         (|| {
             let subject = subject(ferry)?;
             let receiver = ferry.receiver(None, &["--once"])?;
-            let outcome =
-                ferry.migrate(subject.pid, Some(&format!("{point}=kill")), &["--resume-timeout", "2s"])?;
+            let outcome = ferry.migrate(subject.pid, Some(&format!("{point}=kill")), &[])?;
             ensure!(outcome.code == 137, "exit code {}: {}", outcome.code, outcome.err);
             ferry.lives_only(Host::Source, &subject)?;
             let says = if point == "held" { "runs here" } else { "it was not stopped" };
