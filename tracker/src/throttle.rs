@@ -17,7 +17,7 @@ const PERIOD: Duration = Duration::from_millis(50);
 /// see hiccups and no outages.
 const STAND: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));
 
-/// More than this is not made up for: the machine was asleep, or so busy that the program did not run either.
+/// More than this is not made up for, on either side: the machine was asleep, or so busy that the program did not run either.
 const MOST_DUE: Duration = Duration::from_secs(1);
 
 /// A thread that does not stop within this (it waits in the kernel, for a disk) must not keep the others standing: the tree is
@@ -181,7 +181,7 @@ impl Ledger {
     }
 
     fn stood(&mut self, time: Duration) {
-        self.due -= time.as_secs_f64();
+        self.due = (self.due - time.as_secs_f64()).max(-MOST_DUE.as_secs_f64());
     }
 
     /// How long it is to stand now.
@@ -247,6 +247,14 @@ mod tests {
             turns += 1;
             assert!(turns < 20, "it stands for nearly all of two seconds");
         }
+    }
+
+    /// Nor does one that slept while the program stood let it run at its full pace for hours.
+    #[test]
+    fn what_it_stood_too_long_has_an_end() {
+        let mut ledger = Ledger::default();
+        ledger.stood(Duration::from_secs(3600));
+        assert!(ledger.run(0.5) <= MOST_DUE + PERIOD, "{:?}", ledger.run(0.5));
     }
 
     #[test]
