@@ -18,6 +18,7 @@ pub mod plan;
 pub mod report;
 pub mod source;
 
+mod effort;
 mod fault;
 mod layout;
 pub mod link;

@@ -188,8 +188,8 @@ pub struct SendPlan {
     pub congestion: Option<String>,
     /// How pages may be coded.
     pub coding: CodingChoice,
-    /// Per cent of one processor that compression may take over all connections (200: two of them); `None` is as much
-    /// as makes the migration quicker. It is what is aimed for: some milliseconds go into trying what compression gives.
+    /// Per cent of one processor that the engine may take before the freeze, and for owed pages that nobody waits for (200: two of them):
+    /// all of its threads together, and not CRIU. How pages are coded follows from it. `None` is as much as makes the migration quicker.
     pub cpu: Option<u32>,
     /// Nice value, up to 19, of the threads that read, code and send pages before the freeze, where it is lower than this one's
     /// own; CRIU, and everything from the freeze on, has the priority of the caller.
@@ -322,12 +322,7 @@ impl SendPlan {
         if self.resume_timeout.as_millis() > u128::from(limits::MAX_HOLD_MS) {
             return Err(PlanError::ResumeTimeout);
         }
-        if self.nice > 19 {
-            return Err(PlanError::Nice(self.nice));
-        }
-        if self.cpu == Some(0) {
-            return Err(PlanError::NoProcessor);
-        }
+        check_effort(self.cpu, self.nice)?;
         if self.bandwidth == Some(0) {
             return Err(PlanError::NoBandwidth);
         }
@@ -368,6 +363,11 @@ pub struct ReceivePlan {
     /// Bytes of memory that the engine may take for itself: everything but the pages in the store. Where it is little there are fewer
     /// connections, and a program whose index does not fit is refused; `None` is as much as it takes.
     pub engine_memory: Option<u64>,
+    /// Per cent of one processor that the engine may take until the program stands still, and when it runs for pages that nobody waits for (200:
+    /// two of them): all of its threads together, and not CRIU; `None` is as much as it takes.
+    pub cpu: Option<u32>,
+    /// Nice value, up to 19, of the threads that receive pages and make memory ready for them, until the program stands still.
+    pub nice: u8,
     /// Bytes of memory that are made ready while nobody is migrating: fresh memory costs more than the copying into it.
     pub standby: u64,
     /// Directory of a store in which the pages of a program are kept when it has come, and from which the next one is
@@ -396,6 +396,8 @@ impl ReceivePlan {
             insecure: false,
             memory_limit: None,
             engine_memory: None,
+            cpu: None,
+            nice: 0,
             standby: 0,
             keep_store: None,
             criu: None,
@@ -411,13 +413,22 @@ impl ReceivePlan {
     ///
     /// # Errors
     /// [`PlanError::NotLoopback`] for an address that others can reach, unless `insecure` says that this is
-    /// meant; [`PlanError::EngineMemory`].
+    /// meant; [`PlanError::EngineMemory`], [`PlanError::NoProcessor`], [`PlanError::Nice`].
     pub fn validate(&self) -> Result<(), PlanError> {
         check_memory(self.engine_memory, memory::LEAST_AT_DESTINATION)?;
+        check_effort(self.cpu, self.nice)?;
         if !self.insecure && !self.listen.ip().is_loopback() {
             return Err(PlanError::NotLoopback(self.listen));
         }
         Ok(())
+    }
+}
+
+fn check_effort(cpu: Option<u32>, nice: u8) -> Result<(), PlanError> {
+    match (cpu, nice) {
+        (_, 20..) => Err(PlanError::Nice(nice)),
+        (Some(0), _) => Err(PlanError::NoProcessor),
+        _ => Ok(()),
     }
 }
 

@@ -32,6 +32,7 @@ fn as_migrate(verb: &CheckpointVerb) -> Vec<OsString> {
     let values = [
         ("--downtime", verb.downtime.as_ref().map(OsString::from)),
         ("--bandwidth", verb.bandwidth.as_ref().map(OsString::from)),
+        ("--cpu", verb.cpu.as_ref().map(OsString::from)),
         ("--nice", verb.nice.map(|nice| OsString::from(nice.to_string()))),
         ("--tcp", verb.tcp.as_ref().map(OsString::from)),
         ("--report", verb.report.as_ref().map(|path| path.clone().into_os_string())),
@@ -55,7 +56,7 @@ mod tests {
 
     #[test]
     fn what_is_said_of_a_checkpoint_is_said_of_the_migration() {
-        let line = "pageferry checkpoint --pid 7 --to /srv/c --incremental --keep-running --bandwidth 1Gbit --nice 5 \
+        let line = "pageferry checkpoint --pid 7 --to /srv/c --incremental --keep-running --bandwidth 1Gbit --nice 5 --cpu 50% \
                     --tcp close --report r.json --downtime 20ms";
         let Verb::Checkpoint(verb) = Arguments::try_parse_from(line.split_whitespace()).unwrap().verb else {
             panic!("another verb")
@@ -65,6 +66,7 @@ mod tests {
         };
         assert_eq!((verb.pid, verb.to.as_str()), (7, "dir:/srv/c"));
         assert!(verb.incremental && verb.keep_running && verb.tcp.is_some() && verb.bandwidth.is_some());
+        assert_eq!(verb.cpu.map(|percent| percent.0), Some(50));
         assert_eq!((verb.nice, verb.downtime.0.as_millis()), (5, 20));
         assert_eq!(verb.report.as_deref(), Some(std::path::Path::new("r.json")));
     }

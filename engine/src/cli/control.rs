@@ -2,7 +2,7 @@
 
 use super::failure::REFUSED;
 use super::render::printable;
-use super::units::{Bytes, Rate, Share, micros};
+use super::units::{Bytes, Percent, Rate, Share, micros};
 use clap::{Args, Subcommand};
 use pageferry::control::{Answer, AskError, ErrorKind, Request, Status, ask, path_of};
 use std::error::Error;
@@ -52,6 +52,12 @@ enum What {
         #[arg(value_name = "SHARE|none", value_parser = ceiling)]
         share: Ceiling,
     },
+    /// Lets the engine take so much of one processor from now on. Not while the program stands still.
+    Cpu {
+        /// Such as 50%, or none: as much as makes the migration quicker.
+        #[arg(value_name = "PERCENT|none", value_parser = percent)]
+        percent: Processor,
+    },
     /// Lets the engine take so much memory for itself from now on; caches are made smaller or larger. Not from the freeze on.
     EngineMemory {
         /// Such as 64MiB, or none: as much as it takes.
@@ -68,6 +74,17 @@ fn size(text: &str) -> Result<Size, String> {
     match text {
         "none" => Ok(Size(None)),
         text => text.parse().map(|Bytes(bytes)| Size(Some(bytes))),
+    }
+}
+
+/// A share of one processor, or none.
+#[derive(Clone, Copy, Debug)]
+struct Processor(Option<u32>);
+
+fn percent(text: &str) -> Result<Processor, String> {
+    match text {
+        "none" => Ok(Processor(None)),
+        text => text.parse().map(|Percent(percent)| Processor(Some(percent))),
     }
 }
 
@@ -103,6 +120,7 @@ pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
         What::PostCopy => Request::PostCopy {},
         What::Bandwidth { rate: Limit(bytes_per_second) } => Request::Bandwidth { bytes_per_second },
         What::MaxSlowdown { share: Ceiling(share) } => Request::MaxSlowdown { share },
+        What::Cpu { percent: Processor(percent) } => Request::Cpu { percent },
         What::EngineMemory { size: Size(bytes) } => Request::EngineMemory { bytes },
     };
     let path = verb.socket.clone().unwrap_or_else(|| path_of(verb.pid.unwrap_or_default()));
@@ -182,6 +200,9 @@ fn describe(status: &Status) -> String {
     line("bandwidth", status.bandwidth.map_or_else(|| "no limit".to_owned(), |rate| Rate(rate).to_string()));
     if let Some(share) = status.max_slowdown {
         line("may lose", format!("{:.1} % of its running time", share * 100.0));
+    }
+    if let Some(percent) = status.cpu {
+        line("processor", format!("{percent} % of one at most"));
     }
     if let Some(bytes) = status.engine_memory {
         line("engine memory", format!("{} at most", Bytes(bytes)));

@@ -23,6 +23,8 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.insecure = verb.insecure;
     plan.memory_limit = verb.memory_limit.map(|bytes| bytes.0);
     plan.engine_memory = verb.engine_memory.map(|bytes| bytes.0);
+    plan.cpu = verb.cpu.map(|percent| percent.0);
+    plan.nice = verb.nice;
     plan.standby = verb.standby.0;
     plan.keep_store = verb.keep_store;
     plan.hooks = verb.hooks.hooks();

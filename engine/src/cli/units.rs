@@ -104,10 +104,7 @@ impl FromStr for Percent {
         let number = text.trim();
         let number = number.strip_suffix('%').unwrap_or(number).trim_end();
         match number.parse::<u32>() {
-            Ok(0) => {
-                Err("nothing of a processor compresses nothing (`--coding raw` leaves all pages as they are)"
-                    .to_owned())
-            }
+            Ok(0) => Err("nothing of a processor does nothing (write it like 50%)".to_owned()),
             Ok(percent) => Ok(Self(percent)),
             Err(_) => Err("this is no percentage (write it like 50%)".to_owned()),
         }

@@ -12,6 +12,7 @@ pub use protocol::{Answer, ErrorKind, MAX_LINE, PROTOCOL, Request};
 pub use socket::{ControlSocket, DIRECTORY, SocketError, path_of, sweep};
 
 use crate::cancel::Cancel;
+use crate::effort::CpuShare;
 use crate::link::SharedShaper;
 use crate::plan::{SendPlan, SendTo};
 use serde::{Deserialize, Serialize};
@@ -79,6 +80,9 @@ pub struct Status {
     /// Bytes of memory that the engine may take for itself; none if nobody cares.
     #[serde(default)]
     pub engine_memory: Option<u64>,
+    /// Per cent of one processor that the engine may take before the freeze, and for owed pages that nobody waits for; none if nobody cares.
+    #[serde(default)]
+    pub cpu: Option<u32>,
     /// Share of the time for which the program is made to stand still because it outruns the link; 0 while it is paused.
     pub throttle_share: f64,
     /// Downtime in microseconds, if the program had been frozen at the last look; none before the first.
@@ -108,6 +112,9 @@ pub enum Refused {
     /// A file cannot ask for pages.
     #[error("into a file all memory goes before the program is ended: post-copy needs a receiver")]
     OwedToFile,
+    /// Without a processor nothing is done.
+    #[error("the share of a processor must be more than zero (a pause does nothing at all)")]
+    NoProcessor,
     /// A bandwidth of zero never ends.
     #[error("the bandwidth must be more than zero (a pause sends nothing at all)")]
     NoBandwidth,
@@ -133,6 +140,7 @@ pub struct Control {
 struct Inner {
     cancel: Cancel,
     limit: SharedShaper,
+    cpu: CpuShare,
     /// Changed by every worker after every batch.
     done_pages: AtomicU64,
     /// Read by every worker before every batch; written with the state locked.
@@ -164,11 +172,12 @@ struct State {
     own_slowdown: bool,
     /// Nor what the engine may take.
     own_memory: bool,
+    own_cpu: bool,
     /// Bytes of memory that the engine may take for itself, and as many as it needs.
     memory: Option<u64>,
     needed: u64,
-    /// Grows when the limit changes.
-    bandwidths: u32,
+    /// Grows when the limit changes, or the share of a processor.
+    paces: u32,
     /// Bytes that an earlier migration sent.
     carried_before: u64,
 }
@@ -179,6 +188,7 @@ impl Control {
         let inner = Inner {
             cancel,
             limit: SharedShaper::new(None),
+            cpu: CpuShare::new(None),
             done_pages: AtomicU64::new(0),
             holds: AtomicBool::new(false),
             max_slowdown: AtomicU64::new(f64::NAN.to_bits()),
@@ -230,8 +240,27 @@ impl Control {
             state.stage.before_freeze()?;
         }
         state.own_bandwidth = true;
-        state.bandwidths += 1;
+        state.paces += 1;
         self.inner.limit.set_rate(bytes_per_second);
+        Ok(())
+    }
+
+    /// Lets the engine take so much of one processor from now on, in per cent, as [`SendPlan::cpu`] does from the start; `None` is as much
+    /// as it takes.
+    ///
+    /// # Errors
+    /// [`Refused`] for zero, and from the freeze on, but for the pages that are owed after it.
+    pub fn set_cpu(&self, percent: Option<u32>) -> Result<(), Refused> {
+        if percent == Some(0) {
+            return Err(Refused::NoProcessor);
+        }
+        let mut state = self.state();
+        if state.stage != Stage::PostCopy {
+            state.stage.before_freeze()?;
+        }
+        state.own_cpu = true;
+        state.paces += 1;
+        self.inner.cpu.set(percent);
         Ok(())
     }
 
@@ -314,6 +343,7 @@ impl Control {
             bandwidth: self.inner.limit.rate(),
             max_slowdown: self.max_slowdown(),
             engine_memory: state.memory,
+            cpu: self.inner.cpu.percent(),
             throttle_share: state.throttle_share,
             predicted_downtime_us: state.predicted_downtime.map(|time| time.as_micros() as u64),
             post_copy: state.post_copy || state.owes,
@@ -366,8 +396,17 @@ impl Control {
         if !state.own_memory {
             state.memory = plan.engine_memory;
         }
+        if !state.own_cpu {
+            self.inner.cpu.set(plan.cpu);
+        }
+        self.inner.cpu.lift(false);
         self.inner.done_pages.store(0, Ordering::Relaxed);
         self.hold(&state);
+    }
+
+    /// What the engine may take of one processor for what nobody waits for.
+    pub(crate) fn cpu(&self) -> &CpuShare {
+        &self.inner.cpu
     }
 
     /// Bytes of memory that the engine may take for itself.
@@ -440,8 +479,8 @@ impl Control {
     }
 
     /// Grows when the limit is changed by hand.
-    pub(crate) fn bandwidths(&self) -> u32 {
-        self.state().bandwidths
+    pub(crate) fn paces(&self) -> u32 {
+        self.state().paces
     }
 
     pub(crate) fn is_paused(&self) -> bool {

@@ -38,6 +38,12 @@ pub enum Request {
         #[serde(deserialize_with = "said")]
         share: Option<f64>,
     },
+    /// [`Control::set_cpu`].
+    Cpu {
+        /// Of one processor; `null` is as much as it takes, and it cannot be left out.
+        #[serde(deserialize_with = "said")]
+        percent: Option<u32>,
+    },
     /// [`Control::set_engine_memory`].
     EngineMemory {
         /// `null` is as much as it takes, and it cannot be left out.
@@ -125,6 +131,7 @@ fn obey(control: &Control, request: Request) -> Result<(), Refused> {
         Request::PostCopy {} => control.post_copy_now(),
         Request::Bandwidth { bytes_per_second } => control.set_bandwidth(bytes_per_second),
         Request::MaxSlowdown { share } => control.set_max_slowdown(share),
+        Request::Cpu { percent } => control.set_cpu(percent),
         Request::EngineMemory { bytes } => control.set_engine_memory(bytes),
     }
 }
@@ -153,6 +160,11 @@ mod tests {
         assert_eq!(ask(r#"{"command":"max-slowdown","share":null}"#).status.unwrap().max_slowdown, None);
         let memory = ask(r#"{"command":"engine-memory","bytes":67108864}"#).status.unwrap();
         assert_eq!(memory.engine_memory, Some(64 << 20));
+        let half = ask(r#"{"command":"cpu","percent":50}"#).status.unwrap();
+        assert_eq!(half.cpu, Some(50));
+        assert_eq!(ask(r#"{"command":"cpu","percent":0}"#).error, Some(ErrorKind::Refused));
+        assert_eq!(ask(r#"{"command":"cpu"}"#).error, Some(ErrorKind::BadRequest));
+        assert_eq!(ask(r#"{"command":"cpu","percent":null}"#).status.unwrap().cpu, None);
         let little = ask(r#"{"command":"engine-memory","bytes":1048576}"#);
         assert_eq!((little.ok, little.error), (false, Some(ErrorKind::Refused)));
         let memory = ask(r#"{"command":"engine-memory","bytes":null}"#).status.unwrap();

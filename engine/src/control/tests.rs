@@ -112,10 +112,10 @@ fn the_plans_bandwidth_holds_unless_another_was_asked_for() {
     plan.bandwidth = Some(5);
     let before = control();
     before.begin(&plan);
-    assert_eq!((before.status().bandwidth, before.bandwidths()), (Some(5), 0));
+    assert_eq!((before.status().bandwidth, before.paces()), (Some(5), 0));
     assert_eq!(before.set_bandwidth(Some(0)), Err(Refused::NoBandwidth));
     before.set_bandwidth(None).unwrap();
-    assert_eq!((before.status().bandwidth, before.bandwidths()), (None, 1));
+    assert_eq!((before.status().bandwidth, before.paces()), (None, 1));
     let asked = control();
     asked.set_bandwidth(Some(9)).unwrap();
     asked.begin(&plan);

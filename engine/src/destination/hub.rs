@@ -9,6 +9,7 @@ mod away;
 use super::failure::ReceiveError;
 use super::store::{CopyOrder, PageStore, StoreError};
 use crate::Cancel;
+use crate::effort::{CpuMeter, Effort};
 use crate::fault::Fault;
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::policy::memory;
@@ -37,6 +38,7 @@ const SLACK_PAGES: u64 = 1 << 20;
 pub(super) struct Hub {
     session: u128,
     stall: Duration,
+    effort: Effort,
     books: Mutex<Books>,
     changed: Condvar,
     /// Wakes the thread of the first connection when another one has failed. A new one for each link.
@@ -109,7 +111,24 @@ impl Hub {
             closed: false,
         };
         let alarm = Mutex::new(Cancel::new().map_err(LinkError::Lost)?);
-        Ok(Self { session, stall, books: Mutex::new(books), changed: Condvar::new(), alarm })
+        Ok(Self {
+            session,
+            stall,
+            effort: Effort::default(),
+            books: Mutex::new(books),
+            changed: Condvar::new(),
+            alarm,
+        })
+    }
+
+    /// Takes no more of the processors than `effort` says.
+    pub(super) fn sparing(self, effort: &Effort) -> Self {
+        Self { effort: effort.clone(), ..self }
+    }
+
+    /// What those who receive may take of the processors.
+    pub(super) fn effort(&self) -> &Effort {
+        &self.effort
     }
 
     /// Takes no more connections than these, and keeps no more bytes of pages that wait for others.
@@ -325,10 +344,20 @@ impl Hub {
     }
 
     fn receive(&self, channel: &mut Channel, stream: u16) -> Result<(), ReceiveError> {
+        let _entered = self.effort.enter();
+        let mut meter = CpuMeter::new(self.effort.cpu());
+        let over = || {
+            let books = self.lock();
+            books.closed || books.link.away
+        };
         loop {
             let before = channel.link().received();
             match channel.receive() {
-                Ok(Incoming::Pages(payload)) => self.pages(channel, payload, stream)?,
+                Ok(Incoming::Pages(payload)) => {
+                    // For the last ones: nothing but pages waits for it.
+                    meter.pay(over);
+                    self.pages(channel, payload, stream)?;
+                }
                 Ok(Incoming::Control(ControlMessage::RoundEnd { round, .. })) => {
                     self.reached(stream, round)?
                 }

@@ -16,6 +16,7 @@ pub(crate) mod store;
 pub(crate) mod sys;
 mod verify;
 
+use crate::effort::Effort;
 use crate::error::{CopyState, FailureKind};
 use crate::journal::{self, Journal, Role, Step};
 use crate::kept::{KeptPages, KeptStore};
@@ -61,6 +62,7 @@ pub(crate) struct Host {
     plan: ReceivePlan,
     criu: Criu,
     sessions: Sessions,
+    effort: Effort,
     /// Where further connections of the session under way find it.
     hub: Mutex<Option<Arc<Hub>>>,
     /// Where connections for owed pages find it.
@@ -124,6 +126,10 @@ impl Receiver {
     /// listening socket fails; failures of sessions are told to the observer.
     pub fn serve(&self, once: bool, observer: &dyn Observer, cancel: &Cancel) -> Result<(), MigrationError> {
         for text in crate::network::traces::clean() {
+            observer.event(&Event::Warning { text });
+        }
+        if let Err(error) = self.host.effort.check() {
+            let text = format!("the engine keeps its priority, because it could not get it back: {error}");
             observer.event(&Event::Warning { text });
         }
         observer.event(&Event::Listening { on: self.address });
@@ -200,10 +206,12 @@ impl Host {
         let criu = Criu::find(plan.criu.as_deref()).map_err(|error| {
             MigrationError::refused(phase, error).with_help("`pageferry check` shows what is missing here")
         })?;
+        let effort = Effort::new(plan.cpu, plan.nice);
         Ok(Self {
             plan,
             criu,
             sessions: Sessions::default(),
+            effort,
             hub: Mutex::default(),
             late: Mutex::default(),
             standby: Mutex::default(),
@@ -221,12 +229,16 @@ impl Host {
         memory::at_destination(self.plan.engine_memory, most_streams())
     }
 
+    fn new_store(&self, own: Option<u64>) -> Result<PageStore, store::StoreError> {
+        PageStore::sparing(self.plan.memory_limit, own, &self.effort)
+    }
+
     /// Begins to make memory ready for the next session.
     fn stand_by(&self) -> Result<(), store::StoreError> {
         if self.plan.standby == 0 {
             return Ok(());
         }
-        let store = PageStore::new(self.plan.memory_limit, self.own().index)?;
+        let store = self.new_store(self.own().index)?;
         store.reserve(self.plan.standby)?;
         *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
         Ok(())
@@ -339,7 +351,9 @@ impl Host {
     fn session(&self, mut channel: Channel, hello: Hello, observer: &dyn Observer, cancel: &Cancel) -> End {
         let id = hello.session;
         let mut journal = None;
+        self.effort.lift(false);
         let result = self.receive_one(&mut channel, &hello, &mut journal, observer, cancel);
+        self.effort.lift(false);
         let end = match result {
             Ok(told) => End { session: id, failure: None, unclear: !told },
             Err(error) => {
@@ -384,15 +398,15 @@ impl Host {
         let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut store = match standby {
             Some(store) => store,
-            None => PageStore::new(self.plan.memory_limit, own.index)?,
+            None => self.new_store(own.index)?,
         };
         let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
         let mut keeper = Keeper::take(self.plan.keep_store.as_deref(), own.index);
         let kept = keeper.pages();
         store.set_kept(self.base.clone().unwrap_or_else(|| Arc::clone(&kept)));
-        let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?);
+        let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?.sparing(&self.effort));
         hub.limit(own.streams, own.later);
-        let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout));
+        let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout).sparing(self.effort.cpu()));
         let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));
         hub.begin(channel.link(), &hello.program)?;
         channel.link_mut().set_alarm(Some(hub.alarm()));
@@ -426,9 +440,12 @@ impl Host {
         };
         let ready = restore.getting_ready();
         let criu = || ready.took();
+        // Not earlier: CRIU was started by now, and keeps the priority of its own.
+        let entered = self.effort.enter();
         let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network, &criu)
             .beside(keeper.lists())
             .run()?;
+        drop(entered);
         if network.keeps_tcp() {
             restore.set_tcp(TcpPolicy::Established);
         }
@@ -459,6 +476,7 @@ impl Host {
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);
         let pid = alive.pid;
+        self.effort.cpu().lift(false);
         let told = match alive.settle(channel, &late, &self.plan) {
             Ok((stats, told)) => {
                 self.sessions.filled(hello.session, pid, Instant::now());

@@ -6,6 +6,7 @@ use super::keep::Lists;
 use super::network::Arrival;
 use super::pieces::Pieces;
 use super::store::StoreError;
+use crate::effort::CpuMeter;
 use crate::link::{Channel, ChannelError, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
@@ -179,9 +180,14 @@ impl<'a, 'b> Reception<'a, 'b> {
     }
 
     fn receive_all(&mut self) -> Result<(), ReceiveError> {
+        let mut meter = CpuMeter::new(self.hub.effort().cpu());
         loop {
             match self.channel.receive()? {
-                Incoming::Pages(payload) => self.hub.pages(self.channel, payload, 0)?,
+                Incoming::Pages(payload) => {
+                    // For the last ones: nothing but pages waits for it.
+                    meter.pay(|| (self.still)().is_err());
+                    self.hub.pages(self.channel, payload, 0)?;
+                }
                 Incoming::Owned(batch) => self.owned(batch)?,
                 Incoming::Owed(batch) => self.owed(batch)?,
                 Incoming::Image(chunk, payload) => {
@@ -208,6 +214,8 @@ impl<'a, 'b> Reception<'a, 'b> {
         if incomer.owned.len() + batch.runs.len() > limits::MAX_OWNED_RUNS {
             return Err(ReceiveError::Order("more owned runs than a space may have"));
         }
+        // An older source does not say that the program is about to stop.
+        self.hub.effort().lift(true);
         let bytes = batch.runs.len() * LIST_BYTES;
         incomer.owned.extend(batch.runs);
         incomer.owned_complete = !batch.more;
@@ -264,6 +272,7 @@ impl<'a, 'b> Reception<'a, 'b> {
             ControlMessage::SpaceGone { space } => self.close_space(space)?,
             ControlMessage::Hold { ms } => {
                 self.hub.set_hold(Duration::from_millis(ms));
+                self.hub.effort().lift(ms == 0);
                 if ms == 0 {
                     self.note_prepared()?;
                 }

@@ -26,6 +26,9 @@ pub(crate) struct Terms {
     pub(crate) streams: u16,
     /// Bytes a second at most.
     pub(crate) bandwidth: Option<u64>,
+    /// Per cent of one processor at most.
+    #[serde(default)]
+    pub(crate) cpu: Option<u32>,
     pub(crate) coding: CodingChoice,
     pub(crate) congestion: Option<String>,
     connect_timeout_us: u64,
@@ -64,12 +67,13 @@ fn us(time: Duration) -> u64 {
 }
 
 impl Terms {
-    /// The terms of a plan, over so many connections and with this limit.
-    pub(crate) fn of(plan: &crate::SendPlan, streams: u16, bandwidth: Option<u64>) -> Self {
+    /// The terms of a plan, over so many connections and with these limits.
+    pub(crate) fn of(plan: &crate::SendPlan, streams: u16, bandwidth: Option<u64>, cpu: Option<u32>) -> Self {
         Self {
             owed: VERSION,
             streams,
             bandwidth,
+            cpu,
             coding: plan.coding,
             congestion: plan.congestion.clone(),
             connect_timeout_us: us(plan.connect_timeout),
@@ -186,7 +190,7 @@ mod tests {
             runs: runs.to_vec(),
         };
         Owed {
-            terms: Terms::of(&plan, 2, Some(1 << 20)),
+            terms: Terms::of(&plan, 2, Some(1 << 20), Some(50)),
             spaces: vec![space(0, 7, &[(16, 2), (18, 1), (4096, 512)]), space(3, 8, &[(1, 1)])],
         }
     }

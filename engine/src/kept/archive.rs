@@ -5,6 +5,7 @@ use super::chain::Base;
 use super::checkpoints::Entry;
 use super::draft::Draft;
 use super::error::KeptError;
+use crate::effort::CpuShare;
 use crate::link::{LinkError, TcpLink};
 use std::net::TcpStream;
 use std::path::Path;
@@ -51,16 +52,16 @@ impl Archive {
         Self { draft: Some((draft, checkpoint)), thread: None, end: None, kept: Arc::default() }
     }
 
-    /// The link to the thread that writes. There is one, once.
-    pub(crate) fn connect(&mut self) -> Result<TcpLink, KeptError> {
+    /// The link to the thread that writes, which keeps within `cpu` with those of the source. There is one, once.
+    pub(crate) fn connect(&mut self, cpu: &CpuShare) -> Result<TcpLink, KeptError> {
         let (draft, checkpoint) = self.draft.take().ok_or(LinkError::Closed)?;
         let (ours, mut theirs) = TcpLink::pair().map_err(LinkError::Lost)?;
         theirs.set_stall(PATIENCE);
         self.end = Some(ours.handle().map_err(LinkError::Lost)?);
-        let kept = Arc::clone(&self.kept);
+        let (kept, cpu) = (Arc::clone(&self.kept), cpu.clone());
         let thread = std::thread::Builder::new()
             .name("kept-archivist".to_owned())
-            .spawn(move || archivist::run(theirs, draft, checkpoint, &kept))
+            .spawn(move || archivist::run(theirs, draft, checkpoint, &kept, &cpu))
             .map_err(LinkError::Lost)?;
         self.thread = Some(thread);
         Ok(ours)

@@ -9,6 +9,7 @@ use super::error::{Damage, KeptError};
 use super::flusher::Flusher;
 use super::frames::Frames;
 use super::ledger::{Ledger, Verdict};
+use crate::effort::{CpuMeter, CpuShare};
 use crate::link::TcpLink;
 use pageferry_wire_format::{
     AbortCode, ControlMessage, DigestBatch, Head, PageDigest, PageNo, PageRun, Sequencer, SpaceId, Welcome,
@@ -30,6 +31,7 @@ pub(super) fn run(
     draft: Draft,
     checkpoint: Option<Checkpoint>,
     kept: &AtomicBool,
+    cpu: &CpuShare,
 ) -> Result<(), KeptError> {
     let base = checkpoint.as_ref().and_then(|checkpoint| checkpoint.base.as_ref());
     let base = base.map_or(Vec::new(), |base| base.digests.clone());
@@ -38,6 +40,7 @@ pub(super) fn run(
         voice: Voice::default(),
         offered: base.clone(),
         ledger: Ledger::on(base),
+        meter: CpuMeter::new(cpu),
         verify: false,
     };
     let result = archivist.record(draft, checkpoint, kept);
@@ -82,6 +85,7 @@ struct Archivist {
     frames: Frames<TcpLink>,
     voice: Voice,
     ledger: Ledger,
+    meter: CpuMeter,
     /// Digests of all pages follow the images.
     verify: bool,
 }
@@ -106,6 +110,7 @@ impl Archivist {
             self.check(&head).map_err(damaged)?;
             draft.write(self.frames.head())?;
             draft.write(self.frames.payload())?;
+            self.meter.pay(|| false);
             match &head {
                 Head::Control(ControlMessage::Hello(hello)) => {
                     let Some(version) = version::negotiate(&hello.versions) else {

@@ -6,6 +6,7 @@ use super::error::KeptError;
 use super::frames::{Frames, StreamFile};
 use super::inspect::inspect;
 use super::player::survey;
+use crate::effort::CpuShare;
 use crate::link::{Channel, ChannelError, Incoming};
 use pageferry_wire_format::{
     Coding, ControlMessage, Hello, ImageChunk, OwnedBatch, PageBatch, PageDigest, PageNo, PageRef, PageRun,
@@ -36,7 +37,7 @@ impl Speaker {
     }
 
     fn to(mut archive: Archive) -> Self {
-        let mut link = archive.connect().unwrap();
+        let mut link = archive.connect(&CpuShare::new(None)).unwrap();
         link.set_stall(Duration::from_secs(20));
         Self { archive, channel: Channel::new(link), offered: Vec::new(), piece: None }
     }

@@ -29,9 +29,15 @@ impl Shaper {
             return Err(self.paid_until - now);
         }
         // Idle time beyond the burst is not saved up.
+        self.owe(now, bytes as u64);
+        Ok(())
+    }
+
+    /// Takes `bytes` out of the bucket at `now`, whatever is in it: for what has gone already. Says how long it is empty.
+    pub fn owe(&mut self, now: Duration, bytes: u64) -> Duration {
         let from = self.paid_until.max(now.saturating_sub(BURST));
         self.paid_until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
-        Ok(())
+        self.paid_until.saturating_sub(now)
     }
 
     /// Another rate from `now` on. What was let through before lasts no longer than it did at the old rate: it is gone, and must

@@ -220,7 +220,7 @@ impl SendError {
                     .to_owned()
             }
             SendError::Memory(_) => "allow it more (--engine-memory), or as much as it takes".to_owned(),
-            SendError::Slowdown(_) => "go without --max-slowdown, and limit it with --bandwidth and --nice".to_owned(),
+            SendError::Slowdown(_) => "go without --max-slowdown, and limit it with --bandwidth, --cpu and --nice".to_owned(),
             SendError::Congestion { .. } => {
                 let file = "/proc/sys/net/ipv4/tcp_available_congestion_control";
                 let have = std::fs::read_to_string(file).unwrap_or_default();

@@ -42,6 +42,7 @@ impl Migration<'_> {
         self.hold_no_longer()?;
         let patience = self.plan.stall_timeout;
         self.niceness = None;
+        self.control.cpu().lift(true);
 
         // At its full pace again: CRIU stops it with ptrace too.
         self.note_throttle();

@@ -12,7 +12,6 @@ pub(crate) mod late;
 pub(crate) mod machine;
 mod memory;
 mod network;
-mod niceness;
 mod pages;
 mod precopy;
 mod queue;
@@ -32,6 +31,7 @@ mod watchman;
 
 use crate::cancel::Cancel;
 use crate::control::{Control, Stage};
+use crate::effort::{CpuMeter, Niceness};
 use crate::error::{CopyState, FailureKind, MigrationError};
 use crate::journal::{self, Journal, Process, Role};
 use crate::kept::{Archive, KeptStore};
@@ -48,7 +48,6 @@ use failure::SendError;
 use images::Packer;
 use late::LateSession;
 use machine::{Aftermath, Phase, Stake};
-use niceness::Niceness;
 use pageferry_criu_glue::{Criu, Dump, DumpError, DumpRequest, HideKind, ImageDir, TcpPolicy, Wait};
 use pageferry_tracker::{self as tracker, PageReader, PageSet, Target, Throttle, Tracker, WriteCheck};
 use pageferry_wire_format::{self as wire, ControlMessage, Hello, RestoreChoices};
@@ -197,6 +196,8 @@ struct Migration<'a> {
     paused: Duration,
     /// Before the freeze.
     niceness: Option<Niceness>,
+    /// Of the thread that looks for pages, and sends over the first connection.
+    meter: CpuMeter,
     /// Whether what is left when the tree is frozen comes after it runs at the destination.
     owes: bool,
     /// Of the strategy, where none was asked for.
@@ -327,6 +328,7 @@ impl<'a> Migration<'a> {
             peer_streams: 1,
             paused: Duration::ZERO,
             niceness: None,
+            meter: CpuMeter::new(control.cpu()),
             owes: plan.strategy.owes(),
             choice: None,
             began: Instant::now(),
@@ -355,6 +357,7 @@ impl<'a> Migration<'a> {
         self.attach()?;
         // Not earlier: CRIU was started by now, and keeps the priority of its own.
         self.be_nice();
+        self.meter.begin();
         self.ask_to_hold()?;
         let decision = match self.plan.strategy {
             Strategy::PostCopy | Strategy::StopAndCopy => self.look_once()?,
@@ -436,7 +439,7 @@ impl<'a> Migration<'a> {
                 }
                 link
             }
-            Peer::Archive(archive) => archive.connect()?,
+            Peer::Archive(archive) => archive.connect(self.control.cpu())?,
         };
         link.set_stall(self.plan.connect_timeout);
         link.set_cancel(Some(self.cancel.clone()));

@@ -7,6 +7,7 @@ use super::queue::{Queue, Task};
 use super::slowdown::{Work, WorkShare};
 use super::tally::Tally;
 use crate::control::Control;
+use crate::effort::CpuMeter;
 use crate::link::{Channel, ChannelError};
 use crate::report::Share;
 use pageferry_tracker::{PageReader, ReadError, Run};
@@ -176,6 +177,11 @@ impl Worker {
         self.chooser.observe_link(bytes_per_second as usize, Duration::from_secs(1));
     }
 
+    /// It may work for this share of the time.
+    pub(crate) fn limit_work(&mut self, share: f64) {
+        self.chooser.set_share(share);
+    }
+
     /// Seconds that a byte takes the connection, as far as is known; `None` as long as it was never waited for.
     pub(crate) fn link(&self) -> Option<f64> {
         self.chooser.link()
@@ -193,6 +199,7 @@ impl Worker {
         self.chooser.pause();
         let mut tally = Tally::default();
         let mut work = Work::begin();
+        let mut meter = CpuMeter::new(round.control.cpu());
         let hand = round.queue.hand();
         let result = loop {
             match before(channel) {
@@ -222,7 +229,10 @@ impl Worker {
             round.done_pages.fetch_add(done, Ordering::Relaxed);
             round.sent_bytes.fetch_add(tally.bytes() - had.1, Ordering::Relaxed);
             round.control.done(done);
+            let rests = Instant::now();
             work.rest(&round.work, &round.stop);
+            meter.pay(|| round.stop.load(Ordering::Relaxed) || round.control.token().is_cancelled());
+            self.chooser.observe_rest(rests.elapsed());
         };
         if result.is_err() {
             round.stop.store(true, Ordering::Relaxed);

@@ -107,7 +107,7 @@ impl Migration<'_> {
 
     /// What the pace of the rounds depends on besides the program.
     fn changes(&self) -> (Duration, u32, u32) {
-        (self.paused, self.control.bandwidths(), self.report.interruptions)
+        (self.paused, self.control.paces(), self.report.interruptions)
     }
 
     /// One round, or the decision that it is not worth one.
@@ -121,7 +121,7 @@ impl Migration<'_> {
         let now = self.changes();
         if std::mem::replace(&mut course.changes, now) != now {
             course.navigator.policy().begin_anew();
-            self.tell_workers_of_the_limit();
+            self.tell_workers_of_the_limits();
         }
         self.space_scans(course.last_collect);
         let start = Instant::now();

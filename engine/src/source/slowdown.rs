@@ -2,11 +2,11 @@
 
 use super::Migration;
 use super::failure::SendError;
+use crate::effort::processor_time;
 use crate::observe::Event;
 use crate::policy::slowdown::rest;
 use crate::policy::slowdown::{Pace, Seen};
 use pageferry_tracker::{Collected, RunClock, RunTimesError, Target, Throttle};
-use rustix::time::{ClockId, clock_gettime};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -66,12 +66,6 @@ impl Work {
         }
         *self = Self::begin();
     }
-}
-
-/// How long the calling thread has been on a processor.
-fn processor_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32)
 }
 
 /// Watches the program from before it is tracked until it is frozen.

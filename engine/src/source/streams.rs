@@ -39,14 +39,11 @@ impl Migration<'_> {
             self.plan.streams.map_or_else(default_streams, usize::from).min(usize::from(most)).max(1);
         let wanted = self.workers_within(wanted)?;
         for _ in 0..wanted {
-            let mut chooser = match self.plan.coding {
+            let chooser = match self.plan.coding {
                 CodingChoice::Auto => CodingChooser::default(),
                 CodingChoice::Raw => CodingChooser::only(Coding::Raw),
                 CodingChoice::Zstd => CodingChooser::only(Coding::Zstd),
             };
-            if let Some(percent) = self.plan.cpu {
-                chooser.set_ceiling(f64::from(percent) / 100.0 / wanted as f64);
-            }
             self.workers.push(Worker::new(chooser)?);
         }
         self.packer = Some(Packer::new(self.plan.coding, self.spoken)?);
@@ -56,7 +53,7 @@ impl Migration<'_> {
         }
         self.report.streams = wanted as u32;
         self.peer_streams = most;
-        self.tell_workers_of_the_limit();
+        self.tell_workers_of_the_limits();
         Ok(())
     }
 
@@ -80,8 +77,11 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// How fast the link is for each of them, where that is known.
-    pub(super) fn tell_workers_of_the_limit(&mut self) {
+    /// How fast the link is for each of them, where that is known, and how much of the time each may work.
+    pub(super) fn tell_workers_of_the_limits(&mut self) {
+        let share = self.control.cpu().percent().map_or(1.0, |percent| f64::from(percent) / 100.0);
+        let each = share / self.workers.len().max(1) as f64;
+        self.workers.iter_mut().for_each(|worker| worker.limit_work(each));
         if let Some(bandwidth) = self.control.limit().rate() {
             let each = bandwidth / self.workers.len().max(1) as u64;
             self.workers.iter_mut().for_each(|worker| worker.limit_link(each));
@@ -110,6 +110,8 @@ impl Migration<'_> {
     /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let (observer, cancel, control) = (self.observer, self.cancel, self.control);
+        // For the scan, and what was made of it.
+        self.meter.pay(|| cancel.is_cancelled());
         let Self { spaces, books, workers, further, channel, throttle, peer, report, watch, leave, .. } =
             self;
         let channel = channel.as_mut().expect("connected before the first round");
@@ -189,6 +191,8 @@ impl Migration<'_> {
             }));
             results
         });
+        // The worker has paid.
+        self.meter.begin();
         let mut tally = Tally::default();
         let mut failed = None;
         for result in results {

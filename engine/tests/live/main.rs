@@ -5,6 +5,7 @@
 
 mod choice;
 mod control;
+mod effort;
 mod faults;
 mod ferry;
 mod full;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         slowdown::tests(),
         predict::tests(),
         control::tests(),
+        effort::tests(),
         faults::tests(),
         resume::tests(),
         full::tests(),

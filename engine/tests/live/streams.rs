@@ -17,7 +17,6 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("it is lost in the freeze too", lost_for_good),
         ("one connection of several is lost", one_of_several),
         ("only one coding, when asked for", one_coding),
-        ("compression takes no more of a processor than it may", processor_ceiling),
         ("memory that was made ready while waiting", standby),
     ]
 }
@@ -158,25 +157,6 @@ fn one_coding(ferry: &Ferry) -> anyhow::Result<()> {
         ensure!(receiver.wait()? == 0, "the receiver's exit code");
         ferry.hosts.kill(Host::Destination, subject.pid)?;
     }
-    Ok(())
-}
-
-fn processor_ceiling(ferry: &Ferry) -> anyhow::Result<()> {
-    let raw = |options: &[&str]| -> anyhow::Result<f64> {
-        let subject = ferry.subject(&["writer", "--memory", "32MiB", "--rate", "0", "--compressible"])?;
-        let receiver = ferry.receiver(None, &["--once"])?;
-        let usual = ["--verify", "--streams", "1", "--bandwidth", "40MB"];
-        let outcome = ferry.migrate(subject.pid, None, &[&usual[..], options].concat())?;
-        let codings = codings(outcome.moved()?);
-        ferry.lives_only(Host::Destination, &subject)?;
-        ensure!(receiver.wait()? == 0, "the receiver's exit code");
-        ferry.hosts.kill(Host::Destination, subject.pid)?;
-        let (raw, zstd) = (codings.raw.pages as f64, codings.zstd.pages as f64);
-        Ok(raw / (raw + zstd))
-    };
-    let (free, held) = (raw(&[])?, raw(&["--cpu", "1%"])?);
-    ensure!(free < 0.1, "{free} of the pages go raw over a slow link");
-    ensure!(held > 0.5, "{held} of the pages go raw where nearly nothing may be compressed");
     Ok(())
 }
 

@@ -44,32 +44,27 @@ impl Mix {
 }
 
 /// The best of what can be made of `choices`, of which there is at least one. A byte takes the link `link` seconds and the core
-/// `send` to send and `work` before that; coding may take `ceiling` of a core.
-pub(super) fn best(choices: &[Choice], link: f64, send: f64, work: f64, ceiling: f64) -> Mix {
-    let blend = |a: &Choice, b: &Choice, share: f64| {
-        let both = |of_a: f64, of_b: f64| of_a * (1.0 - share) + of_b * share;
+/// `send` to send and `work` before that, of which there is `share` of the time.
+pub(super) fn best(choices: &[Choice], link: f64, send: f64, work: f64, share: f64) -> Mix {
+    let blend = |a: &Choice, b: &Choice, of_b: f64| {
+        let both = |a: f64, b: f64| a * (1.0 - of_b) + b * of_b;
         let (coding, ratio) = (both(a.coding, b.coding), both(a.ratio, b.ratio));
-        let time = (work + coding + send * ratio).max(link * ratio);
-        // Within the ceiling, or raw; where there is no raw, whatever takes least.
-        let allowed = coding <= ceiling * time;
-        (allowed, Mix { ways: [(a.way, 1.0 - share), (b.way, share)], time, ratio, coding })
+        let time = ((work + coding + send * ratio) / share).max(link * ratio);
+        Mix { ways: [(a.way, 1.0 - of_b), (b.way, of_b)], time, ratio, coding }
     };
     let mut mixes = Vec::with_capacity(choices.len() * choices.len() * STEPS as usize);
     for (at, a) in choices.iter().enumerate() {
         mixes.push(blend(a, a, 0.0));
-        for b in choices[at + 1..].iter().filter(|b| a.coding.max(b.coding) <= LONGEST_CODING * link) {
+        for b in choices[at + 1..].iter().filter(|b| a.coding.max(b.coding) / share <= LONGEST_CODING * link)
+        {
             mixes.extend((1..STEPS).map(|step| blend(a, b, f64::from(step) / f64::from(STEPS))));
         }
     }
-    if mixes.iter().any(|(allowed, _)| *allowed) {
-        mixes.retain(|(allowed, _)| *allowed);
-    }
-    let mixes = mixes.into_iter().map(|(_, mix)| mix);
-    let quickest = mixes.clone().map(|mix| mix.time).fold(f64::INFINITY, f64::min);
-    let raw = choices.iter().find(|choice| choice.way == super::RAW).map(|raw| blend(raw, raw, 0.0).1);
+    let quickest = mixes.iter().map(|mix| mix.time).fold(f64::INFINITY, f64::min);
+    let raw = choices.iter().find(|choice| choice.way == super::RAW).map(|raw| blend(raw, raw, 0.0));
     let most = raw.map_or(quickest * SLOWER, |raw| (quickest * SLOWER).min(raw.time * WORTH_IT));
     let price = |mix: &Mix| mix.time * mix.ratio.sqrt();
-    let small = mixes.filter(|mix| mix.time <= most).min_by(|a, b| price(a).total_cmp(&price(b)));
+    let small = mixes.into_iter().filter(|mix| mix.time <= most).min_by(|a, b| price(a).total_cmp(&price(b)));
     small.or(raw).unwrap_or(Mix {
         ways: [(super::RAW, 1.0), (super::RAW, 0.0)],
         time: f64::INFINITY,

@@ -8,7 +8,8 @@
 //! max(work + c + s * ratio, w * ratio)
 //! ```
 //!
-//! where `work` is what reading and hashing take. [`mix`] finds what is quickest under this, [`link`] what `w` and `s` are; here are
+//! where `work` is what reading and hashing take; a worker that may work for a share of the time only takes as many times longer
+//! for its part of it. [`mix`] finds what is quickest under this, [`link`] what `w` and `s` are; here are
 //! the costs of each way on this data, and the looks that keep them true.
 
 mod link;
@@ -43,6 +44,8 @@ const QUICK: usize = 1;
 
 /// Weight of a new measurement in the average of a way's cost.
 const WEIGHT: f64 = 0.15;
+/// No worker is thought to have less of the time.
+const LEAST_SHARE: f64 = 1e-3;
 /// Share of the time that goes into looking at ways that are not used.
 const LOOKING: f64 = 0.01;
 /// Seconds that may go into that at the beginning, before there was time to save them up, and at most.
@@ -97,8 +100,8 @@ pub struct CodingChooser {
     owed: [f64; WAYS.len()],
     /// Seconds that reading and hashing take for a byte.
     work: f64,
-    /// Share of a core that may go into coding.
-    ceiling: f64,
+    /// Share of the time in which the core may work.
+    share: f64,
     /// Seconds that may go into looks.
     budget: f64,
     /// Seconds that were seen to pass, and when the next glimpse may begin.
@@ -124,7 +127,7 @@ impl Default for CodingChooser {
             allowed: [true; WAYS.len()],
             owed: Default::default(),
             work: 0.0,
-            ceiling: 1.0,
+            share: 1.0,
             budget: FIRST_LOOKS,
             clock: 0.0,
             next_glimpse: None,
@@ -150,9 +153,11 @@ impl CodingChooser {
         Self { allowed: WAYS.each_ref().map(allows), ..Self::default() }
     }
 
-    /// The share of a core that may go into compression, above 0 and at most 1. What is not a share is taken as the nearest.
-    pub fn set_ceiling(&mut self, share: f64) {
-        self.ceiling = if share.is_nan() { 1.0 } else { share.clamp(0.0, 1.0) };
+    /// The share of the time in which the worker may do anything, above 0 and at most 1: it rests for the remainder, while the link carries on.
+    /// What is not a share is taken as the nearest.
+    pub fn set_share(&mut self, share: f64) {
+        self.share = if share.is_nan() { 1.0 } else { share.clamp(LEAST_SHARE, 1.0) };
+        self.plans = [None; 2];
     }
 
     /// `bytes` (of a frame with its payload) took `time` to send.
@@ -172,6 +177,13 @@ impl CodingChooser {
     /// Time passes until the next batch in which nothing is sent: between rounds.
     pub fn pause(&mut self) {
         self.meter.pause();
+    }
+
+    /// The worker did nothing for so long, because it may work for a share of the time only.
+    pub fn observe_rest(&mut self, time: Duration) {
+        let time = time.as_secs_f64();
+        self.meter.worked(time);
+        self.pass(time);
     }
 
     /// Reading and hashing `bytes` took `time`.
@@ -220,7 +232,7 @@ impl CodingChooser {
     /// copy of it, into memory that it has to get first.
     pub fn core_is_idle(&self) -> bool {
         let (coding, ratio) = self.lately;
-        let core = self.work + coding + self.meter.send() * ratio;
+        let core = (self.work + coding + self.meter.send() * ratio) / self.share;
         self.meter.link().is_some_and(|link| link >= SLOW_LINK && link * ratio - core > KEEPING)
     }
 
@@ -318,7 +330,7 @@ impl CodingChooser {
 
     fn mix(&self, choices: &[Choice]) -> Mix {
         let link = self.meter.link().unwrap_or(0.0);
-        mix::best(choices, link, self.meter.send(), self.work, self.ceiling)
+        mix::best(choices, link, self.meter.send(), self.work, self.share)
     }
 
     /// Takes the way of a mix that is furthest behind its share.
@@ -409,7 +421,7 @@ impl CodingChooser {
             return false;
         }
         let surely = link < FASTER * self.full_link;
-        let gains = mix.time > WORTH_A_GLIMPSE * (self.work + self.meter.send());
+        let gains = mix.time > WORTH_A_GLIMPSE * (self.work + self.meter.send()) / self.share;
         if !gains || !(surely || self.clock >= next) {
             return false;
         }

@@ -32,6 +32,10 @@ struct World {
     /// Bytes a second that are read and hashed.
     read: f64,
     has_base: bool,
+    /// Share of the time in which the worker may work, what it has worked, and until when that is paid for.
+    share: f64,
+    worked: f64,
+    paid: f64,
     /// Whether the system says what waits in its buffer.
     tells: bool,
     /// Bytes that were sent.
@@ -42,7 +46,6 @@ struct World {
     queued: f64,
     wire: f64,
     count: [usize; WAYS.len()],
-    coding: f64,
 }
 
 /// What a run came to.
@@ -51,8 +54,8 @@ struct Outcome {
     speed: f64,
     ratio: f64,
     packed: usize,
-    /// Share of the time that went into coding.
-    coding: f64,
+    /// Share of the time in which the worker worked.
+    worked: f64,
 }
 
 impl World {
@@ -64,6 +67,9 @@ impl World {
             wakes: 0.0,
             read: 4e9,
             has_base: false,
+            share: 1.0,
+            worked: 0.0,
+            paid: 0.0,
             tells: false,
             sent: 0.0,
             unrest: 0,
@@ -71,7 +77,6 @@ impl World {
             queued: 0.0,
             wire: 0.0,
             count: [0; WAYS.len()],
-            coding: 0.0,
         }
     }
 
@@ -94,12 +99,25 @@ impl World {
         self.queued = (self.queued - seconds * self.link).max(0.0);
     }
 
+    fn work(&mut self, seconds: f64) {
+        self.worked += seconds;
+        self.pass(seconds);
+    }
+
+    /// Rests for what was worked since `begin`, when so much had been.
+    fn rest(&mut self, begin: f64, worked: f64) -> f64 {
+        self.paid = self.paid.max(begin) + (self.worked - worked) / self.share;
+        let rest = (self.paid - self.now).max(0.0);
+        self.pass(rest);
+        rest
+    }
+
     /// Sends into the buffer and says how long that took.
     fn send(&mut self, bytes: f64) -> f64 {
         let begin = self.now;
         self.sent += bytes;
         let copy = self.restless(5e-6 + bytes / 6e9);
-        self.pass(copy);
+        self.work(copy);
         let mut surplus = self.queued + bytes - self.buffer;
         if surplus > 0.0 {
             // A sender that waits is woken only when there is some room.
@@ -119,13 +137,14 @@ impl World {
 
     /// Sends so many bytes of content as `chooser` says, or all in one way.
     fn run(&mut self, content: f64, chooser: &mut CodingChooser, fixed: Option<Way>) -> Outcome {
-        let (begin, wire, coding) = (self.now, self.wire, self.coding);
+        let (begin, wire, worked) = (self.now, self.wire, self.worked);
         let (mut sent, mut batches, mut packed) = (0.0, 0, 0);
         while sent < content {
             let bytes = (chooser.batch_pages() * PAGE_SIZE) as f64;
             let seconds = |time: f64| Duration::from_secs_f64(time);
+            let before = (self.now, self.worked);
             let read = self.restless(bytes / self.read);
-            self.pass(read);
+            self.work(read);
             chooser.observe_work(bytes as usize, seconds(read));
             self.tell(chooser);
             let way = fixed.unwrap_or_else(|| chooser.choose(self.has_base));
@@ -135,14 +154,14 @@ impl World {
                 packed += 1;
                 out = bytes * ratio;
                 let time = self.restless(bytes / speed);
-                self.pass(time);
-                self.coding += time;
+                self.work(time);
                 chooser.observe(way, bytes as usize, out as usize, seconds(time));
             }
             self.tell(chooser);
             let time = self.send(out);
             chooser.observe_link(out as usize, seconds(time));
             self.wire += out;
+            chooser.observe_rest(seconds(self.rest(before.0, before.1)));
             self.count[WAYS.iter().position(|known| *known == way).unwrap()] += 1;
             sent += bytes;
             batches += 1;
@@ -153,7 +172,7 @@ impl World {
             speed: sent / took,
             ratio: (self.wire - wire) / sent,
             packed: packed * 1000 / batches,
-            coding: (self.coding - coding) / took,
+            worked: (self.worked - worked) / took,
         }
     }
 }
@@ -397,23 +416,35 @@ fn what_is_allowed_is_kept_to() {
 }
 
 #[test]
-fn the_core_is_used_up_to_its_ceiling() {
+fn a_worker_that_may_work_a_share_of_the_time_makes_the_best_of_it() {
     for link in [12.5e6, 60e6, 125e6, 400e6] {
-        for ceiling in [0.1, 0.3, 0.6] {
+        for share in [0.02, 0.1, 0.3, 0.6] {
+            let run = |chooser: &mut CodingChooser, fixed| {
+                let mut world = World { share, ..World::new(link, 412e6, 0.217) };
+                world.run(64.0 * BATCH, chooser, fixed);
+                world.run(1000.0 * BATCH, chooser, fixed)
+            };
             let mut chooser = CodingChooser::default();
-            chooser.set_ceiling(ceiling);
-            let mut world = World::new(link, 412e6, 0.217);
-            world.run(64.0 * BATCH, &mut chooser, None);
-            let outcome = world.run(1000.0 * BATCH, &mut chooser, None);
-            assert!(outcome.coding < ceiling + 0.06, "link {link:e}, {ceiling}: {outcome:?}");
-            let raw = run(link, 412e6, 0.217, Some(Way::Raw));
-            assert!(outcome.speed > 0.97 * raw.speed, "link {link:e}, {ceiling}: {outcome:?}, {raw:?}");
+            chooser.set_share(share);
+            let outcome = run(&mut chooser, None);
+            assert!(outcome.worked < share * 1.02, "link {link:e}, {share}: {outcome:?}");
+            for way in [Way::Raw, Way::Zstd(1)] {
+                let alone = run(&mut CodingChooser::default(), Some(way));
+                assert!(
+                    outcome.speed > 0.8 * alone.speed,
+                    "link {link:e}, {share}: {outcome:?}, {way:?} {alone:?}"
+                );
+            }
+            if share == 0.02 && link > 1e8 {
+                assert!(outcome.packed < 100, "there is no time for it: {outcome:?}");
+            }
         }
     }
     let mut chooser = CodingChooser::default();
-    chooser.set_ceiling(0.0);
-    let mut world = World::new(12.5e6, 412e6, 0.217);
-    assert!(world.run(1000.0 * BATCH, &mut chooser, None).packed < 20, "none at all, but for looks");
+    chooser.set_share(f64::NAN);
+    assert_eq!(chooser.share, 1.0);
+    chooser.set_share(-1.0);
+    assert!(chooser.share > 0.0);
 }
 
 #[test]

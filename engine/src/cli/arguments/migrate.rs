@@ -100,8 +100,9 @@ pub(in crate::cli) struct MigrateVerb {
     /// How pages may be coded: by what is measured, or one way only, for comparisons.
     #[arg(long, value_enum, default_value = "auto")]
     pub(in crate::cli) coding: CodingName,
-    /// Share of one processor that compression may take over all connections, such as 50%; 150% is one and a half [default: as
-    /// much as makes the migration quicker].
+    /// Share of one processor that the engine may take until the freeze, such as 50%; 150% is one and a half. Owed pages that nobody waits
+    /// for keep to it too. How pages are coded follows from it. `pageferry control` changes it [default: as much as makes the migration
+    /// quicker].
     #[arg(long, value_name = "PERCENT")]
     pub(in crate::cli) cpu: Option<Percent>,
     /// How dirty pages are found.

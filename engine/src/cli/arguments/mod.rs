@@ -270,6 +270,9 @@ pub(in crate::cli) struct CheckpointVerb {
     /// What may be written a second, such as 100MB [default: all].
     #[arg(long, value_name = "RATE")]
     pub(in crate::cli) bandwidth: Option<String>,
+    /// Share of one processor that the engine may take until the freeze, such as 50% [default: as much as makes it quicker].
+    #[arg(long, value_name = "PERCENT")]
+    pub(in crate::cli) cpu: Option<String>,
     /// Read and write at this nice value until the freeze: 0 to 19, the least.
     #[arg(long, value_name = "N")]
     pub(in crate::cli) nice: Option<u8>,

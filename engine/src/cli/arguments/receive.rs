@@ -1,6 +1,6 @@
 //! What `pageferry receive` can be asked, and what it has in common with `migrate`.
 
-use crate::cli::units::{Bytes, Time};
+use crate::cli::units::{Bytes, Percent, Time};
 use clap::Args;
 use pageferry::{Hooks, journal};
 use std::path::PathBuf;
@@ -24,6 +24,14 @@ pub(in crate::cli) struct ReceiveVerb {
     /// much as it takes].
     #[arg(long, value_name = "SIZE")]
     pub(in crate::cli) engine_memory: Option<Bytes>,
+    /// Share of one processor that the engine may take until the program stands still, such as 50%; 150% is one and a half. When the
+    /// program runs, what nobody waits for keeps to it too [default: as much as it takes].
+    #[arg(long, value_name = "PERCENT")]
+    pub(in crate::cli) cpu: Option<Percent>,
+    /// Receive, check and store at this nice value until the program stands still, which has the engine's own priority: 0 to 19, the
+    /// least.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(in crate::cli) nice: u8,
     /// Memory to make ready for pages while waiting, so that the copying does not have to: about the size of what will
     /// come. It is taken from the machine until then.
     #[arg(long, value_name = "SIZE", default_value = "0")]

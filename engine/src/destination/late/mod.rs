@@ -12,6 +12,7 @@ pub(crate) use books::{LateBooks, LateError, LateSpace, Needless};
 use super::failure::ReceiveError;
 use super::hub::MOST_STREAMS;
 use super::store::{PageState, PageStore};
+use crate::effort::{CpuMeter, CpuShare};
 use crate::link::{Channel, ChannelError, Incoming, LinkError};
 use crate::page_bits::PageBits;
 use pageferry_tracker::Run;
@@ -47,6 +48,7 @@ pub(crate) trait Taker: Send + Sync + std::fmt::Debug {
 pub(crate) struct Late {
     session: u128,
     stall: Duration,
+    cpu: CpuShare,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -78,7 +80,17 @@ impl Late {
             heard: Instant::now(),
             closed: false,
         };
-        Self { session, stall, state: Mutex::new(state), changed: Condvar::new() }
+        Self { session, stall, cpu: CpuShare::new(None), state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Takes no more of a processor than this for what nobody waits for.
+    pub(crate) fn sparing(self, cpu: &CpuShare) -> Self {
+        Self { cpu: cpu.clone(), ..self }
+    }
+
+    /// What may be taken of a processor for what nobody waits for.
+    pub(crate) fn cpu(&self) -> &CpuShare {
+        &self.cpu
     }
 
     pub(crate) fn session(&self) -> u128 {
@@ -233,10 +245,12 @@ impl Late {
     }
 
     fn receive(&self, channel: &mut Channel) -> Result<(), ReceiveError> {
+        let mut meter = CpuMeter::new(&self.cpu);
         loop {
             let before = channel.link().received();
             match channel.receive() {
                 Ok(Incoming::Pages(payload)) => {
+                    meter.pay(|| self.lock().closed);
                     let arrived = self.pages(channel, payload)?;
                     let taker = self.lock().taker.clone();
                     if let Some(taker) = taker {

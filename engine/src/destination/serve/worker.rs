@@ -12,6 +12,7 @@ use super::view::{Fault, Pending, View};
 use super::{Budget, FillStats, Status};
 use crate::destination::late::{Arrived, Late};
 use crate::destination::store::PageStore;
+use crate::effort::CpuMeter;
 use crate::link::Channel;
 use crate::urgency::{self, Turns};
 use pageferry_tracker::Run;
@@ -97,6 +98,8 @@ pub(super) struct Worker {
     events: Vec<Event>,
     /// Of a thread that leaves nobody else its processor, when it has to.
     turns: Option<Turns>,
+    /// What it works on that nobody waits for.
+    meter: CpuMeter,
 }
 
 /// Whether the thread goes on.
@@ -113,6 +116,7 @@ impl Worker {
         wake: Arc<OwnedFd>,
         late: Arc<Late>,
     ) -> Self {
+        let meter = CpuMeter::new(late.cpu());
         Self {
             store,
             status,
@@ -129,6 +133,7 @@ impl Worker {
             stats: FillStats::default(),
             events: Vec::new(),
             turns: None,
+            meter,
         }
     }
 
@@ -505,7 +510,12 @@ impl Worker {
 
     /// How long work for which nobody waits has to rest yet.
     fn rest(&mut self) -> Duration {
-        self.turns.as_mut().and_then(|turns| turns.rest(Instant::now())).unwrap_or_default()
+        let turn = self.turns.as_mut().and_then(|turns| turns.rest(Instant::now())).unwrap_or_default();
+        // A prefill is waited for, and what comes before the program runs.
+        match self.background.is_some() && self.prefill.is_none() {
+            true => turn.max(self.demand.late().cpu().owe(Duration::ZERO)),
+            false => turn,
+        }
     }
 
     /// One piece of work beside the faults, if it is not to rest.
@@ -514,7 +524,9 @@ impl Worker {
             return;
         }
         let start = self.turns.is_some().then(Instant::now);
+        self.meter.begin();
         self.step();
+        self.meter.owe();
         if let (Some(start), Some(turns)) = (start, &mut self.turns) {
             let now = Instant::now();
             turns.worked(now - start, now);

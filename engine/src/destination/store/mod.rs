@@ -25,6 +25,7 @@ pub(crate) use kills::Kills;
 pub use landing::Landing;
 
 use super::sys::arena::SLOT_BYTES;
+use crate::effort::Effort;
 use crate::kept::KeptPages;
 use index::{Place, SpaceIndex, TABLE_BYTES, TABLE_PAGES, by_table, split};
 use landing::Returned;
@@ -94,9 +95,22 @@ impl PageStore {
     ///
     /// # Errors
     /// When no thread can be started.
+    #[cfg(test)]
     pub fn new(limit_bytes: Option<u64>, own_bytes: Option<u64>) -> Result<Self, StoreError> {
+        Self::sparing(limit_bytes, own_bytes, &Effort::default())
+    }
+
+    /// The same, whose memory is made ready with no more of the processors than `effort` says.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn sparing(
+        limit_bytes: Option<u64>,
+        own_bytes: Option<u64>,
+        effort: &Effort,
+    ) -> Result<Self, StoreError> {
         Ok(Self {
-            slots: Slots::new(limit_bytes, own_bytes)?,
+            slots: Slots::new(limit_bytes, own_bytes, effort)?,
             spaces: BTreeMap::new(),
             returned: Arc::default(),
             kept: Arc::default(),

@@ -5,6 +5,7 @@ use super::budget::Budget;
 use super::error::{Bound, StoreError};
 use super::index::{TABLE_BYTES, TABLE_PAGES};
 use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Region, SLOT_BYTES};
+use crate::effort::{CpuMeter, Effort};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -51,6 +52,7 @@ struct Shared {
     limit: Option<u64>,
     /// Of the index and lists of pages.
     own: Option<u64>,
+    effort: Effort,
 }
 
 /// The memory that slots are cut from, in the order of their numbers.
@@ -61,9 +63,9 @@ pub(super) struct Prefault {
 }
 
 impl Prefault {
-    pub(super) fn new(limit: Option<u64>, own: Option<u64>) -> Result<Self, StoreError> {
+    pub(super) fn new(limit: Option<u64>, own: Option<u64>, effort: Effort) -> Result<Self, StoreError> {
         let (state, wake, budget) = (Mutex::default(), Condvar::new(), Budget::new());
-        let shared = Arc::new(Shared { state, wake, budget, limit, own });
+        let shared = Arc::new(Shared { state, wake, budget, limit, own, effort });
         let worker = Arc::clone(&shared);
         let thread =
             std::thread::Builder::new().name("prefault".into()).spawn(move || worker.run()).map_err(
@@ -234,6 +236,8 @@ impl Shared {
     }
 
     fn run(&self) {
+        let _entered = self.effort.enter();
+        let mut meter = CpuMeter::new(self.effort.cpu());
         let mut state = self.lock();
         while !state.stop {
             // What has been used was populated by its use.
@@ -251,6 +255,7 @@ impl Shared {
             let began = Instant::now();
             let done = populator.populate(offset, STEP as usize);
             let spent = began.elapsed();
+            meter.pay(|| self.lock().stop);
             state = self.lock();
             state.spent += spent;
             let next = if done.is_ok() { at + STEP } else { state.mapped };

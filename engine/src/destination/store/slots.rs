@@ -3,6 +3,7 @@
 use super::error::{Bound, StoreError};
 use super::prefault::Prefault;
 use crate::destination::sys::arena::{Arena, BLOCK_SLOTS, Extent, REGION_SLOTS, SLOT_BYTES};
+use crate::effort::Effort;
 use std::time::Duration;
 
 /// Slots between two looks at the budget: 4 MiB.
@@ -39,10 +40,10 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(limit: Option<u64>, own: Option<u64>) -> Result<Self, StoreError> {
+    pub(super) fn new(limit: Option<u64>, own: Option<u64>, effort: &Effort) -> Result<Self, StoreError> {
         Ok(Self {
             arena: Arena::default(),
-            prefault: Prefault::new(limit, own)?,
+            prefault: Prefault::new(limit, own, effort.clone())?,
             free: Vec::new(),
             free_slots: 0,
             fresh: 0,

@@ -7,6 +7,7 @@
 use super::serving::{self, Sender, connect_anew, count, hear_filled, serve};
 use super::session::LateSession;
 use super::{Debt, DebtSpace};
+use crate::effort::CpuShare;
 use crate::journal::{Owed, Terms};
 use crate::link::{Channel, ChannelError, SharedShaper, TcpLink};
 use crate::observe::{Event, Observer};
@@ -38,6 +39,7 @@ struct Successor<'a> {
     to: SocketAddr,
     terms: Terms,
     limit: SharedShaper,
+    cpu: CpuShare,
     patience: Duration,
     observer: &'a dyn Observer,
     reconnections: u32,
@@ -65,8 +67,9 @@ impl Orphaned<'_> {
         debt.look()?;
         let started = Instant::now();
         let mut late = LateSession::start(Arc::new(debt));
-        let limit = SharedShaper::new(terms.bandwidth);
-        let mut successor = Successor { session, to, terms, limit, patience, observer, reconnections: 0 };
+        let (limit, cpu) = (SharedShaper::new(terms.bandwidth), CpuShare::new(terms.cpu));
+        let mut successor =
+            Successor { session, to, terms, limit, cpu, patience, observer, reconnections: 0 };
         let taken = connect_anew(&mut successor, &mut late)?;
         successor.patience = successor.terms.post_copy_timeout();
         observer.event(&Event::GoesOn {
@@ -114,6 +117,10 @@ impl Sender for Successor<'_> {
 
     fn chooser(&self) -> CodingChooser {
         serving::chooser(self.terms.coding, self.terms.bandwidth, self.terms.streams)
+    }
+
+    fn cpu(&self) -> &CpuShare {
+        &self.cpu
     }
 
     fn patience(&self) -> Duration {

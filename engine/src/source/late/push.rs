@@ -3,6 +3,7 @@
 //! It has no less of the processor than others: a page that it has in hand may be waited for by now.
 
 use super::{Debt, end_of};
+use crate::effort::{CpuMeter, CpuShare};
 use crate::link::Channel;
 use crate::policy::headroom::{Carried, Headroom, Pace};
 use crate::source::failure::SendError;
@@ -27,6 +28,7 @@ pub(super) fn start(
     debt: &Arc<Debt>,
     channel: Channel,
     chooser: CodingChooser,
+    cpu: CpuShare,
 ) -> std::io::Result<JoinHandle<Channel>> {
     let debt = Arc::clone(debt);
     std::thread::Builder::new().name("owed-bulk".into()).spawn(move || {
@@ -39,7 +41,7 @@ pub(super) fn start(
             }
         };
         let mut push = Push::new(channel, chooser, zstd);
-        if let Err(error) = push.run(&debt) {
+        if let Err(error) = push.run(&debt, CpuMeter::new(&cpu)) {
             debt.finish(end_of(error));
         }
         // Perhaps these were the last.
@@ -82,10 +84,11 @@ impl Push {
         }
     }
 
-    fn run(&mut self, debt: &Debt) -> Result<(), SendError> {
+    fn run(&mut self, debt: &Debt, mut meter: CpuMeter) -> Result<(), SendError> {
         while let Some(space) = debt.next(batch_pages(self.ratio), &mut self.runs) {
             self.keep_headroom();
             self.send(debt, space)?;
+            meter.pay(|| debt.stopped());
         }
         // The end of a message that says what was sent must not wait for its turn.
         self.channel.link().set_pace(None);

@@ -4,6 +4,7 @@
 use super::session::LateSession;
 use super::taking_up::{Taken, recount, take_up};
 use super::{Counts, Debt, End};
+use crate::effort::CpuShare;
 use crate::link::{Channel, ChannelError};
 use crate::observe::{Event, Observer};
 use crate::plan::CodingChoice;
@@ -27,6 +28,8 @@ pub(super) trait Sender {
     fn streams(&self) -> u16;
     /// By which way pages go that nobody has asked for, over one of these.
     fn chooser(&self) -> CodingChooser;
+    /// What of a processor may go into these.
+    fn cpu(&self) -> &CpuShare;
     /// How long to try to make connections anew.
     fn patience(&self) -> Duration;
     /// Who is told.
@@ -78,7 +81,9 @@ pub(super) fn serve(
 ) -> Result<(), SendError> {
     let debt = Arc::clone(late.debt());
     loop {
-        late.push_on(|| sender.chooser())?;
+        // The program runs.
+        sender.cpu().lift(false);
+        late.push_on(|| sender.chooser(), sender.cpu())?;
         let recounted = taken.take().map_or(Ok(()), |taken| recount(&debt, &taken));
         let end = match recounted {
             Err(error) => End::Failed(error),

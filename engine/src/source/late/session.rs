@@ -3,6 +3,7 @@
 use super::serving::{self, Sender, count, serve};
 use super::{Debt, DebtSpace, demand, push};
 use crate::control::Stage;
+use crate::effort::CpuShare;
 use crate::journal::{Owed, OwedSpace, Process, Terms};
 use crate::link::Channel;
 use crate::observe::Observer;
@@ -68,9 +69,14 @@ impl LateSession {
     }
 
     /// Begins to send what nobody asks for.
-    pub(super) fn push_on(&mut self, mut chooser: impl FnMut() -> CodingChooser) -> Result<(), SendError> {
+    pub(super) fn push_on(
+        &mut self,
+        mut chooser: impl FnMut() -> CodingChooser,
+        cpu: &CpuShare,
+    ) -> Result<(), SendError> {
         for channel in std::mem::take(&mut self.idle) {
-            let thread = push::start(&self.debt, channel, chooser()).map_err(SendError::LateThread)?;
+            let thread =
+                push::start(&self.debt, channel, chooser(), cpu.clone()).map_err(SendError::LateThread)?;
             self.pushes.push(thread);
         }
         Ok(())
@@ -188,7 +194,7 @@ impl Migration<'_> {
     pub(in crate::source) fn write_down_debt(&mut self) -> Result<(), SendError> {
         let (Some(late), Some(journal)) = (&self.late, &mut self.journal) else { return Ok(()) };
         let streams = self.workers.len().max(1) as u16;
-        let terms = Terms::of(self.plan, streams, self.control.limit().rate());
+        let terms = Terms::of(self.plan, streams, self.control.limit().rate(), self.control.cpu().percent());
         let spaces = late.debt.spaces.iter().map(|(id, space)| OwedSpace {
             space: id.0,
             process: Process { pid: space.pid, start: space.reader.target().start_time() },
@@ -241,6 +247,10 @@ impl Sender for Migration<'_> {
 
     fn chooser(&self) -> CodingChooser {
         serving::chooser(self.plan.coding, self.control.limit().rate(), self.streams())
+    }
+
+    fn cpu(&self) -> &CpuShare {
+        self.control.cpu()
     }
 
     fn patience(&self) -> Duration {

@@ -6,7 +6,7 @@ use std::io;
 /// The calling thread at a lower priority. On Linux the nice value is a thread's own (setpriority(2), "C library/kernel differences"), and
 /// the threads that it starts have it too. Dropping this on the same thread gives the priority back.
 #[derive(Debug)]
-pub(super) struct Niceness {
+pub(crate) struct Niceness {
     before: i32,
     /// What it is now.
     nice: i32,
@@ -17,7 +17,7 @@ impl Niceness {
     ///
     /// # Errors
     /// When it could not be raised again, which takes `CAP_SYS_NICE`; nothing has changed then.
-    pub(super) fn lower(nice: i32) -> io::Result<Self> {
+    pub(crate) fn lower(nice: i32) -> io::Result<Self> {
         let before = getpriority_process(None)?;
         let nice = nice.max(before);
         // A freeze at a low priority would be worse than none at all: tried on a thread that ends.
@@ -28,7 +28,7 @@ impl Niceness {
     }
 
     /// Does something that starts what is to have the priority of before.
-    pub(super) fn lifted<R>(&self, act: impl FnOnce() -> R) -> R {
+    pub(crate) fn lifted<R>(&self, act: impl FnOnce() -> R) -> R {
         self.set(self.before);
         let result = act();
         self.set(self.nice);
