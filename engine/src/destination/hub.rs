@@ -345,6 +345,7 @@ impl Hub {
 
     fn receive(&self, channel: &mut Channel, stream: u16) -> Result<(), ReceiveError> {
         let _entered = self.effort.enter();
+        channel.read_ahead(true);
         let mut meter = CpuMeter::new(self.effort.cpu());
         let over = || {
             let books = self.lock();

@@ -181,6 +181,8 @@ impl<'a, 'b> Reception<'a, 'b> {
 
     fn receive_all(&mut self) -> Result<(), ReceiveError> {
         let mut meter = CpuMeter::new(self.hub.effort().cpu());
+        // Until somebody waits for the end of this connection besides.
+        self.channel.read_ahead(true);
         loop {
             match self.channel.receive()? {
                 Incoming::Pages(payload) => {
@@ -273,6 +275,7 @@ impl<'a, 'b> Reception<'a, 'b> {
             ControlMessage::Hold { ms } => {
                 self.hub.set_hold(Duration::from_millis(ms));
                 self.hub.effort().lift(ms == 0);
+                self.channel.read_ahead(ms > 0);
                 if ms == 0 {
                     self.note_prepared()?;
                 }

@@ -2,6 +2,7 @@
 
 use crate::link::shaper::Shaper;
 use rustix::time::{ClockId, clock_gettime};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ pub(crate) struct CpuShare(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// Whether there is a limit now: read by every worker after every batch, written with the state locked.
+    limits: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
     epoch: Instant,
@@ -51,7 +54,12 @@ impl CpuShare {
     pub(crate) fn new(percent: Option<u32>) -> Self {
         let bucket = Shaper::new(rate(percent.unwrap_or(100)));
         let state = Mutex::new(State { percent, lifted: false, bucket });
-        Self(Arc::new(Inner { state, changed: Condvar::new(), epoch: Instant::now() }))
+        Self(Arc::new(Inner {
+            limits: AtomicBool::new(percent.is_some()),
+            state,
+            changed: Condvar::new(),
+            epoch: Instant::now(),
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -75,7 +83,7 @@ impl CpuShare {
             }
         }
         state.percent = percent;
-        self.0.changed.notify_all();
+        self.tell(&state);
     }
 
     /// What is done from now on is waited for by somebody, or is not any more. Who waits at this moment goes on.
@@ -86,11 +94,23 @@ impl CpuShare {
             state.bucket = Shaper::new(rate(state.percent.unwrap_or(100)));
         }
         state.lifted = lifted;
+        self.tell(&state);
+    }
+
+    fn tell(&self, state: &State) {
+        self.0.limits.store(state.limit().is_some(), Ordering::Relaxed);
         self.0.changed.notify_all();
+    }
+
+    fn limits(&self) -> bool {
+        self.0.limits.load(Ordering::Relaxed)
     }
 
     /// So much work was done: how long those who share this have to rest now.
     pub(crate) fn owe(&self, work: Duration) -> Duration {
+        if !self.limits() {
+            return Duration::ZERO;
+        }
         let mut state = self.lock();
         match state.limit() {
             None => Duration::ZERO,
@@ -130,7 +150,7 @@ impl CpuMeter {
 
     /// What it has worked since it paid last somebody else pays for, or nobody.
     pub(crate) fn begin(&mut self) {
-        self.paid = self.share.lock().limit().map(|_| processor_time());
+        self.paid = self.share.limits().then(processor_time);
     }
 
     /// Pays for what it has worked, and says how long it has to rest for it.

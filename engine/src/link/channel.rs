@@ -69,6 +69,7 @@ pub(crate) struct Channel {
     head_in: Vec<u8>,
     batch: PageBatch,
     shaper: Option<SharedShaper>,
+    reads_ahead: bool,
 }
 
 impl Channel {
@@ -81,6 +82,7 @@ impl Channel {
             head_in: Vec::new(),
             batch: PageBatch::default(),
             shaper: None,
+            reads_ahead: false,
         }
     }
 
@@ -90,6 +92,13 @@ impl Channel {
 
     pub(crate) fn link_mut(&mut self) -> &mut TcpLink {
         &mut self.link
+    }
+
+    /// The head of the frame behind a large payload is read with its end from now on, or not any more: for one who does nothing but
+    /// receive, because the link does not wake who waits at its descriptor for a frame that has been read already.
+    pub(crate) fn read_ahead(&mut self, reads: bool) {
+        self.reads_ahead = reads;
+        self.link.read_ahead(0);
     }
 
     /// Limits what page batches take of the link, together with other channels that share the limit; `None` lifts it.
@@ -218,6 +227,10 @@ impl Channel {
         let announced = self.decoder.header(&raw)?;
         self.head_in.resize(announced.head_len(), 0);
         self.link.receive_all(&mut [IoSliceMut::new(&mut self.head_in)])?;
+        if self.reads_ahead {
+            // The next one is mostly of the same kind, and a frame's payload is not to be copied twice.
+            self.link.read_ahead(HEADER_BYTES + announced.head_len());
+        }
         Ok(match self.decoder.head(&announced, &self.head_in, &mut self.batch)? {
             Head::Pages { payload_len } => Incoming::Pages(payload_len),
             Head::Image { chunk, payload_len } => Incoming::Image(chunk, payload_len),

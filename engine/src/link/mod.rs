@@ -3,6 +3,7 @@
 pub mod shaper;
 pub mod tcp;
 
+mod ahead;
 pub(crate) mod channel;
 mod limit;
 mod sys;

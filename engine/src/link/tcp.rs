@@ -1,6 +1,7 @@
 //! One connection: whole messages in and out, with a limit on standing still and an ear for cancellation. It is TCP
 //! between hosts, and a pair of Unix sockets inside of a process: reads, writes and ends are the same for both.
 
+use super::ahead::ReadAhead;
 use crate::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -8,6 +9,9 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+/// A piece of so many bytes is large: what is copied of it twice would show.
+const LARGE: usize = 16 << 10;
 
 /// How a link fails.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,9 @@ pub struct TcpLink {
     alarm: Option<Cancel>,
     sent: u64,
     received: u64,
+    ahead: ReadAhead,
+    /// Bytes that are read ahead at the end of a large piece.
+    reach: usize,
 }
 
 impl TcpLink {
@@ -86,7 +93,16 @@ impl TcpLink {
     }
 
     fn over(stream: TcpStream) -> Self {
-        Self { stream, stall: Duration::from_secs(30), cancel: None, alarm: None, sent: 0, received: 0 }
+        Self {
+            stream,
+            stall: Duration::from_secs(30),
+            cancel: None,
+            alarm: None,
+            sent: 0,
+            received: 0,
+            ahead: ReadAhead::default(),
+            reach: 0,
+        }
     }
 
     /// Has the system send by this congestion control, such as `bbr`.
@@ -127,16 +143,30 @@ impl TcpLink {
         self.stall
     }
 
+    /// Up to so many bytes are read at once from now on where less is asked for, and as many of what follows a large piece together with its
+    /// end. Who waits at the descriptor for
+    /// what comes next may wait in vain then, and has to ask [`Self::readable`] before.
+    pub(crate) fn read_ahead(&mut self, bytes: usize) {
+        self.reach = bytes;
+    }
+
     /// Lays what comes next into `into`, without taking it; says how much of it is there now.
     ///
     /// # Errors
     /// [`LinkError::Closed`], [`LinkError::Lost`].
     pub fn peek(&self, into: &mut [u8]) -> Result<usize, LinkError> {
+        let here = self.ahead.len().min(into.len());
+        let (front, into) = into.split_at_mut(here);
+        front.copy_from_slice(&self.ahead.bytes()[..here]);
+        if into.is_empty() {
+            return Ok(here);
+        }
         loop {
             match self.stream.peek(into) {
+                Ok(0) if here > 0 => return Ok(here),
                 Ok(0) => return Err(LinkError::Closed),
-                Ok(n) => return Ok(n),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Ok(n) => return Ok(here + n),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(here),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(LinkError::Lost(e)),
             }
@@ -150,7 +180,7 @@ impl TcpLink {
     pub fn waiting(&self) -> Result<usize, LinkError> {
         let bytes =
             rustix::io::ioctl_fionread(&self.stream).map_err(|errno| LinkError::Lost(errno.into()))?;
-        Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+        Ok(usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(self.ahead.len()))
     }
 
     /// Who may interrupt a wait; `None` makes waits uninterruptible (after the commit).
@@ -233,6 +263,9 @@ impl TcpLink {
 
     /// Whether something can be read before `patience` is over.
     pub fn readable_within(&self, patience: Duration) -> bool {
+        if self.ahead.len() > 0 {
+            return true;
+        }
         let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
         let spec =
             Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: i64::from(patience.subsec_nanos()) };
@@ -273,19 +306,45 @@ impl TcpLink {
     /// # Errors
     /// [`LinkError`]; [`LinkError::Closed`] when the peer ended before or within it.
     pub fn receive_all(&mut self, mut slices: &mut [IoSliceMut<'_>]) -> Result<(), LinkError> {
-        IoSliceMut::advance_slices(&mut slices, 0);
-        while !slices.is_empty() {
-            let window = slices.len().min(1024);
-            match self.stream.read_vectored(&mut slices[..window]) {
+        let mut left: usize = slices.iter().map(|slice| slice.len()).sum();
+        let here = self.ahead.take(slices);
+        self.received += here as u64;
+        left -= here;
+        IoSliceMut::advance_slices(&mut slices, here);
+        while left > 0 {
+            match self.read(slices, left) {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(n) => {
+                    let n = n.min(left);
                     self.received += n as u64;
+                    left -= n;
                     IoSliceMut::advance_slices(&mut slices, n);
                 }
                 Err(e) => self.wait_after(e, PollFlags::IN)?,
             }
         }
         Ok(())
+    }
+
+    /// Reads what has come into `slices`, of `left` bytes, and ahead of it what is allowed.
+    fn read(&mut self, slices: &mut [IoSliceMut<'_>], left: usize) -> io::Result<usize> {
+        // The kernel takes 1024 slices at a call.
+        const MOST: usize = 1024;
+        if left < self.reach && left < LARGE {
+            let n = self.stream.read(self.ahead.room(self.reach))?;
+            self.ahead.came(n);
+            return Ok(self.ahead.take(slices));
+        }
+        if self.reach == 0 || left < LARGE || slices.len() >= MOST {
+            let window = slices.len().min(MOST);
+            return self.stream.read_vectored(&mut slices[..window]);
+        }
+        let mut all: Vec<IoSliceMut<'_>> = Vec::with_capacity(slices.len() + 1);
+        all.extend(slices.iter_mut().map(|slice| IoSliceMut::new(slice)));
+        all.push(IoSliceMut::new(self.ahead.room(self.reach)));
+        let n = self.stream.read_vectored(&mut all)?;
+        self.ahead.came(n.saturating_sub(left));
+        Ok(n)
     }
 
     fn wait_after(&self, error: io::Error, flags: PollFlags) -> Result<(), LinkError> {
@@ -388,6 +447,49 @@ mod tests {
         assert!(got == data);
         assert_eq!(sender.join().unwrap().unwrap(), b.received());
         assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn what_is_read_ahead_comes_next_however_it_is_asked_for() {
+        let data: Vec<u8> = (0..3_000_000u32).map(|i| (i * 7 / 3) as u8).collect();
+        // Small and large pieces in turn, as frames are, with all lengths around what is read ahead.
+        let mut sizes = Vec::new();
+        for n in 0..60 {
+            sizes.extend([32, 990 + n, if n % 3 == 0 { 0 } else { LARGE - 1 + n * 512 }]);
+        }
+        for reach in [0, 1, 40, 1024, 3 * LARGE] {
+            let (mut a, mut b) = pair();
+            b.read_ahead(reach);
+            let copy = data.clone();
+            let sender = std::thread::spawn(move || {
+                for piece in copy.chunks(70_001) {
+                    a.send_all(&mut [IoSlice::new(piece)]).unwrap();
+                }
+            });
+            let mut got = Vec::new();
+            for size in &sizes {
+                let mut piece = vec![0; *size];
+                if got.len() % 5 == 0 {
+                    // Looking takes nothing away.
+                    let mut look = [0; 16];
+                    let here = b.peek(&mut look).unwrap();
+                    assert!(here <= b.waiting().unwrap() && (here == 0 || b.readable()));
+                    assert_eq!(look[..here], data[got.len()..got.len() + here]);
+                }
+                let (front, back) = piece.split_at_mut(size / 3);
+                b.receive_all(&mut [IoSliceMut::new(front), IoSliceMut::new(back)]).unwrap();
+                got.extend(piece);
+                assert_eq!(b.received(), got.len() as u64);
+            }
+            // Not any more: what has been read already is not lost.
+            b.read_ahead(0);
+            let mut rest = vec![0; data.len() - got.len()];
+            b.receive_all(&mut [IoSliceMut::new(&mut rest)]).unwrap();
+            got.extend(rest);
+            assert!(got == data, "{reach}");
+            sender.join().unwrap();
+            assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Closed)));
+        }
     }
 
     #[test]

@@ -122,6 +122,19 @@ impl Group {
     }
 }
 
+/// What a link has done meanwhile is asked for after so long at the earliest: asking takes two system calls.
+const LOOK_AGAIN: Duration = Duration::from_micros(20);
+
+/// A receiver that gives up is heard after so long at the latest, while there is something to send.
+const HEAR_AGAIN: Duration = Duration::from_millis(1);
+
+/// The time by which the chooser goes.
+struct Clock {
+    epoch: Instant,
+    /// When the link was looked at last.
+    looked: Duration,
+}
+
 /// The worker and its buffers.
 pub(crate) struct Worker {
     bytes: Vec<u8>,
@@ -145,8 +158,7 @@ pub(crate) struct Worker {
     packed: Vec<u8>,
     chooser: CodingChooser,
     zstd: ZstdEncoder,
-    /// From when the chooser's time is counted.
-    epoch: Instant,
+    clock: Clock,
 }
 
 impl Worker {
@@ -168,7 +180,7 @@ impl Worker {
             packed: Vec::new(),
             chooser,
             zstd: ZstdEncoder::new()?,
-            epoch: Instant::now(),
+            clock: Clock { epoch: Instant::now(), looked: Duration::ZERO },
         })
     }
 
@@ -201,6 +213,7 @@ impl Worker {
         let mut work = Work::begin();
         let mut meter = CpuMeter::new(round.control.cpu());
         let hand = round.queue.hand();
+        let mut heard = Instant::now();
         let result = loop {
             match before(channel) {
                 Ok(true) => {}
@@ -222,8 +235,13 @@ impl Worker {
                 true => Ok(()),
                 false => self.send_batch(channel, round, task, &mut tally),
             };
-            if let Err(error) = sent.and_then(|()| Ok(channel.hear_abort()?)) {
+            let hears = heard.elapsed() >= HEAR_AGAIN;
+            let sent = sent.and_then(|()| if hears { Ok(channel.hear_abort()?) } else { Ok(()) });
+            if let Err(error) = sent {
                 break Err(error);
+            }
+            if hears {
+                heard = Instant::now();
             }
             let done = tally.pages() - had.0;
             round.done_pages.fetch_add(done, Ordering::Relaxed);
@@ -273,21 +291,21 @@ impl Worker {
         self.compare(round, task.place.id, len);
         self.sort(round, task.place.id, tally);
         self.chooser.observe_work(len, start.elapsed());
-        observe_backlog(&mut self.chooser, channel, self.epoch);
+        observe_backlog(&mut self.chooser, channel, &mut self.clock);
         self.send_whole(channel, tally)?;
         self.send_on_base(channel, tally)?;
         if !self.deltas.is_empty() {
             let share = &mut tally.codings.delta;
             send(
                 channel,
-                (&mut self.chooser, self.epoch),
+                (&mut self.chooser, &mut self.clock),
                 &self.deltas,
                 &[IoSlice::new(&self.delta_bytes)],
                 share,
             )?;
         }
         if !self.copies.is_empty() {
-            send(channel, (&mut self.chooser, self.epoch), &self.copies, &[], &mut tally.codings.copy)?;
+            send(channel, (&mut self.chooser, &mut self.clock), &self.copies, &[], &mut tally.codings.copy)?;
         }
         Ok(())
     }
@@ -437,7 +455,7 @@ impl Worker {
                 let payload = [IoSlice::new(&self.packed)];
                 return send(
                     channel,
-                    (&mut self.chooser, self.epoch),
+                    (&mut self.chooser, &mut self.clock),
                     &group.batch,
                     &payload,
                     &mut tally.codings.zstd,
@@ -446,7 +464,7 @@ impl Worker {
         }
         let payload: Vec<_> =
             group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
-        send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, &mut tally.codings.raw)
+        send(channel, (&mut self.chooser, &mut self.clock), &group.batch, &payload, &mut tally.codings.raw)
     }
 
     /// Pages of which the destination has other bytes, of which little is left.
@@ -474,33 +492,38 @@ impl Worker {
                     _ => (Coding::Zstd, &mut tally.codings.zstd),
                 };
                 group.batch.set_coding(coding);
-                return send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, share);
+                return send(channel, (&mut self.chooser, &mut self.clock), &group.batch, &payload, share);
             }
         }
         group.batch.set_coding(Coding::Raw);
         let payload: Vec<_> =
             group.pieces.iter().map(|(from, to)| IoSlice::new(&self.bytes[*from..*to])).collect();
-        send(channel, (&mut self.chooser, self.epoch), &group.batch, &payload, &mut tally.codings.raw)
+        send(channel, (&mut self.chooser, &mut self.clock), &group.batch, &payload, &mut tally.codings.raw)
     }
 }
 
-/// Looks how far the link is with what was sent before.
-fn observe_backlog(chooser: &mut CodingChooser, channel: &Channel, epoch: Instant) {
+/// Looks how far the link is with what was sent before, unless that was just looked at.
+fn observe_backlog(chooser: &mut CodingChooser, channel: &Channel, clock: &mut Clock) {
+    let now = clock.epoch.elapsed();
+    if now.saturating_sub(clock.looked) < LOOK_AGAIN {
+        return;
+    }
+    clock.looked = now;
     if let Some((unsent, unacknowledged)) = channel.link().left() {
         let carried = channel.link().sent().saturating_sub(unacknowledged);
-        chooser.observe_backlog(epoch.elapsed(), carried, unsent);
+        chooser.observe_backlog(now, carried, unsent);
     }
 }
 
 /// Sends one frame, and counts it.
 fn send(
     channel: &mut Channel,
-    (chooser, epoch): (&mut CodingChooser, Instant),
+    (chooser, clock): (&mut CodingChooser, &mut Clock),
     batch: &PageBatch,
     payload: &[IoSlice<'_>],
     share: &mut Share,
 ) -> Result<(), SendPagesError> {
-    observe_backlog(chooser, channel, epoch);
+    observe_backlog(chooser, channel, clock);
     let start = Instant::now();
     let wire = channel.pages(batch, payload)?;
     chooser.observe_link(wire, start.elapsed());
