@@ -72,6 +72,17 @@ impl CpuShare {
         self.lock().percent
     }
 
+    /// What holds now: none while it is lifted.
+    pub(crate) fn limit(&self) -> Option<u32> {
+        self.lock().limit()
+    }
+
+    /// The part of the time in which each of so many threads may work now, if they do equally much.
+    pub(crate) fn each(&self, threads: usize) -> f64 {
+        let share = |percent| f64::from(percent) / 100.0 / threads.max(1) as f64;
+        self.limit().map_or(1.0, share)
+    }
+
     /// Another share from now on: also for those that wait.
     pub(crate) fn set(&self, percent: Option<u32>) {
         let mut state = self.lock();
@@ -242,6 +253,7 @@ mod tests {
         work(Duration::from_millis(2));
         assert!(meter.owe() >= Duration::from_millis(150));
         share.lift(true);
+        assert_eq!((share.limit(), share.percent()), (None, Some(1)));
         work(Duration::from_millis(2));
         assert_eq!(meter.owe(), Duration::ZERO);
         share.lift(false);

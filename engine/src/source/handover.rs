@@ -43,6 +43,7 @@ impl Migration<'_> {
         let patience = self.plan.stall_timeout;
         self.niceness = None;
         self.control.cpu().lift(true);
+        self.tell_workers_of_the_limits();
 
         // At its full pace again: CRIU stops it with ptrace too.
         self.note_throttle();

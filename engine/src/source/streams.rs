@@ -79,8 +79,7 @@ impl Migration<'_> {
 
     /// How fast the link is for each of them, where that is known, and how much of the time each may work.
     pub(super) fn tell_workers_of_the_limits(&mut self) {
-        let share = self.control.cpu().percent().map_or(1.0, |percent| f64::from(percent) / 100.0);
-        let each = share / self.workers.len().max(1) as f64;
+        let each = self.control.cpu().each(self.workers.len());
         self.workers.iter_mut().for_each(|worker| worker.limit_work(each));
         if let Some(bandwidth) = self.control.limit().rate() {
             let each = bandwidth / self.workers.len().max(1) as u64;

@@ -88,7 +88,9 @@ impl Push {
         while let Some(space) = debt.next(batch_pages(self.ratio), &mut self.runs) {
             self.keep_headroom();
             self.send(debt, space)?;
+            let rests = Instant::now();
             meter.pay(|| debt.stopped());
+            self.chooser.observe_rest(rests.elapsed());
         }
         // The end of a message that says what was sent must not wait for its turn.
         self.channel.link().set_pace(None);

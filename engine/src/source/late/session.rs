@@ -74,9 +74,12 @@ impl LateSession {
         mut chooser: impl FnMut() -> CodingChooser,
         cpu: &CpuShare,
     ) -> Result<(), SendError> {
+        let share = cpu.each(self.idle.len());
         for channel in std::mem::take(&mut self.idle) {
+            let mut chooser = chooser();
+            chooser.set_share(share);
             let thread =
-                push::start(&self.debt, channel, chooser(), cpu.clone()).map_err(SendError::LateThread)?;
+                push::start(&self.debt, channel, chooser, cpu.clone()).map_err(SendError::LateThread)?;
             self.pushes.push(thread);
         }
         Ok(())
