@@ -355,7 +355,7 @@ impl Hub {
             let before = channel.link().received();
             match channel.receive() {
                 Ok(Incoming::Pages(payload)) => {
-                    // For the last ones: nothing but pages waits for it.
+                    // What the last ones took is paid for here, where nothing but pages has to wait.
                     meter.pay(over);
                     self.pages(channel, payload, stream)?;
                 }

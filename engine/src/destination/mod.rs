@@ -63,6 +63,8 @@ pub(crate) struct Host {
     criu: Criu,
     sessions: Sessions,
     effort: Effort,
+    /// Why nobody is nice although it was asked for.
+    not_nice: Option<std::io::Error>,
     /// Where further connections of the session under way find it.
     hub: Mutex<Option<Arc<Hub>>>,
     /// Where connections for owed pages find it.
@@ -128,7 +130,7 @@ impl Receiver {
         for text in crate::network::traces::clean() {
             observer.event(&Event::Warning { text });
         }
-        if let Err(error) = self.host.effort.check() {
+        if let Some(error) = &self.host.not_nice {
             let text = format!("the engine keeps its priority, because it could not get it back: {error}");
             observer.event(&Event::Warning { text });
         }
@@ -207,11 +209,13 @@ impl Host {
             MigrationError::refused(phase, error).with_help("`pageferry check` shows what is missing here")
         })?;
         let effort = Effort::new(plan.cpu, plan.nice);
+        let not_nice = effort.check().err();
         Ok(Self {
             plan,
             criu,
             sessions: Sessions::default(),
             effort,
+            not_nice,
             hub: Mutex::default(),
             late: Mutex::default(),
             standby: Mutex::default(),
@@ -440,12 +444,9 @@ impl Host {
         };
         let ready = restore.getting_ready();
         let criu = || ready.took();
-        // Not earlier: CRIU was started by now, and keeps the priority of its own.
-        let entered = self.effort.enter();
         let cargo = Reception::new(channel, &hub, &images, observer, &still, &mut network, &criu)
             .beside(keeper.lists())
             .run()?;
-        drop(entered);
         if network.keeps_tcp() {
             restore.set_tcp(TcpPolicy::Established);
         }

@@ -6,7 +6,7 @@ use super::keep::Lists;
 use super::network::Arrival;
 use super::pieces::Pieces;
 use super::store::StoreError;
-use crate::effort::CpuMeter;
+use crate::effort::{CpuMeter, Entered};
 use crate::link::{Channel, ChannelError, Incoming};
 use crate::observe::{Event, Observer};
 use pageferry_criu_glue::ImageDir;
@@ -70,6 +70,8 @@ pub(super) struct Cargo {
 pub(super) struct Reception<'a, 'b> {
     pub(super) channel: &'a mut Channel,
     pub(super) hub: &'a Hub,
+    /// From the first announced space on: commands that make the network ready, and CRIU, have the priority of their own.
+    entered: Option<Entered<'a>>,
     pub(super) images: &'a ImageDir,
     pub(super) observer: &'a dyn Observer,
     /// Whether the session is still wanted, while it has no connection over which to say otherwise.
@@ -110,6 +112,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         Self {
             channel,
             hub,
+            entered: None,
             images,
             observer,
             still,
@@ -186,7 +189,7 @@ impl<'a, 'b> Reception<'a, 'b> {
         loop {
             match self.channel.receive()? {
                 Incoming::Pages(payload) => {
-                    // For the last ones: nothing but pages waits for it.
+                    // What the last ones took is paid for here, where nothing but pages has to wait.
                     meter.pay(|| (self.still)().is_err());
                     self.hub.pages(self.channel, payload, 0)?;
                 }
@@ -269,6 +272,7 @@ impl<'a, 'b> Reception<'a, 'b> {
     fn control(&mut self, message: ControlMessage) -> Result<bool, ReceiveError> {
         match message {
             ControlMessage::Spaces { spaces, .. } => {
+                self.entered.get_or_insert_with(|| self.hub.effort().enter());
                 spaces.into_iter().try_for_each(|info| self.open_space(info))?;
             }
             ControlMessage::SpaceGone { space } => self.close_space(space)?,

@@ -144,8 +144,7 @@ impl TcpLink {
     }
 
     /// Up to so many bytes are read at once from now on where less is asked for, and as many of what follows a large piece together with its
-    /// end. Who waits at the descriptor for
-    /// what comes next may wait in vain then, and has to ask [`Self::readable`] before.
+    /// end. Who waits at the descriptor for what comes next may wait in vain then, and has to ask [`Self::readable`] before.
     pub(crate) fn read_ahead(&mut self, bytes: usize) {
         self.reach = bytes;
     }
