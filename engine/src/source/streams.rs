@@ -17,6 +17,9 @@ use pageferry_wire_format::{Coding, CodingChooser, ControlMessage, PageRun, Spac
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// How often the receiver hears of a source that rests.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
+
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(100);
 
@@ -105,12 +108,27 @@ impl Migration<'_> {
         self.closed_bytes += self.further.drain(..).map(|channel| channel.link().sent()).sum::<u64>();
     }
 
+    /// Rests for the scan, and what was made of it. With a small share that can take longer than a silent link is believed in: the
+    /// receiver hears that this side is still there.
+    fn rest_after_look(&mut self) -> Result<(), SendError> {
+        let mut left = self.meter.owe();
+        while !left.is_zero() && !self.cancel.is_cancelled() {
+            let began = Instant::now();
+            let cancel = self.cancel;
+            self.control.cpu().wait(|| cancel.is_cancelled() || began.elapsed() >= SIGN_OF_LIFE);
+            left = self.control.cpu().owe(Duration::ZERO);
+            if !left.is_zero() && self.peer.is_receiver() {
+                self.control(&ControlMessage::Ping { n: 0 })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sends what is due, with a worker on each connection. Where the round is cut short, because the rest is to come late, what was
     /// not sent of it is held back until then.
     pub(super) fn send_todo(&mut self, todo: &[Todo], round: u32, frozen: bool) -> Result<Tally, SendError> {
         let (observer, cancel, control) = (self.observer, self.cancel, self.control);
-        // For the scan, and what was made of it.
-        self.meter.pay(|| cancel.is_cancelled());
+        self.rest_after_look()?;
         let Self { spaces, books, workers, further, channel, throttle, peer, report, watch, leave, .. } =
             self;
         let channel = channel.as_mut().expect("connected before the first round");
