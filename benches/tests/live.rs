@@ -7,7 +7,7 @@ use pageferry_benches::bench::bytes::program::Program;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::bench::{baseline, beside_this};
-use pageferry_benches::workload::state::{RegionEntry, beside, read_lines, realtime_us};
+use pageferry_benches::workload::state::{RegionEntry, ask, beside, read_lines, realtime_us};
 use pageferry_tracker::probe::Kernel;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -253,7 +253,7 @@ impl Workload {
 
     fn check(&self, token: &str) -> Result<String, Failed> {
         let verdict = beside(&self.state, "verdict");
-        fs::write(beside(&self.state, "check"), token)?;
+        ask(&self.state, token)?;
         let ending = format!("#{token}\n");
         let answered = || fs::read_to_string(&verdict).is_ok_and(|text| text.ends_with(&ending));
         self.wait("a verdict", answered)?;

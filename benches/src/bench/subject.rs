@@ -2,7 +2,7 @@
 
 use super::child::{still_wanted, wait_for};
 use super::hosts::{Host, Hosts};
-use crate::workload::state::{Line, RegionEntry, beside, read_lines};
+use crate::workload::state::{Line, RegionEntry, ask, beside, read_lines};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -96,7 +96,7 @@ impl Subject {
         if verdict.exists() {
             std::fs::remove_file(&verdict)?;
         }
-        std::fs::write(beside(&self.state, "check"), "")?;
+        ask(&self.state, "")?;
         let text =
             wait_for("a verdict", Duration::from_secs(180), || match std::fs::read_to_string(&verdict) {
                 Ok(text) => Ok(Some(text)),

@@ -209,6 +209,17 @@ impl State {
     }
 }
 
+/// Asks the workload that writes this state file to check its memory; the verdict ends with the token, if it is not empty. It looks for the
+/// file all the time, and must not find one that is only half written.
+///
+/// # Errors
+/// What the file system says.
+pub fn ask(state: &Path, token: &str) -> io::Result<()> {
+    let new = beside(state, "check.new");
+    fs::write(&new, token)?;
+    fs::rename(new, beside(state, "check"))
+}
+
 /// The last complete line of a state file.
 fn last_line(file: &mut File) -> io::Result<Option<Line>> {
     let end = file.seek(SeekFrom::End(0))?;
@@ -238,7 +249,7 @@ mod tests {
         let path = dir.path().join("state");
         let mut state = State::create(&path).expect("create");
         assert!(state.beat(1).expect("beat").is_none());
-        fs::write(beside(&path, "check"), "7\n").expect("ask");
+        ask(&path, "7\n").expect("ask");
         state.line_due_us = 0;
         let check = state.beat(2).expect("beat").expect("seen");
         assert!(!beside(&path, "check").exists());
