@@ -77,6 +77,11 @@ impl CpuShare {
         self.lock().limit()
     }
 
+    /// Whether somebody waits for what is done now.
+    pub(crate) fn is_lifted(&self) -> bool {
+        self.lock().lifted
+    }
+
     /// The part of the time in which each of so many threads may work now, if they do equally much.
     pub(crate) fn each(&self, threads: usize) -> f64 {
         let share = |percent| f64::from(percent) / 100.0 / threads.max(1) as f64;

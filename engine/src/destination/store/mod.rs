@@ -16,6 +16,8 @@ mod prefault;
 mod slots;
 mod tables;
 
+pub(crate) use prefault::populating;
+
 pub use copies::CopyOrder;
 #[cfg(test)]
 use error::Bound;

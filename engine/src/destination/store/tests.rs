@@ -318,6 +318,28 @@ fn delivered_pages_leave_their_digest_and_give_their_memory_back() {
 }
 
 #[test]
+fn while_a_program_stands_still_only_what_arrives_next_has_memory_ready() {
+    let effort = Effort::default();
+    effort.lift(true);
+    let mut store = PageStore::sparing(None, None, &effort).unwrap();
+    store.reserve(80 << 20).unwrap();
+    let ready_within = |store: &PageStore, most: u64, bytes: u64| {
+        (0..most).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            store.ready_bytes() >= bytes
+        })
+    };
+    assert!(ready_within(&store, 10_000, 8 << 20));
+    assert!(!ready_within(&store, 50, 12 << 20), "{} bytes", store.ready_bytes());
+    effort.lift(false);
+    let pages: Vec<_> = (0..1100).map(|page| (page, Some(page))).collect();
+    for batch in pages.chunks(100) {
+        send(&mut store, 0, batch).unwrap();
+    }
+    assert!(ready_within(&store, 10_000, 60 << 20), "{} bytes", store.ready_bytes());
+}
+
+#[test]
 fn pages_of_a_round_are_those_that_came_last_in_it() {
     let mut store = PageStore::new(None, None).unwrap();
     send(&mut store, 0, &[(1, Some(1)), (2, Some(2)), (3, Some(3))]).unwrap();
