@@ -1,8 +1,10 @@
 //! How small pages become: samples of a program's memory, and of what it writes again.
 
+use crate::effort::processor_time;
 use pageferry_tracker::{Collected, PageReader, PageSet, ReadError, Run};
-use pageferry_wire_format::{EncodeError, PageDigest, ZstdEncoder, delta, digest, prospect};
-use rustix::time::{ClockId, clock_gettime};
+use pageferry_wire_format::{
+    DecodeError, EncodeError, PageDigest, ZstdDecoder, ZstdEncoder, delta, digest, prospect,
+};
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
@@ -31,12 +33,15 @@ pub enum ContentError {
     /// They could not be coded.
     #[error(transparent)]
     Encode(#[from] EncodeError),
+    /// What was made of them could not be decoded.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
 }
 
 /// What a page costs on its way.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Cost {
-    /// Seconds of a worker for a page, reading, hashing and sending included.
+    /// Seconds of a worker for a page, reading, hashing and sending included, and decoding it at the other side.
     pub(super) seconds: f64,
     /// Bytes of a page.
     pub(super) bytes: f64,
@@ -48,6 +53,8 @@ struct Coded {
     bytes: f64,
     /// For each level what came out, and the seconds that it took.
     levels: [(f64, f64); LEVELS.len()],
+    /// Seconds that decoding what came out took.
+    decoding: f64,
     /// Batches, and the squares of what was left of each by the last level: how much they differ.
     batches: f64,
     squares: f64,
@@ -113,7 +120,7 @@ impl Content {
     /// When a page cannot be read or coded. A process that ends meanwhile is left out.
     pub(super) fn look(&mut self, collected: &Collected) -> Result<(), ContentError> {
         self.age();
-        let mut encoder = ZstdEncoder::new()?;
+        let mut coder = Coder::new()?;
         let mut seen: HashSet<PageDigest> = HashSet::new();
         let mut all = PageSet::default();
         collected.spaces.iter().for_each(|space| all.absorb(space.populated.clone()));
@@ -137,11 +144,11 @@ impl Content {
                 }
                 self.reading += (took + (processor_time() - start)).as_secs_f64();
                 if whole.len() >= BATCH {
-                    code(&mut encoder, &mut whole, &mut self.whole)?;
+                    coder.code(&mut whole, &mut self.whole)?;
                 }
             }
         }
-        code(&mut encoder, &mut whole, &mut self.whole)
+        coder.code(&mut whole, &mut self.whole)
     }
 
     /// How far bytes of pages that go whole may be off, as a share of them, because only a sample was looked at.
@@ -151,9 +158,9 @@ impl Content {
 
     /// What was seen counts less from now on.
     fn age(&mut self) {
-        let Coded { bytes, levels, batches, squares } = &mut self.whole;
+        let Coded { bytes, levels, decoding, batches, squares } = &mut self.whole;
         let levels = levels.iter_mut().flat_map(|(out, seconds)| [out, seconds]);
-        let of_whole = [bytes, batches, squares].into_iter().chain(levels);
+        let of_whole = [bytes, decoding, batches, squares].into_iter().chain(levels);
         let others = [&mut self.pages, &mut self.zeros, &mut self.copies, &mut self.reading];
         of_whole.chain(others).for_each(|sum| *sum *= OLDER);
     }
@@ -163,8 +170,7 @@ impl Content {
     /// # Errors
     /// When they cannot be coded.
     pub(super) fn look_closely(&mut self) -> Result<(), ContentError> {
-        let mut encoder = ZstdEncoder::new()?;
-        code(&mut encoder, &mut self.again_waiting, &mut self.again_coded)
+        Coder::new()?.code(&mut self.again_waiting, &mut self.again_coded)
     }
 
     /// Looks at pages that were dirty before and are again.
@@ -248,37 +254,69 @@ impl Content {
 /// A page that travels whole, where reading and hashing one take `reading` seconds.
 fn whole(coded: &Coded, reading: f64, way: Way) -> Cost {
     let page = PAGE as f64;
-    let mix = prospect(&coded.levels(), reading / page, way.sending, way.workers / way.bandwidth);
-    Cost { seconds: reading + (mix.coding + way.sending * mix.ratio) * page, bytes: mix.ratio * page }
+    let levels = coded.levels();
+    let mix = prospect(&levels, reading / page, way.sending, way.workers / way.bandwidth);
+    // As much of it is compressed as says what is left.
+    let compressed = (1.0 - mix.ratio) / (1.0 - levels[0].1).max(f64::EPSILON);
+    let decoding = coded.decoding / coded.bytes.max(1.0) * compressed.clamp(0.0, 1.0);
+    let seconds = reading + (mix.coding + way.sending * mix.ratio + decoding) * page;
+    Cost { seconds, bytes: mix.ratio * page }
 }
 
-/// Codes a batch by every level.
-fn code(encoder: &mut ZstdEncoder, whole: &mut Vec<u8>, coded: &mut Coded) -> Result<(), ContentError> {
-    if whole.is_empty() {
-        return Ok(());
+/// Codes batches as a worker does, and as the other side undoes it.
+struct Coder {
+    encoder: ZstdEncoder,
+    decoder: ZstdDecoder,
+    out: Vec<u8>,
+    back: Vec<u8>,
+}
+
+impl Coder {
+    fn new() -> Result<Self, ContentError> {
+        Ok(Self {
+            encoder: ZstdEncoder::new()?,
+            decoder: ZstdDecoder::new()?,
+            out: Vec::new(),
+            back: Vec::new(),
+        })
     }
-    let mut out = Vec::with_capacity(whole.len());
-    coded.bytes += whole.len() as f64;
-    coded.batches += 1.0;
-    for (level, (bytes, seconds)) in LEVELS.iter().zip(&mut coded.levels) {
-        // Once before: what a level needs beforehand is there when the engine codes batch after batch.
-        for is_counted in [false, true] {
-            out.clear();
-            let start = processor_time();
-            encoder.encode(*level, whole, &mut out)?;
-            if is_counted {
-                *seconds += (processor_time() - start).as_secs_f64();
-                *bytes += out.len().min(whole.len()) as f64;
+
+    /// Codes a batch by every level.
+    fn code(&mut self, whole: &mut Vec<u8>, coded: &mut Coded) -> Result<(), ContentError> {
+        let Self { encoder, decoder, out, back } = self;
+        if whole.is_empty() {
+            return Ok(());
+        }
+        coded.bytes += whole.len() as f64;
+        coded.batches += 1.0;
+        // Each once before: what it needs beforehand is there when the engine codes batch after batch.
+        for (level, (bytes, seconds)) in LEVELS.iter().zip(&mut coded.levels) {
+            for is_counted in [false, true] {
+                out.clear();
+                let start = processor_time();
+                encoder.encode(*level, whole, out)?;
+                if is_counted {
+                    *seconds += (processor_time() - start).as_secs_f64();
+                    *bytes += out.len().min(whole.len()) as f64;
+                }
             }
         }
+        back.resize(whole.len(), 0);
+        for is_counted in [false, true] {
+            let start = processor_time();
+            decoder.decode(out, back)?;
+            if is_counted {
+                coded.decoding += (processor_time() - start).as_secs_f64();
+            }
+        }
+        let left = out.len().min(whole.len()) as f64 / whole.len() as f64;
+        coded.squares += left * left;
+        whole.clear();
+        Ok(())
     }
-    let left = out.len().min(whole.len()) as f64 / whole.len() as f64;
-    coded.squares += left * left;
-    whole.clear();
-    Ok(())
 }
 
-/// Puts the pages into `bytes`, whatever was in it, and says what it took of a processor; `None` if there is nothing to be read.
+/// Puts the pages into `bytes`, whatever was in it, and says what it took of a processor, whatever else ran meanwhile; `None` if there is nothing to be read.
 fn read(
     space: &pageferry_tracker::SpaceScan,
     pages: &PageSet,
@@ -301,12 +339,6 @@ fn read(
         Err(_) if !space.target.is_alive() => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// What this thread has had of a processor: what else runs meanwhile does not make coding more work.
-fn processor_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Groups of neighbours, spread over the pages.
@@ -401,6 +433,17 @@ mod tests {
         let fast = Way { bandwidth: f64::INFINITY, ..gigabit() };
         assert_eq!(heap.first(fast).bytes, 4096.0, "as it is, where the link is no limit");
         assert!(heap.first(fast).seconds < heap.first(gigabit()).seconds);
+    }
+
+    #[test]
+    fn what_is_compressed_is_decoded_too() {
+        let coded = Coded { decoding: 100.0 * 4096.0 * 1e-9, ..coded(100, 0.2) };
+        let heap = |whole| Content { pages: 100.0, whole, ..Content::default() };
+        let seconds = |whole: Coded, way| heap(whole).first(way).seconds;
+        let more = seconds(coded, gigabit()) - seconds(Coded { decoding: 0.0, ..coded }, gigabit());
+        assert!((more / 4.096e-6 - 1.0).abs() < 0.01, "all of it: {more}");
+        let fast = Way { bandwidth: f64::INFINITY, ..gigabit() };
+        assert_eq!(seconds(coded, fast), seconds(Coded { decoding: 0.0, ..coded }, fast), "it goes as it is");
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod images;
 
 use crate::calibration::Calibration;
 use crate::cancel::Cancel;
+use crate::destination::store::populating;
 use crate::model::{self, Doubt, Forecast, HEAD, PageCost, Site, Trace, Wish};
 use crate::plan::{PolicyChoice, Strategy};
 pub use content::ContentError;
@@ -26,8 +27,11 @@ const SCANNING: u32 = 20;
 const INTERVALS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// Sending a page as it is through a socket, in seconds.
 const SENDING: f64 = 1.4e-6;
-/// Of the time of the first round, what storing a page takes where the memory is fresh, in seconds.
-const STORING: f64 = 3.4e-6;
+/// What the other side does with a page beside decoding it and fresh memory for it, in seconds (docs/BENCHMARKS.md, goodput: 0.203 s for a
+/// GB).
+const RECEIVING: f64 = 0.83e-6;
+/// Of the time of the first round, what fresh memory for a page takes where that cannot be measured.
+const STORING: Duration = Duration::from_nanos(3400);
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -211,8 +215,9 @@ fn site(
         (None, Some(unchanged)) => Cost { bytes: first.bytes * (1.0 - unchanged), ..first },
         (None, None) => first,
     };
-    let time = |cost: &Cost| Duration::from_secs_f64(cost.seconds / workers);
-    let storing = Duration::from_secs_f64(STORING);
+    let time = |cost: &Cost| Duration::from_secs_f64((cost.seconds + RECEIVING) / workers);
+    // The other machine is taken for one like this.
+    let storing = populating().map_or(STORING, |time| time.div_f64(workers));
     let own = Site {
         bandwidth,
         round_trip: plan.round_trip,
