@@ -81,6 +81,7 @@ fn wrong_command_lines_are_explained_and_exit_with_2() {
         (&["predict", "--pid", "5", "--bandwidth", "fast"], "number is missing"),
         (&["simulate"], "--trace <FILE>"),
         (&["simulate", "--trace", "x", "--again-ratio", "1.5"], "from 0 to 1"),
+        (&["simulate", "--trace", "x", "--page-time", "12"], "unit"),
         (&["simulate", "--trace", "x", "--policy", "fixed:0"], "is not a number of rounds"),
         (&["ferry"], "unrecognized subcommand"),
     ] {

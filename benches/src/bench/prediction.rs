@@ -200,7 +200,6 @@ impl Trial<'_> {
             Moving::Pattern(subject) => subject.pid,
             Moving::Redis(redis, _) => redis.pid,
         };
-        machine::touch(self.options.memory.as_u64() / 4 * 5)?;
         let calibration = self.path("calibration.json");
         let (pid_text, trace) = (pid.to_string(), self.path("trace.pft"));
         let known = [CALIBRATION, &calibration];
@@ -233,6 +232,8 @@ impl Trial<'_> {
         let prediction: Prediction = serde_json::from_str(&said).context("reading what was predicted")?;
         let forecast = prediction.strategies.into_iter().find(|forecast| forecast.strategy == strategy);
         let forecast = forecast.with_context(|| format!("nothing was predicted for {strategy}"))?;
+        // Memory for what arrives, also for what a redis needs besides its values.
+        machine::touch(self.options.memory.as_u64() * 2)?;
         let migration = self.ferry.migrate(
             &hosts,
             self.scratch,
@@ -240,24 +241,11 @@ impl Trial<'_> {
             &[&known[..], &["--strategy", strategy]].concat(),
         )?;
         self.verify(&hosts, &mut moving)?;
-        // With the sizes of pages that came out, which are not the policy's.
-        let (first, again) = ratios(&migration);
-        let (first, again) = (first.to_string(), again.to_string());
-        let simulate = [
-            "simulate",
-            "--trace",
-            &trace,
-            "--bandwidth",
-            BANDWIDTH,
-            "--strategy",
-            strategy,
-            "--ratio",
-            &first,
-            "--again-ratio",
-            &again,
-            "--json",
-        ];
-        let said = self.ask(&hosts, &[&simulate[..], &known].concat())?;
+        let known = [&known[..], &["--bandwidth", BANDWIDTH, "--strategy", strategy]].concat();
+        let conditions = conditions(&migration);
+        let conditions: Vec<&str> = conditions.iter().map(String::as_str).collect();
+        let simulate = ["simulate", "--trace", &trace, "--json"];
+        let said = self.ask(&hosts, &[&simulate[..], &known, &conditions].concat())?;
         let simulation: Simulation = serde_json::from_str(&said).context("reading what was simulated")?;
         Ok(Sample { forecast, migration, simulated: simulation.rounds })
     }
@@ -325,18 +313,28 @@ impl Trial<'_> {
     }
 }
 
-/// Bytes of a page that was sent for the first time, and of one that was sent again, as shares of a page.
-fn ratios(migration: &Migration) -> (f64, f64) {
-    let share = |rounds: &mut dyn Iterator<Item = &Round>| {
-        let (mut bytes, mut pages) = (0, 0);
-        for round in rounds {
-            bytes += round.sent_bytes;
-            pages += round.sent_pages;
+/// What pages turned out to take in a migration, which is not the policy's: options of `simulate`.
+fn conditions(migration: &Migration) -> Vec<String> {
+    let rounds = &migration.report.rounds[..];
+    let (first, again) = rounds.split_at(rounds.len().min(1));
+    let kinds = [("--ratio", "--page-time", first), ("--again-ratio", "--again-page-time", again)];
+    let mut options = Vec::new();
+    for (ratio, time, rounds) in kinds {
+        let mean = |of: fn(&Round) -> u64, counts: fn(&&Round) -> bool| {
+            let pages: u64 = rounds.iter().filter(counts).map(|round| round.sent_pages).sum();
+            let sum: u64 = rounds.iter().filter(counts).map(of).sum();
+            (pages > 0).then(|| sum as f64 / pages as f64)
+        };
+        if let Some(bytes) = mean(|round| round.sent_bytes, |_| true) {
+            options.extend([ratio.to_owned(), (bytes / 4096.0).min(1.0).to_string()]);
         }
-        (bytes as f64 / pages.max(1) as f64 / 4096.0).min(1.0)
-    };
-    let rounds = &migration.report.rounds;
-    (share(&mut rounds.iter().take(1)), share(&mut rounds.iter().skip(1)))
+        // In the freeze nothing else runs, and in small rounds it is not the pages that take the time.
+        let large = |round: &&Round| !round.frozen && round.sent_pages >= LARGE_ROUND;
+        if let Some(us) = mean(|round| round.duration_us, large) {
+            options.extend([time.to_owned(), format!("{us:.3}us")]);
+        }
+    }
+    options
 }
 
 fn judge(program: Program, strategy: &str, samples: &[Sample]) -> Vec<Row> {

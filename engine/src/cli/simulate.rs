@@ -57,6 +57,13 @@ pub(super) struct SimulateVerb {
     /// unchanged pages take nothing].
     #[arg(long, value_name = "SHARE")]
     again_ratio: Option<f64>,
+    /// What a page that is sent for the first time takes all processors to read, code and store, if the link does not hold them
+    /// up: of a migration's report, the time of its first round by that round's pages [default: what earlier migrations took].
+    #[arg(long, value_name = "TIME")]
+    page_time: Option<Time>,
+    /// The same of a page that was sent before and is dirty again [default: what earlier migrations took].
+    #[arg(long, value_name = "TIME")]
+    again_page_time: Option<Time>,
     /// What earlier migrations took; `none` uses what the engine was built with.
     #[arg(long, value_name = "FILE", default_value = CALIBRATION)]
     calibration: PathBuf,
@@ -94,7 +101,7 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
         anew: bytes(own.anew, again),
         ..own
     };
-    let site = calibration.site(own, &program);
+    let site = with_times(verb, calibration.site(own, &program));
     let wish = |strategy| Wish {
         strategy,
         policy: verb.policy,
@@ -114,6 +121,20 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
                 .to_vec();
             print(verb, &strategies, || forecasts(&strategies))
         }
+    }
+}
+
+/// With the times of pages that were given, instead of those that were learned.
+fn with_times(verb: &SimulateVerb, site: Site) -> Site {
+    let takes = |cost: PageCost, given: Option<Time>| PageCost {
+        time: given.map_or(cost.time, |time| time.0),
+        ..cost
+    };
+    Site {
+        first: takes(site.first, verb.page_time),
+        again: takes(site.again, verb.again_page_time),
+        anew: takes(site.anew, verb.again_page_time),
+        ..site
     }
 }
 

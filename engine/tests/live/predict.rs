@@ -91,6 +91,18 @@ fn recording(ferry: &Ferry) -> anyhow::Result<()> {
     let whole = json(&with(&["--strategy", "stop-and-copy", "--json"])?)?;
     let share = half["bytes"].as_f64().context("bytes")? / whole["bytes"].as_f64().context("bytes")?;
     ensure!((0.48..0.54).contains(&share), "{share}");
+    // A millisecond a page is more than the link takes, also for pages that go again.
+    let slow = ["--strategy", "pre-copy", "--policy", "fixed:2", "--json"];
+    let times = |more: &[&str]| {
+        let rounds = json(&with(&[&slow[..], more].concat())?)?["rounds"].take();
+        let of = |round: usize, what: &str| rounds[round][what].as_f64().context("a round");
+        let sent = of(1, "dirty_pages")? - of(1, "unchanged_pages")?;
+        anyhow::Ok((of(0, "duration_us")? / of(0, "dirty_pages")?, of(1, "duration_us")? / sent))
+    };
+    let (link, made) = (times(&[])?, times(&["--page-time", "1ms"])?);
+    ensure!((250.0..400.0).contains(&link.0) && (990.0..1050.0).contains(&made.0), "{link:?} {made:?}");
+    let again = times(&["--again-page-time", "2ms"])?;
+    ensure!(again.0 == link.0 && (1950.0..2100.0).contains(&again.1), "{link:?} {again:?}");
     // What is wrong is said, with the file.
     let bytes = std::fs::read(&file)?;
     std::fs::write(&file, &bytes[..bytes.len() - 20])?;
