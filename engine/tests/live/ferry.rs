@@ -3,6 +3,7 @@
 use anyhow::{Context, bail, ensure};
 use pageferry::MigrationReport;
 use pageferry::report::TimedPart;
+use pageferry_benches::bench::child::wait_for;
 use pageferry_benches::bench::hosts::{Host, Hosts};
 use pageferry_benches::bench::subject::Subject;
 use pageferry_benches::workload::state::realtime_us;
@@ -88,10 +89,25 @@ impl Ferry {
 
     /// Starts any program in the source.
     pub fn program(&self, command: &[&str]) -> anyhow::Result<i32> {
+        self.start(command).map(|(pid, _)| pid)
+    }
+
+    /// Starts a Python program in the source that prints `ready` when it is what the test is about, so many times in all its processes.
+    pub fn python(&self, script: &str, ready: usize) -> anyhow::Result<i32> {
+        let (pid, log) = self.start(&["python3", "-I", "-c", script])?;
+        wait_for("a program that is ready", LIMIT, || {
+            let said = std::fs::read_to_string(&log)?;
+            ensure!(self.state(Host::Source, pid)?.is_some(), "the program ended: {said}");
+            Ok((said.lines().filter(|line| *line == "ready").count() >= ready).then_some(()))
+        })?;
+        Ok(pid)
+    }
+
+    fn start(&self, command: &[&str]) -> anyhow::Result<(i32, PathBuf)> {
         let log = self.scratch.path().join(self.name("program"));
         let pid = self.hosts.start(Host::Source, &log, command.iter().copied())?;
         self.started.borrow_mut().push(pid);
-        Ok(pid)
+        Ok((pid, log))
     }
 
     /// Runs a command in a host to its end.

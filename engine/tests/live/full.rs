@@ -91,10 +91,9 @@ fn images(ferry: &Ferry) -> anyhow::Result<()> {
     let program = "import mmap, os, time\n\
                    memory = mmap.mmap(-1, 128 << 20)\n\
                    for page in range(0, len(memory), 4096): memory[page:page + 8] = os.urandom(8)\n\
-                   open('/dev/shm/ready', 'w').close()\n\
+                   print('ready', flush=True)\n\
                    while True: time.sleep(0.1)";
-    let pid = ferry.program(&["python3", "-I", "-c", program])?;
-    ferry.sh(Host::Source, "while ! rm /dev/shm/ready 2>/dev/null; do sleep 0.05; done")?;
+    let pid = ferry.python(program, 1)?;
     let group = Group::of(112 << 20)?;
     let receiver = ferry.receiver(None, &[])?;
     group.take(ferry, &receiver)?;
@@ -117,10 +116,9 @@ fn restore(ferry: &Ferry) -> anyhow::Result<()> {
     let program = "import mmap, os, time\n\
                    memory = mmap.mmap(-1, 96 << 20)\n\
                    for page in range(0, len(memory), 4096): memory[page:page + 8] = os.urandom(8)\n\
-                   open('/dev/shm/ready', 'w').close()\n\
+                   print('ready', flush=True)\n\
                    while True: time.sleep(0.1)";
-    let pid = ferry.program(&["python3", "-I", "-c", program])?;
-    ferry.sh(Host::Source, "while ! rm /dev/shm/ready 2>/dev/null; do sleep 0.05; done")?;
+    let pid = ferry.python(program, 1)?;
     // The images and the receiver take some 125 MiB, and CRIU makes 96 more of the former.
     let group = Group::of(190 << 20)?;
     let receiver = ferry.receiver(None, &[])?;

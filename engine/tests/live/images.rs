@@ -97,7 +97,7 @@ def say(*_):
     open('/dev/shm/digest.new', 'w').write(hashlib.sha256(memory).hexdigest())
     os.rename('/dev/shm/digest.new', '/dev/shm/digest')
 signal.signal(signal.SIGUSR1, say)
-open('/dev/shm/ready', 'w').close()
+print('ready', flush=True)
 while True: signal.pause()
 ";
 
@@ -112,8 +112,7 @@ fn shared_memory(ferry: &Ferry) -> anyhow::Result<()> {
         Ok(digest)
     };
     for (rate, coding) in [(Some("1gbit"), "auto"), (None, "auto"), (None, "zstd")] {
-        let pid = ferry.program(&["python3", "-I", "-c", SHARED])?;
-        ferry.sh(Host::Source, "while ! rm /dev/shm/ready 2>/dev/null; do sleep 0.05; done")?;
+        let pid = ferry.python(SHARED, 1)?;
         let before = digest(Host::Source, pid)?;
         let receiver = ferry.receiver(None, &["--once"])?;
         let slow = rate.map(|rate| Slow::take(ferry, rate)).transpose()?;

@@ -1,9 +1,10 @@
 //! The link is lost while the program still runs at the source: it is waited for, and what has arrived is not sent again.
 
 use super::Test;
-use super::ferry::{Ferry, Migration, Outcome, Receiver};
+use super::ferry::{Ferry, LIMIT, Migration, Outcome, Receiver};
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
+use pageferry_benches::bench::child::wait_for;
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
 use pageferry_wire_format::version::Versions;
@@ -354,7 +355,10 @@ fn older_receiver(ferry: &Ferry) -> anyhow::Result<()> {
     let path = heard.display().to_string();
     let command = ["timeout", "40", "python3", "-I", "-c", PEER, &welcome, &path];
     let mut peer = ferry.hosts.exec(Host::Destination, command).spawn()?;
-    std::thread::sleep(Duration::from_millis(700));
+    wait_for("a peer that listens", LIMIT, || {
+        let listening = ferry.sh(Host::Destination, "ss -Hltn 'sport = :7077'")?;
+        Ok((!listening.is_empty()).then_some(()))
+    })?;
     let outcome = ferry.migrate(subject.pid, None, &["--coding", "raw", "--journal", "none"])?;
     ensure!(peer.wait()?.success(), "the peer failed");
     rolled_back(ferry, &subject, &outcome, &["the link to the peer failed"])?;

@@ -1,8 +1,9 @@
 //! `pageferry track` on real programs: what it says is true, and the program never notices.
 
 use super::Test;
-use super::ferry::Ferry;
+use super::ferry::{Ferry, LIMIT};
 use anyhow::{Context, ensure};
+use pageferry_benches::bench::child::wait_for;
 use pageferry_benches::bench::hosts::Host;
 use serde_json::Value;
 use std::path::Path;
@@ -98,14 +99,13 @@ for child in range(2):
     while True:
       turn = (turn + 1) % 256
       for page in range(2048): m[page * 4096 + 8 + child] = turn
+      if turn == 1: print('ready', flush=True)
       time.sleep(0.1)
 time.sleep(1000)
 ";
 
 fn shared(ferry: &Ferry) -> anyhow::Result<()> {
-    let pid = ferry.program(&["python3", "-I", "-c", SHARERS])?.to_string();
-    // Until both children are there and write.
-    std::thread::sleep(Duration::from_secs(1));
+    let pid = ferry.python(SHARERS, 2)?.to_string();
     let path = ferry.scratch.path().join(ferry.name("recording"));
     let path = path.to_str().context("text")?;
     let basic = ["--pid", &pid, "--interval", "200ms", "--duration", "1500ms", "--json"];
@@ -267,7 +267,10 @@ fn stopped_by(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    std::thread::sleep(Duration::from_millis(1200));
+    wait_for("a recording of ten scans", LIMIT, || {
+        let replayed = pageferry().args(["track", "--json", "--replay"]).arg(&path).output()?;
+        Ok((replayed.stdout.iter().filter(|byte| **byte == b'\n').count() > 10).then_some(()))
+    })?;
     let tracker = ferry.sh(Host::Source, "pidof -s pageferry")?;
     ferry.sh(Host::Source, &format!("kill -{} {tracker}", signal as i32))?;
     Ok((child.wait_with_output()?, path, subject))
@@ -320,10 +323,8 @@ fn unread(ferry: &Ferry) -> anyhow::Result<()> {
 }
 
 fn contents(ferry: &Ferry) -> anyhow::Result<()> {
-    let script = "import mmap,time\nm=mmap.mmap(-1,4<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\nfor i in range(0,4<<20,4096): m[i]=1\nwhile True:\n  for i in range(0,2<<20,4096): m[i]=1\n  time.sleep(0.02)";
-    let pid = ferry.program(&["python3", "-I", "-c", script])?;
-    std::thread::sleep(Duration::from_millis(700));
-    let pid = pid.to_string();
+    let script = "import mmap,time\nm=mmap.mmap(-1,4<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\nfor i in range(0,4<<20,4096): m[i]=1\nprint('ready',flush=True)\nwhile True:\n  for i in range(0,2<<20,4096): m[i]=1\n  time.sleep(0.02)";
+    let pid = ferry.python(script, 1)?.to_string();
     let arguments = ["--pid", &pid, "--interval", "100ms", "--duration", "1s", "--contents", "--json"];
     let lines = lines(&track_in(ferry, &arguments)?)?;
     let scans: Vec<&Value> = lines.iter().filter(|line| line["event"] == "scan").skip(1).collect();
