@@ -4,7 +4,9 @@
 use super::ahead::ReadAhead;
 use crate::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recv, recvmsg, sendmsg};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,6 +14,10 @@ use std::time::{Duration, Instant};
 
 /// A piece of so many bytes is large: what is copied of it twice would show.
 const LARGE: usize = 16 << 10;
+
+/// So long a read or a write waits in the kernel, which saves a busy link two system calls a wait; longer waits are those in which a
+/// cancellation is heard.
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// How a link fails.
 #[derive(Debug, thiserror::Error)]
@@ -70,11 +76,10 @@ impl TcpLink {
     /// When the socket's options cannot be set.
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
         // The system's default may be an algorithm made for long fat networks that reaches a third of the rate
         // between neighbours. Where cubic is missing the default has to do.
         let _ = rustix::net::sockopt::set_tcp_congestion(&stream, "cubic");
-        Ok(Self::over(stream))
+        Self::over(stream)
     }
 
     /// Two ends of a connection inside of this process.
@@ -82,18 +87,18 @@ impl TcpLink {
     /// # Errors
     /// When there are no more descriptors.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let end = |stream: UnixStream| -> io::Result<Self> {
-            stream.set_nonblocking(true)?;
-            // The standard library's type holds any stream socket. What is TCP's alone, its options and addresses, is asked
-            // for by those who have made a TCP connection.
-            Ok(Self::over(TcpStream::from(OwnedFd::from(stream))))
-        };
+        // The standard library's type holds any stream socket. What is TCP's alone, its options and addresses, is asked
+        // for by those who have made a TCP connection.
+        let end = |stream: UnixStream| Self::over(TcpStream::from(OwnedFd::from(stream)));
         let (one, other) = UnixStream::pair()?;
         Ok((end(one)?, end(other)?))
     }
 
-    fn over(stream: TcpStream) -> Self {
-        Self {
+    fn over(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self {
             stream,
             stall: Duration::from_secs(30),
             cancel: None,
@@ -102,7 +107,7 @@ impl TcpLink {
             received: 0,
             ahead: ReadAhead::default(),
             reach: 0,
-        }
+        })
     }
 
     /// Has the system send by this congestion control, such as `bbr`.
@@ -161,13 +166,13 @@ impl TcpLink {
             return Ok(here);
         }
         loop {
-            match self.stream.peek(into) {
-                Ok(0) if here > 0 => return Ok(here),
-                Ok(0) => return Err(LinkError::Closed),
-                Ok(n) => return Ok(here + n),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(here),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(LinkError::Lost(e)),
+            match recv(&self.stream, &mut *into, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((0, _)) if here > 0 => return Ok(here),
+                Ok((0, _)) => return Err(LinkError::Closed),
+                Ok((n, _)) => return Ok(here + n),
+                Err(Errno::AGAIN) => return Ok(here),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(LinkError::Lost(e.into())),
             }
         }
     }
@@ -237,16 +242,16 @@ impl TcpLink {
         let end = Instant::now() + patience;
         let mut sink = vec![0; 64 << 10];
         loop {
-            match self.stream.read(&mut sink) {
-                Ok(0) => return true,
+            match recv(&self.stream, &mut sink[..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return true,
                 Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                Err(Errno::AGAIN) => {
                     let left = end.saturating_duration_since(Instant::now());
                     if left.is_zero() || !matches!(self.poll(PollFlags::IN, left), Ok(true)) {
                         return false;
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(Errno::INTR) => {}
                 Err(_) => return false,
             }
             if Instant::now() >= end {
@@ -288,11 +293,13 @@ impl TcpLink {
         while !slices.is_empty() {
             // The kernel takes 1024 slices at a call.
             let window = slices.len().min(1024);
-            match self.stream.write_vectored(&slices[..window]) {
+            let mut nothing = SendAncillaryBuffer::default();
+            match sendmsg(&self.stream, &slices[..window], &mut nothing, SendFlags::NOSIGNAL) {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(n) => {
                     self.sent += n as u64;
                     IoSlice::advance_slices(&mut slices, n);
+                    self.heed_cancel(!slices.is_empty())?;
                 }
                 Err(e) => self.wait_after(e, PollFlags::OUT)?,
             }
@@ -318,6 +325,7 @@ impl TcpLink {
                     self.received += n as u64;
                     left -= n;
                     IoSliceMut::advance_slices(&mut slices, n);
+                    self.heed_cancel(left > 0)?;
                 }
                 Err(e) => self.wait_after(e, PollFlags::IN)?,
             }
@@ -326,35 +334,41 @@ impl TcpLink {
     }
 
     /// Reads what has come into `slices`, of `left` bytes, and ahead of it what is allowed.
-    fn read(&mut self, slices: &mut [IoSliceMut<'_>], left: usize) -> io::Result<usize> {
+    fn read(&mut self, slices: &mut [IoSliceMut<'_>], left: usize) -> rustix::io::Result<usize> {
         // The kernel takes 1024 slices at a call.
         const MOST: usize = 1024;
         if left < self.reach && left < LARGE {
-            let n = self.stream.read(self.ahead.room(self.reach))?;
+            let (n, _) = recv(&self.stream, self.ahead.room(self.reach), RecvFlags::empty())?;
             self.ahead.came(n);
             return Ok(self.ahead.take(slices));
         }
         if self.reach == 0 || left < LARGE || slices.len() >= MOST {
             let window = slices.len().min(MOST);
-            return self.stream.read_vectored(&mut slices[..window]);
+            return receive(&self.stream, &mut slices[..window]);
         }
         let mut all: Vec<IoSliceMut<'_>> = Vec::with_capacity(slices.len() + 1);
         all.extend(slices.iter_mut().map(|slice| IoSliceMut::new(slice)));
         all.push(IoSliceMut::new(self.ahead.room(self.reach)));
-        let n = self.stream.read_vectored(&mut all)?;
+        let n = receive(&self.stream, &mut all)?;
         self.ahead.came(n.saturating_sub(left));
         Ok(n)
     }
 
-    fn wait_after(&self, error: io::Error, flags: PollFlags) -> Result<(), LinkError> {
-        match error.kind() {
-            io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock => match self.poll(flags, self.stall)? {
+    fn wait_after(&self, error: Errno, flags: PollFlags) -> Result<(), LinkError> {
+        match error {
+            Errno::INTR => Ok(()),
+            Errno::AGAIN => match self.poll(flags, self.stall)? {
                 true => Ok(()),
                 false => Err(LinkError::Stalled(self.stall)),
             },
-            _ => Err(LinkError::Lost(error)),
+            _ => Err(LinkError::Lost(error.into())),
         }
+    }
+
+    /// A slow link may make progress for long without a wait in which a cancellation would be heard.
+    fn heed_cancel(&self, goes_on: bool) -> Result<(), LinkError> {
+        let cancelled = || self.cancel.iter().chain(&self.alarm).any(Cancel::is_cancelled);
+        if goes_on && cancelled() { Err(LinkError::Cancelled) } else { Ok(()) }
     }
 
     /// Waits until the stream is ready; false after `timeout`.
@@ -373,11 +387,17 @@ impl TcpLink {
                     return Err(LinkError::Cancelled);
                 }
                 Ok(_) => return Ok(true),
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(e) => return Err(LinkError::Lost(e.into())),
             }
         }
     }
+}
+
+/// Reads what has come into `slices`.
+fn receive(stream: &TcpStream, slices: &mut [IoSliceMut<'_>]) -> rustix::io::Result<usize> {
+    let mut nothing = RecvAncillaryBuffer::default();
+    Ok(recvmsg(stream, slices, &mut nothing, RecvFlags::empty())?.bytes)
 }
 
 impl AsFd for TcpLink {
@@ -501,5 +521,30 @@ mod tests {
         b.set_stall(Duration::from_secs(600));
         cancel.cancel();
         assert!(matches!(b.receive_all(&mut [IoSliceMut::new(&mut [0])]), Err(LinkError::Cancelled)));
+    }
+
+    #[test]
+    fn a_cancel_is_heard_on_a_link_that_is_never_waited_for_long() {
+        let (mut a, mut b) = pair();
+        let cancel = Cancel::new().unwrap();
+        a.set_cancel(Some(cancel.clone()));
+        let reader = std::thread::spawn(move || {
+            // A little at a time, as often as it takes for no write to wait in vain.
+            let mut piece = vec![0; 256 << 10];
+            let mut got = 0;
+            while b.receive_all(&mut [IoSliceMut::new(&mut piece)]).is_ok() {
+                got += piece.len();
+                if got == 64 * piece.len() {
+                    cancel.cancel();
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            got
+        });
+        let sent = a.send_all(&mut [IoSlice::new(&vec![1; 512 << 20])]);
+        assert!(matches!(sent, Err(LinkError::Cancelled)), "{sent:?}");
+        drop(a);
+        let got = reader.join().unwrap();
+        assert!(got < 128 << 20, "it went on for {got} bytes");
     }
 }
