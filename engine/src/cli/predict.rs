@@ -45,6 +45,9 @@ pub(super) struct PredictVerb {
     /// Connections, each with a worker of its own [default: one a processor, 8 at most].
     #[arg(long, value_name = "N")]
     streams: Option<u16>,
+    /// The receiver has memory for the program ready (`receive --standby`): none has to be made ready on the way.
+    #[arg(long)]
+    standby: bool,
     /// How dirty pages are found.
     #[arg(long, value_enum, default_value = "auto")]
     tracker: TrackerName,
@@ -70,6 +73,7 @@ pub(super) fn run(verb: &PredictVerb) -> anyhow::Result<u8> {
         total_time: verb.total_time.map(|time| time.0),
         max_rounds: verb.max_rounds,
         policy: verb.policy,
+        standby: verb.standby,
     };
     let cancel = signals::token()?;
     match predict(&plan, &calibration::read(&verb.calibration), &cancel) {

@@ -58,6 +58,8 @@ pub struct PredictPlan {
     pub max_rounds: u32,
     /// Who decides between another round and the freeze.
     pub policy: PolicyChoice,
+    /// The receiver has memory for the program ready (`receive --standby`).
+    pub standby: bool,
 }
 
 /// What would come of it.
@@ -217,7 +219,10 @@ fn site(
     };
     let time = |cost: &Cost| Duration::from_secs_f64((cost.seconds + RECEIVING) / workers);
     // The other machine is taken for one like this.
-    let storing = populating().map_or(STORING, |time| time.div_f64(workers));
+    let storing = match plan.standby {
+        true => Duration::ZERO,
+        false => populating().map_or(STORING, |time| time.div_f64(workers)),
+    };
     let own = Site {
         bandwidth,
         round_trip: plan.round_trip,
