@@ -178,6 +178,11 @@ pub struct RoundReport {
     /// Share of its running time that the program lost from the scan of this round to the next; not known yet when the round ends.
     #[serde(default)]
     pub slowdown: Option<f64>,
+    /// Share of the sending threads' time for which they, or what they had sent, were held up by others than processors: by the link, the
+    /// limit on it, or the share of a processor that they may take. Near 1 the link decides how long the round takes, near 0 the
+    /// processors of either side do. Absent if the kernel does not tell.
+    #[serde(default)]
+    pub held_up: Option<f64>,
     /// Bytes on the wire, frames included.
     pub sent_bytes: u64,
     /// From the scan until the destination acknowledged.
@@ -218,6 +223,13 @@ pub struct Codings {
     pub zstd: Share,
     /// As they were.
     pub raw: Share,
+}
+
+impl RoundReport {
+    /// Bytes of its pages on the wire, heads of frames included, and nothing that went beside them.
+    pub fn codings_bytes(&self) -> u64 {
+        self.codings.shares().iter().map(|(_, share)| share.bytes).sum()
+    }
 }
 
 impl Codings {
@@ -363,6 +375,9 @@ pub struct PostCopyReport {
     pub zero_pages: u64,
     /// Bytes on the wire for them, frames included.
     pub sent_bytes: u64,
+    /// As [`RoundReport::held_up`], of the threads that sent what nobody had asked for.
+    #[serde(default)]
+    pub held_up: Option<f64>,
     /// From the resume until the destination had all of them.
     pub duration_us: u64,
     /// How often the connections were lost and made anew.

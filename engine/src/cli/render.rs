@@ -345,6 +345,7 @@ mod tests {
             repeated_pages: 3,
             zero_pages: 12,
             sent_bytes: 65_900_000,
+            held_up: None,
             duration_us: 210_000,
             reconnections: 1,
             faults,

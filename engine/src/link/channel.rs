@@ -69,6 +69,8 @@ pub(crate) struct Channel {
     head_in: Vec<u8>,
     batch: PageBatch,
     shaper: Option<SharedShaper>,
+    /// How long that has been waited for.
+    shaped: Duration,
     reads_ahead: bool,
 }
 
@@ -82,6 +84,7 @@ impl Channel {
             head_in: Vec::new(),
             batch: PageBatch::default(),
             shaper: None,
+            shaped: Duration::ZERO,
             reads_ahead: false,
         }
     }
@@ -104,6 +107,11 @@ impl Channel {
     /// Limits what page batches take of the link, together with other channels that share the limit; `None` lifts it.
     pub(crate) fn set_shaper(&mut self, shaper: Option<SharedShaper>) {
         self.shaper = shaper;
+    }
+
+    /// How long the link, or the limit on what it may carry, has held up what was sent so far. `None` where the system does not say.
+    pub(crate) fn held_up(&self) -> Option<Duration> {
+        Some(self.link.busy()? + self.shaped)
     }
 
     /// Lends the batch's head and the link at the same time.
@@ -184,7 +192,7 @@ impl Channel {
         slices.push(IoSlice::new(&self.head_out));
         slices.extend(payload.iter().map(|slice| IoSlice::new(slice)));
         let sent = match limit {
-            Some(limit) => send_in_pieces(&mut self.link, limit, &slices),
+            Some(limit) => send_in_pieces(&mut self.link, limit, &slices).map(|waited| self.shaped += waited),
             None => self.link.send_all(&mut slices),
         };
         if let Err(error) = sent {
@@ -285,9 +293,13 @@ impl Channel {
     }
 }
 
-/// Sends `slices`, as much at a time as the limit lets pass.
-fn send_in_pieces(link: &mut TcpLink, limit: &SharedShaper, slices: &[IoSlice<'_>]) -> Result<(), LinkError> {
-    let (mut next, mut offset) = (0, 0);
+/// Sends `slices`, as much at a time as the limit lets pass, and says how long the limit was waited for.
+fn send_in_pieces(
+    link: &mut TcpLink,
+    limit: &SharedShaper,
+    slices: &[IoSlice<'_>],
+) -> Result<Duration, LinkError> {
+    let (mut next, mut offset, mut waited) = (0, 0, Duration::ZERO);
     while next < slices.len() {
         // Asked for anew each time: it may have changed.
         let most = limit.piece();
@@ -303,10 +315,10 @@ fn send_in_pieces(link: &mut TcpLink, limit: &SharedShaper, slices: &[IoSlice<'_
                 (next, offset) = (next + 1, 0);
             }
         }
-        limit.wait(bytes);
+        waited += limit.wait(bytes);
         link.send_all(&mut piece)?;
     }
-    Ok(())
+    Ok(waited)
 }
 
 #[cfg(test)]

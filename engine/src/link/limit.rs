@@ -3,7 +3,7 @@
 use super::shaper::Shaper;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Instead of a rate: there is no limit.
 const NONE: u64 = 0;
@@ -73,9 +73,11 @@ impl SharedShaper {
         self.rate().map_or(usize::MAX, piece)
     }
 
-    /// Waits until `bytes` may go.
-    pub fn wait(&self, bytes: usize) {
+    /// Waits until `bytes` may go, and says for how long.
+    pub fn wait(&self, bytes: usize) -> Duration {
+        let mut waited = Duration::ZERO;
         if self.rate().is_some() {
+            let began = self.inner.epoch.elapsed();
             let mut bucket = self.bucket();
             // Nothing is taken before its time: whoever waits goes by the limit that is there then.
             while self.rate().is_some()
@@ -84,8 +86,10 @@ impl SharedShaper {
                 let woken = self.inner.changed.wait_timeout(bucket, wait);
                 bucket = woken.unwrap_or_else(PoisonError::into_inner).0;
             }
+            waited = self.inner.epoch.elapsed() - began;
         }
         self.carried.fetch_add(bytes as u64, Ordering::Relaxed);
+        waited
     }
 
     /// Bytes that have gone so far.
@@ -106,7 +110,6 @@ pub(super) fn piece(bytes_per_second: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     /// Something that must not be waited for takes less.
     const LIMIT: Duration = Duration::from_secs(60);

@@ -208,6 +208,12 @@ impl TcpLink {
         super::sys::left(self.stream.as_fd())
     }
 
+    /// How long there has been something to send or to have acknowledged, and the peer had room for it: the link decided how fast that went.
+    /// `None` where the system does not say.
+    pub(crate) fn busy(&self) -> Option<Duration> {
+        super::sys::busy(&self.stream)
+    }
+
     /// Bytes that came in.
     pub fn received(&self) -> u64 {
         self.received

@@ -116,6 +116,7 @@ impl Migration<'_> {
             left_pages: 0,
             ahead_pages: 0,
             slowdown: None,
+            held_up: tally.toil.held_up(),
             codings: tally.codings,
             sent_bytes,
             duration_us: (laps.last - started).as_micros() as u64,

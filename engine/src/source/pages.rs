@@ -5,7 +5,7 @@ use super::ahead::Ahead;
 use super::books::{Base, Books, Fate, Look, Output};
 use super::queue::{Queue, Task};
 use super::slowdown::{Work, WorkShare};
-use super::tally::Tally;
+use super::tally::{Tally, Toil};
 use crate::control::Control;
 use crate::effort::CpuMeter;
 use crate::link::{Channel, ChannelError};
@@ -214,6 +214,7 @@ impl Worker {
         let mut meter = CpuMeter::new(round.control.cpu());
         let hand = round.queue.hand();
         let mut heard = Instant::now();
+        let (began, before_it, mut rested) = (heard, channel.held_up(), Duration::ZERO);
         let result = loop {
             match before(channel) {
                 Ok(true) => {}
@@ -250,11 +251,16 @@ impl Worker {
             let rests = Instant::now();
             work.rest(&round.work, &round.stop);
             meter.pay(|| round.stop.load(Ordering::Relaxed) || round.control.token().is_cancelled());
-            self.chooser.observe_rest(rests.elapsed());
+            let rests = rests.elapsed();
+            rested += rests;
+            self.chooser.observe_rest(rests);
         };
         if result.is_err() {
             round.stop.store(true, Ordering::Relaxed);
         }
+        let held_up =
+            before_it.zip(channel.held_up()).map(|(before, now)| now.saturating_sub(before) + rested);
+        tally.toil = Toil::of(began.elapsed(), held_up);
         result.map(|()| tally)
     }
 

@@ -250,6 +250,7 @@ impl Migration<'_> {
             gone_pages: tally.gone,
             held_pages,
             slowdown: None,
+            held_up: tally.toil.held_up(),
             codings: tally.codings,
             sent_bytes: self.sent_bytes() - before.0,
             duration_us: start.elapsed().as_micros() as u64,

@@ -85,6 +85,8 @@ fn outruns(ferry: &Ferry) -> anyhow::Result<()> {
     let report = chosen(ferry, &OUTRUNS, &SLOW, &["--verify"])?;
     ensure!(report.strategy == "hybrid" && report.strategy_reason == "diverges", "{}", report.strategy);
     ensure!(report.stop_reason == "no-progress" && report.verified, "{}", report.stop_reason);
+    let first = &report.rounds[0];
+    ensure!(first.held_up.is_some_and(|share| share > 0.75), "the limit held it up: {first:?}");
     let late = report.post_copy.as_ref().context("nothing was owed")?;
     // What was owed takes longer than the program may stand still.
     ensure!(late.duration_us > report.downtime_goal_us, "{late:?}");

@@ -78,6 +78,7 @@ fn forked(ferry: &Ferry) -> anyhow::Result<()> {
     let late = moved(&outcome)?;
     ensure!(late.owed_pages > 4 * 8000 && late.demanded_pages > 0, "{late:?}");
     ensure!(late.duration_us > 500_000, "the limit was not kept: {late:?}");
+    ensure!(late.held_up.is_some_and(|share| share > 0.75), "it was the limit that held it up: {late:?}");
     ferry.lives_only(Host::Destination, &subject)?;
     ensure!(receiver.wait()? == 0, "the receiver's exit code");
     ferry.hosts.kill(Host::Destination, subject.pid)

@@ -17,6 +17,7 @@ pub(crate) use orphaned::Orphaned;
 pub(super) use session::LateSession;
 
 use super::failure::SendError;
+use super::tally::Toil;
 use crate::page_bits::PageBits;
 use crate::policy::Bubbling;
 use pageferry_tracker::{PageReader, PageSet, ReadError, Run, Stillness, Target};
@@ -61,6 +62,8 @@ pub(super) struct Counts {
     /// Of either, those of zeros.
     pub(super) zero: u64,
     pub(super) bytes: u64,
+    /// What sending those took that nobody had asked for.
+    pub(super) toil: Toil,
 }
 
 /// How the connections of a post-copy came to their end.
@@ -296,6 +299,11 @@ impl Debt {
         let space = state.order.as_mut()?.next(most, runs)?;
         state.in_hand += 1;
         Some(space)
+    }
+
+    /// What a thread took for what nobody had asked for.
+    fn note_toil(&self, toil: Toil) {
+        self.lock().counts.toil.add(&toil);
     }
 
     /// A batch of pages that another thread counts has gone out.

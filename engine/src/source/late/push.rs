@@ -7,6 +7,7 @@ use crate::effort::{CpuMeter, CpuShare};
 use crate::link::Channel;
 use crate::policy::headroom::{Carried, Headroom, Pace};
 use crate::source::failure::SendError;
+use crate::source::tally::Toil;
 use pageferry_tracker::Run;
 use pageferry_wire_format::{
     Coding, CodingChooser, PageBatch, PageDigest, PageNo, SpaceId, Way, ZstdEncoder,
@@ -14,7 +15,7 @@ use pageferry_wire_format::{
 use std::io::IoSlice;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Pages of a batch that goes raw: 128 KiB, a millisecond of a gigabit link, is how long a page that is asked for may have to
 /// wait on a link that they share.
@@ -84,13 +85,25 @@ impl Push {
         }
     }
 
-    fn run(&mut self, debt: &Debt, mut meter: CpuMeter) -> Result<(), SendError> {
+    fn run(&mut self, debt: &Debt, meter: CpuMeter) -> Result<(), SendError> {
+        let (began, before) = (Instant::now(), self.channel.held_up());
+        let mut rested = Duration::ZERO;
+        let result = self.push(debt, meter, &mut rested);
+        let held_up =
+            before.zip(self.channel.held_up()).map(|(before, now)| now.saturating_sub(before) + rested);
+        debt.note_toil(Toil::of(began.elapsed(), held_up));
+        result
+    }
+
+    fn push(&mut self, debt: &Debt, mut meter: CpuMeter, rested: &mut Duration) -> Result<(), SendError> {
         while let Some(space) = debt.next(batch_pages(self.ratio), &mut self.runs) {
             self.keep_headroom();
             self.send(debt, space)?;
             let rests = Instant::now();
             meter.pay(|| debt.stopped());
-            self.chooser.observe_rest(rests.elapsed());
+            let rests = rests.elapsed();
+            *rested += rests;
+            self.chooser.observe_rest(rests);
         }
         // The end of a message that says what was sent must not wait for its turn.
         self.channel.link().set_pace(None);

@@ -69,6 +69,7 @@ pub(super) fn count(report: &mut PostCopyReport, counts: Counts, duration: Durat
     report.repeated_pages = counts.repeated;
     report.zero_pages = counts.zero;
     report.sent_bytes = counts.bytes;
+    report.held_up = counts.toil.held_up();
     report.duration_us = duration.as_micros() as u64;
 }
 
