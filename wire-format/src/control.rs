@@ -214,7 +214,7 @@ pub enum ControlMessage {
         bytes: u64,
     },
     /// Destination, on the first connection: every connection has reached the end of the round, and every page of it is
-    /// stored, or was asked for again.
+    /// stored, or was asked for again. Of a first round without pages: memory for what was announced is ready.
     RoundAck {
         /// Which.
         round: u32,

@@ -18,10 +18,16 @@ use pageferry_wire_format::{
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Memory is asked about for so many bytes of images at a time: most programs have less, and the program stands still meanwhile.
 const IMAGES_AHEAD: u64 = 8 << 20;
+
+/// So long a source that has sent nothing waits for memory at most: that of the remainder is made ready as it comes.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is looked whether it is ready, and how often the source hears that it is being waited for.
+const MEMORY_POLL: Duration = Duration::from_millis(2);
+const SIGN_OF_LIFE: Duration = Duration::from_millis(250);
 
 /// What a run in a list takes, with the copies that are made of it for comparisons.
 const LIST_BYTES: usize = 4 * size_of::<PageRun>();
@@ -298,8 +304,14 @@ impl<'a, 'b> Reception<'a, 'b> {
                 let again = self.hub.complete(round, pages)?;
                 self.asked_again = !again.is_empty();
                 self.ask_again(again)?;
+                let is_empty = round == 0 && pages == 0;
+                if is_empty {
+                    self.wait_for_memory()?;
+                }
                 self.channel.control(&ControlMessage::RoundAck { round })?;
-                self.observer.event(&Event::Received { round, stored_pages: self.hub.stored_pages() });
+                if !is_empty {
+                    self.observer.event(&Event::Received { round, stored_pages: self.hub.stored_pages() });
+                }
             }
             ControlMessage::SpaceSeal { space, vpid, pages, digest, regions } => {
                 self.seal(space, vpid, pages, digest, regions)?;
@@ -344,6 +356,22 @@ impl<'a, 'b> Reception<'a, 'b> {
             other => return Err(ReceiveError::Unexpected(format!("{other:?}"))),
         }
         Ok(false)
+    }
+
+    /// Nothing was sent, and the source stops the program when this is acknowledged: waits until memory for all that was announced is ready,
+    /// unless the source does not want to wait any more.
+    fn wait_for_memory(&mut self) -> Result<(), ReceiveError> {
+        let (began, mut told) = (Instant::now(), Instant::now());
+        while !self.hub.with_store(|store| Ok(store.is_ready()))?
+            && began.elapsed() < MEMORY_PATIENCE
+            && !self.channel.link_mut().readable_within(MEMORY_POLL)
+        {
+            if told.elapsed() >= SIGN_OF_LIFE {
+                self.channel.control(&ControlMessage::Ping { n: 0 })?;
+                told = Instant::now();
+            }
+        }
+        Ok(())
     }
 
     /// The program is about to stop: what has been done here until now is no part of its downtime.
@@ -436,5 +464,66 @@ impl<'a, 'b> Reception<'a, 'b> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ReceivePlan;
+    use crate::destination::store::PageStore;
+    use crate::link::TcpLink;
+    use crate::observe::Silent;
+    use pageferry_wire_format::AbortCode;
+
+    /// A destination hears of a program with `pages` and of a round in which none of them came, and then `next`; gives how many bytes
+    /// are ready when it acknowledges that round.
+    fn ready_at_the_acknowledgement(pages: u64, limit: Option<u64>, next: Option<ControlMessage>) -> u64 {
+        const STALL: Duration = Duration::from_secs(30);
+        let (ours, theirs) = TcpLink::pair().unwrap();
+        let (mut ours, mut theirs) = (Channel::new(ours), Channel::new(theirs));
+        ours.link_mut().set_stall(STALL);
+        let hub = Hub::new(7, PageStore::new(limit, None).unwrap(), STALL).unwrap();
+        hub.begin(theirs.link(), "program").unwrap();
+        let images = ImageDir::new().expect("this test makes a file system, which needs root");
+        let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());
+        std::thread::scope(|scope| {
+            let hub = &hub;
+            let destination = scope.spawn(move || {
+                let mut network = Arrival::new(&plan, &Silent, 7, "program", String::new());
+                let none = || Duration::ZERO;
+                Reception::new(&mut theirs, hub, &images, &Silent, &|| Ok(()), &mut network, &none)
+                    .run()
+                    .map(drop)
+            });
+            let info = SpaceInfo { space: SpaceId(0), vpid: 1, name: "program".to_owned(), pages };
+            ours.control(&ControlMessage::Spaces { round: 0, spaces: vec![info] }).unwrap();
+            ours.control(&ControlMessage::RoundEnd { round: 0, pages: 0, bytes: 0 }).unwrap();
+            let last = next.is_some();
+            next.iter().for_each(|next| ours.control(next).unwrap());
+            assert_eq!(ours.answer("the end of the round").unwrap(), ControlMessage::RoundAck { round: 0 });
+            let ready = hub.with_store(|store| Ok(store.ready_bytes())).unwrap();
+            if !last {
+                ours.control(&ControlMessage::abort(AbortCode::Cancelled, "")).unwrap();
+            }
+            assert!(matches!(destination.join().unwrap(), Err(ReceiveError::SourceAborted { .. })));
+            ready
+        })
+    }
+
+    #[test]
+    fn memory_is_ready_before_a_source_that_has_sent_nothing_stops_its_program() {
+        const PAGES: u64 = 30_000;
+        assert!(ready_at_the_acknowledgement(PAGES, None, None) >= PAGES * 4096);
+    }
+
+    #[test]
+    fn a_source_that_does_not_wait_any_more_is_heard() {
+        // Of more than can be made ready within the time in which it would be noticed that nobody listens.
+        const PAGES: u64 = 1 << 20;
+        let cancelled = ControlMessage::abort(AbortCode::Cancelled, "");
+        let began = Instant::now();
+        assert!(ready_at_the_acknowledgement(PAGES, None, Some(cancelled)) < PAGES * 4096);
+        assert!(began.elapsed() < MEMORY_PATIENCE);
     }
 }

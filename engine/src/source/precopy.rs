@@ -70,6 +70,11 @@ impl Migration<'_> {
         let resident_pages: u64 = collected.spaces.iter().map(|space| space.populated.len()).sum();
         self.check_room(resident_pages)?;
         self.share_out(&collected, 0)?;
+        if self.plan.strategy == Strategy::StopAndCopy && !self.owes && self.peer.is_receiver() {
+            // A round of nothing: the destination acknowledges it when it has memory ready for what comes in the freeze.
+            self.end_round(0, &Tally::default())?;
+            self.acknowledged(0)?;
+        }
         let predicted_downtime = self.plan.freeze_cost.of(collected.spaces.len() as u32, resident_pages);
         let stop = if self.owes { StopReason::PostCopy } else { StopReason::StopAndCopy };
         Ok(Decision { stop: Some(stop), predicted_downtime })

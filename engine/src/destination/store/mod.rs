@@ -159,6 +159,11 @@ impl PageStore {
         self.slots.ready()
     }
 
+    /// Whether memory is ready for all that was announced, or as much of it as there is.
+    pub fn is_ready(&self) -> bool {
+        self.slots.is_ready()
+    }
+
     /// How long it has taken so far to make memory ready.
     pub fn ready_in(&self) -> Duration {
         self.slots.ready_in()

@@ -57,6 +57,8 @@ struct State {
     lists: u64,
     /// How long making memory ready has taken.
     spent: Duration,
+    /// There is no more to be made ready now, or none to be had.
+    rests: bool,
     stop: bool,
 }
 
@@ -97,6 +99,7 @@ impl Prefault {
         self.shared.check_own(index_of(bytes), state.lists)?;
         self.shared.check(&state, wanted)?;
         state.reserved = state.reserved.max(bytes);
+        state.rests = false;
         self.shared.wake.notify_one();
         Ok(())
     }
@@ -153,6 +156,12 @@ impl Prefault {
     pub(super) fn ready(&self) -> u64 {
         let state = self.shared.lock();
         state.populated.saturating_sub(state.used)
+    }
+
+    /// Whether everything is ready that was announced, or as much as there is.
+    pub(super) fn is_done(&self) -> bool {
+        let state = self.shared.lock();
+        state.rests || state.stop
     }
 
     /// How long that has taken so far.
@@ -259,6 +268,7 @@ impl Shared {
             state.skip_to(used);
             let goal = self.goal(&state);
             if !self.step(&mut state, goal) {
+                state.rests = true;
                 state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }

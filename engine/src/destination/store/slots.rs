@@ -84,6 +84,11 @@ impl Slots {
         self.prefault.keep_lists(bytes)
     }
 
+    /// Whether all that was announced is ready, or as much as there is.
+    pub(super) fn is_ready(&self) -> bool {
+        self.prefault.is_done()
+    }
+
     /// How long it has taken to make memory ready.
     pub(super) fn ready_in(&self) -> Duration {
         self.prefault.spent()
