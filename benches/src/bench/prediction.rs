@@ -144,10 +144,14 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     };
     let mut rows = Vec::new();
     let trial = Trial { options, ferry: &ferry, scratch: scratch.path() };
-    // What a freeze costs on this machine, and of a kind of program, is learned, as it is by whoever migrates.
+    // What a freeze costs on this machine, and of a kind of program, is learned, as it is by whoever migrates; and what pages take where
+    // the processors decide that.
     for kind in [Program::Uniform, Program::Redis] {
-        if kind == Program::Uniform || programs.contains(&kind) {
-            trial.run(kind, "pre-copy").context("the migration to learn from")?;
+        if kind == Program::Redis && !programs.contains(&kind) {
+            continue;
+        }
+        for strategy in ["pre-copy", "post-copy", "hybrid"] {
+            trial.run(kind, strategy).context("a migration to learn from")?;
         }
     }
     for &program in programs {

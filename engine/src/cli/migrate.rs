@@ -41,7 +41,7 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
     let known = calibration::read(&verb.calibration);
     // A process that is not there is the engine's to tell of.
     let program = Target::open(verb.pid).map(|target| target.name()).unwrap_or_default();
-    plan.freeze_cost = known.freeze_cost(&program);
+    plan.freeze_cost = known.freeze_cost_by(&program, plan.strategy);
     plan.page_time = known.site(Site::default(), &program).first.time;
     let cancel = signals::token()?;
     let bars;

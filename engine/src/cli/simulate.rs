@@ -16,6 +16,7 @@ use std::fmt::Write;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Moments of the recording at which migrations begin, where many are asked for.
 const STARTS: u32 = 15;
@@ -102,6 +103,7 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
         ..own
     };
     let site = with_times(verb, calibration.site(own, &program));
+    let site = |strategy| Site { freeze: calibration.freeze_cost_by(&program, strategy), ..site };
     let wish = |strategy| Wish {
         strategy,
         policy: verb.policy,
@@ -111,13 +113,14 @@ pub(super) fn run(verb: &SimulateVerb) -> anyhow::Result<u8> {
     };
     match verb.strategy {
         Some(name) => {
-            let outcome = simulate(&trace, &site, &wish(name.choice()), verb.start.0);
+            let strategy = name.choice();
+            let outcome = simulate(&trace, &site(strategy), &wish(strategy), verb.start.0);
             print(verb, &outcome, || one(&outcome))
         }
         None => {
             let doubt = Doubt { freeze: calibration.spread(), bytes: Doubt::LEAST };
             let strategies = Strategy::ALL
-                .map(|strategy| forecast(&trace, &site, &wish(strategy), STARTS, doubt))
+                .map(|strategy| forecast(&trace, &site(strategy), &wish(strategy), STARTS, doubt))
                 .to_vec();
             print(verb, &strategies, || forecasts(&strategies))
         }
@@ -134,6 +137,9 @@ fn with_times(verb: &SimulateVerb, site: Site) -> Site {
         first: takes(site.first, verb.page_time),
         again: takes(site.again, verb.again_page_time),
         anew: takes(site.anew, verb.again_page_time),
+        still: if verb.page_time.is_some() { None } else { site.still },
+        prepare: if verb.page_time.is_some() { Duration::ZERO } else { site.prepare },
+        late: site.late.max(verb.page_time.map_or(Duration::ZERO, |time| time.0)),
         ..site
     }
 }

@@ -104,7 +104,7 @@ pub fn simulate(trace: &Trace, site: &Site, wish: &Wish, start: Duration) -> Out
         }
     };
     let chosen = choice.map_or(wish.strategy, |choice| choice.strategy);
-    let outcome = virtual_run.freeze(chosen, start, stop);
+    let outcome = virtual_run.freeze(chosen, start, stop, wish.strategy == Strategy::StopAndCopy);
     let because = choice.map_or_else(String::new, |choice| choice.reason.to_string());
     Outcome { strategy: wish.strategy, because, ..outcome }
 }
@@ -321,8 +321,14 @@ impl Run<'_> {
         kept
     }
 
-    /// The program stands still, and goes on at the other side.
-    fn freeze(mut self, strategy: Strategy, start: Duration, stop: Option<StopReason>) -> Outcome {
+    /// The program stands still, and goes on at the other side. `waits`: for memory there, before it does.
+    fn freeze(
+        mut self,
+        strategy: Strategy,
+        start: Duration,
+        stop: Option<StopReason>,
+        waits: bool,
+    ) -> Outcome {
         let ran = self.now - start;
         let existing = self.trace.existing(self.now);
         // Nothing is held back any more: everything that the destination does not have as it is now.
@@ -333,10 +339,14 @@ impl Run<'_> {
         self.bytes += bytes;
         let pages = due.load.pages();
         let late = matches!(strategy, Strategy::PostCopy | Strategy::Hybrid);
-        let (time, bytes) = if late { self.site.fill(due.load) } else { self.site.send(due.load) };
+        let (time, bytes) = match (late, waits) {
+            (true, _) => self.site.fill(due.load),
+            (false, true) => self.site.send_still(due.load),
+            (false, false) => self.site.send(due.load),
+        };
         self.bytes += bytes;
         let mut fill = Duration::ZERO;
-        let mut waits = Duration::ZERO;
+        let mut waited = Duration::ZERO;
         let mut to_place = resident;
         match strategy {
             Strategy::Auto | Strategy::StopAndCopy | Strategy::PreCopy => {
@@ -369,11 +379,14 @@ impl Run<'_> {
                 let one = self.site.round_trip
                     + self.site.read_fault
                     + Duration::from_secs_f64(self.site.carry(self.site.first.bytes));
-                waits = (one * (wanted / 2).min(u64::from(u32::MAX)) as u32).min(fill);
+                waited = (one * (wanted / 2).min(u64::from(u32::MAX)) as u32).min(fill);
             }
         }
-        let placing = self.site.place.mul_f64(to_place as f64);
-        let lost = self.site.write_fault.mul_f64(self.write_faults as f64) + waits;
+        let one = if late { self.site.place_beside } else { self.site.place };
+        let placing = one.mul_f64(to_place as f64);
+        let prepared = if waits { self.site.prepare.mul_f64(resident as f64) } else { Duration::ZERO };
+        let began = self.site.setup + prepared + ran;
+        let lost = self.site.write_fault.mul_f64(self.write_faults as f64) + waited;
         let running = (ran + fill).as_secs_f64();
         Outcome {
             strategy,
@@ -382,8 +395,8 @@ impl Run<'_> {
             rounds: self.rounds,
             stop_reason: stop.map(StopReason::name),
             downtime_us: downtime.as_micros() as u64,
-            total_us: (self.site.setup + ran + downtime).as_micros() as u64,
-            complete_us: (self.site.setup + ran + downtime + fill + placing).as_micros() as u64,
+            total_us: (began + downtime).as_micros() as u64,
+            complete_us: (began + downtime + fill + placing).as_micros() as u64,
             bytes: self.bytes as u64,
             slowdown: if running > 0.0 { (lost.as_secs_f64() / running).min(1.0) } else { 0.0 },
         }
@@ -534,6 +547,19 @@ mod tests {
         let fixed = site.stand(1, 1 << 16, 0).0.as_micros() as u64;
         assert!((fixed..fixed + 30_000).contains(&moved.downtime_us), "{} us", moved.downtime_us);
         assert!(moved.slowdown < 0.01, "{}", moved.slowdown);
+    }
+
+    #[test]
+    fn memory_is_waited_for_before_a_stop_and_copy_and_not_in_it() {
+        let trace = uniform_writer(1 << 16, 2560.0, 10);
+        let of = |strategy, ready| {
+            let prepare = if ready { Duration::ZERO } else { Duration::from_micros(10) };
+            simulate(&trace, &Site { prepare, ..Site::default() }, &wish(strategy), Duration::ZERO)
+        };
+        let (ready, fresh) = (of(Strategy::StopAndCopy, true), of(Strategy::StopAndCopy, false));
+        assert_eq!(fresh.downtime_us, ready.downtime_us);
+        assert_eq!(fresh.total_us - ready.total_us, 655_360, "of 65 536 pages");
+        assert_eq!(of(Strategy::PreCopy, false), of(Strategy::PreCopy, true), "made ready while it sends");
     }
 
     #[test]

@@ -28,10 +28,17 @@ pub struct Site {
     pub anew: PageCost,
     /// Reading and hashing a page that turns out to be as it was sent.
     pub look: Duration,
-    /// What a page takes at least that follows after the program, which runs beside.
+    /// What a page of [`Site::first`] takes in the freeze of stop-and-copy, in which the program leaves the processors to the
+    /// migration and memory is ready; `None`: as much as while it runs.
+    pub still: Option<Duration>,
+    /// Making memory for a page ready at the destination, which stop-and-copy waits for before the program stands still.
+    pub prepare: Duration,
+    /// What a page takes that follows after the program, which runs beside.
     pub late: Duration,
     /// Putting a page in place that was there before the program was.
     pub place: Duration,
+    /// The same where others follow after the program.
+    pub place_beside: Duration,
     /// From the start until the first round: connecting, attaching, CRIU's preparations.
     pub setup: Duration,
     /// Time of a round beside its pages: the scan and the acknowledgement.
@@ -89,8 +96,11 @@ impl Default for Site {
             again: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             anew: PageCost { time: Duration::from_nanos(1600), bytes: PAGE + HEAD },
             look: Duration::from_nanos(400),
+            still: Some(Duration::from_nanos(1600)),
+            prepare: Duration::from_nanos(3400),
             late: Duration::from_micros(6),
             place: Duration::from_nanos(1500),
+            place_beside: Duration::from_nanos(1500),
             setup: Duration::from_millis(60),
             round_overhead: Duration::from_micros(500),
             freeze: FreezeCost::default(),
@@ -118,12 +128,17 @@ impl Site {
         (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
     }
 
+    /// The same while the program stands still.
+    pub fn send_still(&self, load: Load) -> (Duration, f64) {
+        let first = PageCost { time: self.still.unwrap_or(self.first.time), ..self.first };
+        Self { first, ..*self }.send(load)
+    }
+
     /// The same after the program: whole pages.
     pub fn fill(&self, load: Load) -> (Duration, f64) {
         let kinds = [(load.first, self.first), (load.pages() - load.first, self.anew)];
         let bytes = kinds.iter().map(|(pages, cost)| *pages as f64 * cost.bytes).sum();
-        let work: f64 =
-            kinds.iter().map(|(pages, cost)| *pages as f64 * cost.time.max(self.late).as_secs_f64()).sum();
+        let work = self.late.mul_f64(load.pages() as f64).as_secs_f64();
         (Duration::from_secs_f64(work.max(self.carry(bytes))), bytes)
     }
 

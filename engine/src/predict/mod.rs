@@ -3,7 +3,7 @@
 mod content;
 mod images;
 
-use crate::calibration::Calibration;
+use crate::calibration::{Calibration, PageKind};
 use crate::cancel::Cancel;
 use crate::destination::store::populating;
 use crate::model::{self, Doubt, Forecast, HEAD, PageCost, Site, Trace, Wish};
@@ -143,8 +143,10 @@ pub fn predict(
             total_time: plan.total_time,
             max_rounds: plan.max_rounds,
         };
+        let site = Site { freeze: calibration.freeze_cost_by(&program, strategy), ..site };
         model::forecast(&trace, &site, &wish, STARTS, doubt)
     };
+    let strategies = Strategy::ALL.map(forecast).to_vec();
     Ok(Prediction {
         program,
         processes: trace.processes(now),
@@ -155,7 +157,7 @@ pub fn predict(
         first_page_bytes: site.first.bytes,
         again_page_bytes: site.again.bytes,
         learned_from: calibration.runs(),
-        strategies: Strategy::ALL.map(forecast).to_vec(),
+        strategies,
     })
 }
 
@@ -219,32 +221,41 @@ fn site(
     };
     let time = |cost: &Cost| Duration::from_secs_f64((cost.seconds + RECEIVING) / workers);
     // The other machine is taken for one like this.
-    let storing = match plan.standby {
+    let prepare = match plan.standby {
         true => Duration::ZERO,
-        false => populating().map_or(STORING, |time| time.div_f64(workers)),
+        false => populating().unwrap_or(STORING.mul_f64(workers)),
     };
+    let storing = prepare.div_f64(workers);
     let own = Site {
         bandwidth,
         round_trip: plan.round_trip,
         first: PageCost { time: time(&first) + storing, bytes: first.bytes + HEAD },
         again: PageCost { time: time(&again), bytes: again.bytes + HEAD },
         anew: PageCost { time: time(&anew), bytes: anew.bytes + HEAD },
+        still: Some(time(&first)),
+        prepare,
         ..Site::default()
     };
     let learned = calibration.site(own, program);
-    // What coding costs was measured now, and of this program.
+    // What coding costs was measured now, and of this program; where it was moved before, what that took says more: who else wanted the
+    // processors meanwhile.
     let compresses = first.bytes < content.first(Way { bandwidth: f64::INFINITY, ..way }).bytes;
-    let slower = |own: PageCost, learned: PageCost| PageCost {
-        time: match compresses {
+    let knows = |kind, cost: PageCost| calibration.knows(kind, program, cost.bytes);
+    let slower = |own: PageCost, learned: PageCost, is_own: bool| PageCost {
+        time: match compresses && !is_own {
             true => own.time.max(learned.time),
             false => learned.time,
         },
         ..own
     };
+    let first = slower(own.first, learned.first, knows(PageKind::First, own.first));
+    let again_is_own = knows(PageKind::Again, own.again);
+    let late_is_own = knows(PageKind::Late, own.first);
     Site {
-        first: slower(own.first, learned.first),
-        again: slower(own.again, learned.again),
-        anew: slower(own.anew, learned.again),
+        first,
+        again: slower(own.again, learned.again, again_is_own),
+        anew: slower(own.anew, learned.anew, again_is_own),
+        late: if late_is_own { learned.late } else { learned.late.max(first.time) },
         ..learned
     }
 }

@@ -4,13 +4,19 @@
 //! it, and what is peculiar to a program (its threads, files and connections), which goes by its name. The constants are those of
 //! a least-squares fit over the last runs, in which the engine's own constants ([`FreezeCost::default`]) count as a part of a run
 //! of each kind: with no runs they are the answer, and with a few they do not matter. A program's own part is the mean of what
-//! its runs are off by, drawn towards nothing while they are few (a ridge). A run that is far off (a machine that was busy)
-//! counts less (Huber's weights), and so does one of long ago.
+//! its runs are off by, drawn towards nothing while they are few (a ridge); so is what it has by one strategy. A run that is far
+//! off counts less (Huber's weights), one that took longer sooner than one that was quicker: a machine that is busy makes freezes
+//! longer, and nothing makes one shorter than it is. So does one of long ago.
+
+mod pages;
+
+pub use pages::PageKind;
 
 use crate::model::{PageCost, Site};
 use crate::plan::Strategy;
 use crate::policy::estimate::{FreezeCost, PREFILL};
 use crate::report::MigrationReport;
+use pages::Pages;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,27 +24,27 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Version of the file, and the oldest that can be read: its runs have no names.
-const SCHEMA: u32 = 3;
+/// Version of the file, and the oldest that can be read: its runs have no names. Before 4 nothing that is kept now was said of pages.
+const SCHEMA: u32 = 4;
 const OLDEST: u32 = 2;
 /// Runs that are kept.
 const KEPT: usize = 64;
-/// Off by more than this, a run counts less, in milliseconds.
+/// Off by more than this, a run counts less, in milliseconds: one that was quicker than the others, and one that took longer.
 const FAR: f64 = 5.0;
+const FAR_LONGER: f64 = FAR / 2.0;
 /// Runs as which the engine's own constants count, of each kind.
-const OWN: f64 = 0.25;
+const OWN: f64 = 0.1;
 /// Runs without anything peculiar that each program is thought to have had: right where a program differs from run to run by half as
 /// much as programs do, which is a guess.
 const LIKE_OTHERS: f64 = 0.25;
+/// The same of a program by one strategy: strategies differ by less than runs do.
+const LIKE_OTHER_WAYS: f64 = 1.0;
 /// Runs after which one counts half: machines have neighbours, and their pace changes.
 const HALF_LIFE: f64 = 16.0;
 /// Times that the fit is made better: weights, constants and programs depend on each other.
-const PASSES: u32 = 16;
+const PASSES: u32 = 64;
 /// So far a prediction of a freeze may be off when there are too few runs to know.
 const UNKNOWN: Duration = Duration::from_millis(10);
-/// Nanoseconds of a page, half a GB a second: one that took longer was held up by the link, as far as can be told, and says
-/// nothing about the machine.
-const BY_THE_MACHINE: f64 = 8192.0;
 /// Images of which more was left on the wire were not packed, or not all of them.
 const WAS_PACKED: f64 = 0.5;
 /// Runs from which on their own spread counts.
@@ -49,6 +55,8 @@ const ENOUGH: usize = 5;
 pub struct Calibration {
     schema: u32,
     runs: Vec<Run>,
+    #[serde(default)]
+    pages: Pages,
 }
 
 /// One migration that was completed.
@@ -57,6 +65,9 @@ struct Run {
     /// Name of the program; empty in runs of before it was written down.
     #[serde(default)]
     program: String,
+    /// ... and of the strategy; empty too.
+    #[serde(default)]
+    strategy: String,
     processes: u32,
     resident_pages: u64,
     /// Standing still beside the last pages and the images, as if pages had come before the program went on.
@@ -66,9 +77,6 @@ struct Run {
     /// What was left of CRIU's images on the wire, where they were packed.
     #[serde(default)]
     image_ratio: Option<f64>,
-    /// Of the first round, and of later ones with many pages: nanoseconds of a page.
-    first_ns: Option<f64>,
-    again_ns: Option<f64>,
 }
 
 /// Why the file could not be read or written.
@@ -139,8 +147,6 @@ impl Calibration {
             return;
         };
         if report.outcome != "completed"
-            // Its freeze has all of the memory in it: what it costs besides is not to be told from that.
-            || strategy == Strategy::StopAndCopy
             || report.verified
             || report.paused_us > 0
             // Slower than it could be.
@@ -152,17 +158,13 @@ impl Calibration {
         {
             return;
         }
-        let page_ns = |rounds: &mut dyn Iterator<Item = &crate::report::RoundReport>| {
-            let (mut time, mut pages) = (0, 0);
-            for round in rounds {
-                time += round.duration_us;
-                pages += round.dirty_pages - round.held_pages.min(round.dirty_pages);
-            }
-            (pages >= 4096).then(|| time as f64 * 1e3 / pages as f64).filter(|ns| *ns <= BY_THE_MACHINE)
-        };
+        self.schema = SCHEMA;
+        self.pages.learn(report, strategy);
+        // Its freeze has all of the memory in it: what it costs besides is not to be told from that.
+        if strategy == Strategy::StopAndCopy {
+            return;
+        }
         let rounds = || report.rounds.iter().filter(|round| !round.frozen);
-        // Pages that go for the first time: a sample of them, and the others.
-        let first = 1 + rounds().take_while(|round| round.left_pages > 0).count();
         let not_filled = match strategy.owes() && rounds().next().is_none() {
             true => PREFILL.as_micros() as u64,
             false => 0,
@@ -171,18 +173,16 @@ impl Calibration {
         self.runs.push(Run {
             image_ratio: Some(image_ratio).filter(|ratio| *ratio < WAS_PACKED),
             program: report.program.clone(),
+            strategy: report.strategy.clone(),
             processes: report.processes,
             resident_pages: report.memory_bytes / 4096,
             fixed_us: not_filled + down.total.saturating_sub(down.last_pages + down.images),
             setup_us: report
                 .total_us
                 .saturating_sub(down.total + rounds().map(|round| round.duration_us).sum::<u64>()),
-            first_ns: page_ns(&mut rounds().take(first)),
-            again_ns: page_ns(&mut rounds().skip(first).filter(|round| round.dirty_pages > 1024)),
         });
         let more = self.runs.len().saturating_sub(KEPT);
         self.runs.drain(..more);
-        self.schema = SCHEMA;
     }
 
     /// Runs that it knows of.
@@ -192,20 +192,26 @@ impl Calibration {
 
     /// What a freeze of `program` costs beside the pages.
     pub fn freeze_cost(&self, program: &str) -> FreezeCost {
-        self.fit().of(program)
+        self.fit().of(program, "")
+    }
+
+    /// The same by one strategy.
+    pub fn freeze_cost_by(&self, program: &str, strategy: Strategy) -> FreezeCost {
+        self.fit().of(program, strategy.name())
     }
 
     /// The constants, and what is peculiar to each program.
     fn fit(&self) -> Fit {
         let own = FreezeCost::default();
         let constants = [ms(own.base), ms(own.per_process), ms(own.per_million_pages)];
-        let mut fit = Fit { constants, peculiar: BTreeMap::new() };
+        let mut fit = Fit { constants, peculiar: BTreeMap::new(), ways: BTreeMap::new() };
         // One process without memory, ten of them, and one with a million pages.
         let owns = [(1, 0), (10, 0), (1, 1_000_000)];
         for _ in 0..PASSES {
             let runs = self.runs.iter().rev().enumerate().map(|(age, run)| {
-                let off = fit.off(run).abs();
-                (run, (-(age as f64) / HALF_LIFE).exp2() * if off > FAR { FAR / off } else { 1.0 })
+                let off = fit.off(run);
+                let far = if off > 0.0 { FAR_LONGER } else { FAR };
+                (run, (-(age as f64) / HALF_LIFE).exp2() * (far / off.abs()).min(1.0))
             });
             let runs: Vec<(&Run, f64)> = runs.collect();
             let points = owns
@@ -215,20 +221,21 @@ impl Calibration {
                 })
                 .into_iter()
                 .chain(runs.iter().map(|(run, weight)| {
-                    (run.terms(), run.fixed_us as f64 / 1e3 - fit.peculiar_to(&run.program), *weight)
+                    (run.terms(), run.fixed_us as f64 / 1e3 - fit.peculiar_to(run), *weight)
                 }));
             let Some(better) = least_squares(points) else { break };
             fit.constants = better.map(|value| value.max(0.0));
-            let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-            for (run, weight) in runs.iter().filter(|(run, _)| !run.program.is_empty()) {
-                let (off, weights) = sums.entry(run.program.clone()).or_default();
-                *off += weight * (run.fixed_us as f64 / 1e3 - dot(&run.terms(), &fit.constants));
-                *weights += weight;
-            }
-            fit.peculiar = sums
-                .into_iter()
-                .map(|(name, (off, weights))| (name, off / (weights + LIKE_OTHERS)))
-                .collect();
+            let named: Vec<&(&Run, f64)> = runs.iter().filter(|(run, _)| !run.program.is_empty()).collect();
+            let off = |run: &Run| run.fixed_us as f64 / 1e3 - dot(&run.terms(), &fit.constants);
+            let programs = || named.iter().map(|(run, weight)| (run.program.clone(), off(run), *weight));
+            let peculiar = means(programs(), LIKE_OTHERS);
+            // What its strategies differ by, and nothing that it has by all of them.
+            let usual = means(programs(), 0.0);
+            let ways = means(
+                named.iter().map(|(run, weight)| (run.way(), off(run) - usual[&run.program], *weight)),
+                LIKE_OTHER_WAYS,
+            );
+            (fit.peculiar, fit.ways) = (peculiar, ways);
         }
         fit
     }
@@ -244,15 +251,22 @@ impl Calibration {
         Duration::from_secs_f64(off[off.len() * 4 / 5] / 1e3)
     }
 
-    /// `site` with what is known of this machine, and of `program`. The pace of pages is that of the quickest fifth of the runs: the others
-    /// were held up by their links.
+    /// Whether it is known what a page of `program` takes, where `bytes` of it are left on the wire.
+    pub fn knows(&self, kind: PageKind, program: &str, bytes: f64) -> bool {
+        self.pages.own(kind, program, bytes).is_some()
+    }
+
+    /// `site` with what is known of this machine, and of `program`. What a page takes is what it took in the program's own
+    /// migrations, where the processors decided it and as much was left of a page; otherwise it is the pace of the quickest fifth of
+    /// all migrations.
     pub fn site(&self, site: Site, program: &str) -> Site {
-        let quick = |what: fn(&Run) -> Option<f64>| {
-            let mut values: Vec<f64> = self.runs.iter().filter_map(what).collect();
-            values.sort_by(f64::total_cmp);
-            values.get(values.len() / 5).map(|ns| Duration::from_nanos(*ns as u64))
-        };
-        let cost = |own: PageCost, seen: Option<Duration>| PageCost { time: seen.unwrap_or(own.time), ..own };
+        let Site { first, again, anew, .. } = site;
+        let own = |kind, cost: PageCost| self.pages.own(kind, program, cost.bytes);
+        let of = |kind, cost| own(kind, cost).or_else(|| self.pages.quickest(kind));
+        let takes =
+            |cost: PageCost, seen: Option<Duration>| PageCost { time: seen.unwrap_or(cost.time), ..cost };
+        let first_takes = takes(first, of(PageKind::First, first));
+        let late = self.pages.quickest(PageKind::Late).unwrap_or(site.late).max(first_takes.time);
         let mut setups: Vec<u64> = self.runs.iter().map(|run| run.setup_us).collect();
         setups.sort_unstable();
         let mut own_runs = self.runs.iter().rev().filter(|run| run.program == program);
@@ -261,15 +275,35 @@ impl Calibration {
             image_ratio: image_ratio.unwrap_or(site.image_ratio),
             freeze: self.freeze_cost(program),
             setup: setups.get(setups.len() / 2).map_or(site.setup, |us| Duration::from_micros(*us)),
-            first: cost(site.first, quick(|run| run.first_ns)),
-            again: cost(site.again, quick(|run| run.again_ns)),
-            anew: cost(site.anew, quick(|run| run.again_ns)),
+            first: first_takes,
+            again: takes(again, of(PageKind::Again, again)),
+            anew: takes(anew, of(PageKind::Again, again)),
+            still: own(PageKind::Still, first).or(site.still),
+            late: own(PageKind::Late, first).unwrap_or(late),
+            place: self.pages.usual(PageKind::Place).unwrap_or(site.place),
+            place_beside: self.pages.usual(PageKind::PlaceBeside).unwrap_or(site.place_beside),
             ..site
         }
     }
 }
 
+/// The mean of each name's values `(name, value, weight)`, with `none` more of zero.
+fn means<K: Ord>(values: impl Iterator<Item = (K, f64, f64)>, none: f64) -> BTreeMap<K, f64> {
+    let mut sums: BTreeMap<K, (f64, f64)> = BTreeMap::new();
+    for (name, value, weight) in values {
+        let (sum, weights) = sums.entry(name).or_default();
+        *sum += weight * value;
+        *weights += weight;
+    }
+    sums.into_iter().map(|(name, (sum, weights))| (name, sum / (weights + none))).collect()
+}
+
 impl Run {
+    /// Its program, and how it was moved.
+    fn way(&self) -> (String, String) {
+        (self.program.clone(), self.strategy.clone())
+    }
+
     fn terms(&self) -> [f64; 3] {
         terms(self.processes, self.resident_pages)
     }
@@ -281,23 +315,30 @@ struct Fit {
     constants: [f64; 3],
     /// By the names of programs.
     peculiar: BTreeMap<String, f64>,
+    /// What is left of that, by programs and strategies.
+    ways: BTreeMap<(String, String), f64>,
 }
 
 impl Fit {
-    fn peculiar_to(&self, program: &str) -> f64 {
-        self.peculiar.get(program).copied().unwrap_or(0.0)
+    fn peculiar_to(&self, run: &Run) -> f64 {
+        self.peculiar(&run.program, &run.strategy)
+    }
+
+    fn peculiar(&self, program: &str, strategy: &str) -> f64 {
+        let way = self.ways.get(&(program.to_owned(), strategy.to_owned()));
+        self.peculiar.get(program).copied().unwrap_or(0.0) + way.copied().unwrap_or(0.0)
     }
 
     /// A run took so much more.
     fn off(&self, run: &Run) -> f64 {
-        run.fixed_us as f64 / 1e3 - dot(&run.terms(), &self.constants) - self.peculiar_to(&run.program)
+        run.fixed_us as f64 / 1e3 - dot(&run.terms(), &self.constants) - self.peculiar_to(run)
     }
 
-    fn of(&self, program: &str) -> FreezeCost {
+    fn of(&self, program: &str, strategy: &str) -> FreezeCost {
         let time = |ms: f64| Duration::from_secs_f64(ms.max(0.0) / 1e3);
         let [base, per_process, per_million_pages] = self.constants;
         FreezeCost {
-            base: time(base + self.peculiar_to(program)),
+            base: time(base + self.peculiar(program, strategy)),
             per_process: time(per_process),
             per_million_pages: time(per_million_pages),
         }
@@ -411,6 +452,21 @@ mod tests {
     }
 
     #[test]
+    fn a_freeze_that_took_twice_as_long_says_less_than_the_one_before() {
+        let named =
+            |fixed_us| MigrationReport { program: "pattern".to_owned(), ..report(1, 60_000, fixed_us) };
+        for order in [[24_000, 61_000], [61_000, 24_000]] {
+            let mut calibration = Calibration::default();
+            order.iter().for_each(|fixed_us| calibration.learn(&named(*fixed_us)));
+            let learned = ms(calibration.freeze_cost("pattern").of(1, 60_000));
+            assert!((22.0..29.0).contains(&learned), "{order:?}: {learned} ms");
+            (0..3).for_each(|_| calibration.learn(&named(61_000)));
+            let learned = ms(calibration.freeze_cost("pattern").of(1, 60_000));
+            assert!(learned > 52.0, "it is slower now: {learned} ms");
+        }
+    }
+
+    #[test]
     fn a_program_has_its_own_part_and_the_first_runs_of_another_do_not_have_it() {
         let named = |program: &str, fixed_us| MigrationReport {
             program: program.to_owned(),
@@ -431,6 +487,30 @@ mod tests {
         let (threads, plain) = (cost(&calibration, "threads"), cost(&calibration, "plain"));
         assert!((threads - 26.0).abs() < 2.0 && (plain - 12.0).abs() < 1.0, "{threads} and {plain} ms");
         assert!(calibration.spread() < Duration::from_millis(3), "{:?}", calibration.spread());
+    }
+
+    #[test]
+    fn a_program_that_stands_still_for_longer_by_one_strategy_is_expected_to() {
+        let by = |strategy: Strategy, fixed_us| MigrationReport {
+            program: "server".to_owned(),
+            strategy: strategy.name().to_owned(),
+            ..report(1, 60_000, fixed_us)
+        };
+        let mut calibration = Calibration::default();
+        let cost = |calibration: &Calibration, strategy| {
+            ms(calibration.freeze_cost_by("server", strategy).of(1, 60_000))
+        };
+        for run in 0..6 {
+            calibration.learn(&by(Strategy::PreCopy, 30_000 + run % 3 * 500));
+            calibration.learn(&by(Strategy::Hybrid, 24_000 + run % 3 * 500));
+        }
+        let (rounds, late) = (cost(&calibration, Strategy::PreCopy), cost(&calibration, Strategy::Hybrid));
+        assert!((29.5..31.5).contains(&rounds) && (24.0..26.0).contains(&late), "{rounds} and {late} ms");
+        let not_known = cost(&calibration, Strategy::PostCopy);
+        assert!(
+            late + 1.0 < not_known && not_known + 1.0 < rounds,
+            "{not_known} ms: as the program in general"
+        );
     }
 
     #[test]
