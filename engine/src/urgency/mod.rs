@@ -1,4 +1,4 @@
-//! Threads for which a program waits: they run before all others of the machine.
+//! Threads for which a program waits: they run before all others of the machine, as long as it may.
 //!
 //! A thread that waits for a page at the destination waits for two of the engine's, one at each side, to be woken and given a
 //! processor. Niceness alone does not do: the scheduler lets whoever runs end its slice, milliseconds, before one that has just been
@@ -17,18 +17,42 @@ const TURN: Duration = Duration::from_micros(400);
 /// Of the time of its work, what a thread then leaves to others.
 const REST: u32 = 4;
 
-/// Makes the calling thread urgent, for its life; threads that it starts are not.
+/// What a thread was before it became urgent.
+#[derive(Debug)]
+pub(crate) struct Urgent {
+    /// Its niceness, where it has a lower one instead of a real-time policy.
+    nice: Option<i32>,
+}
+
+/// Makes the calling thread urgent, for its life or until [`Urgent::calm_down`]; threads that it starts are not.
 ///
 /// It has to be one that mostly waits, or that rests as [`Turns`] says: nobody else has its processor while it runs. Not being
-/// allowed to is no failure. Says whether the thread has a real-time policy now.
-pub(crate) fn hurry() -> bool {
-    if let Err(error) = sys::real_time() {
-        tracing::debug!(%error, "no real-time policy: a lower niceness instead");
-        // Of this thread alone, as the system counts.
-        let _ = rustix::process::setpriority_process(None, NICE);
-        return false;
+/// allowed to is no failure.
+pub(crate) fn hurry() -> Urgent {
+    let Err(error) = sys::real_time() else { return Urgent { nice: None } };
+    tracing::debug!(%error, "no real-time policy: a lower niceness instead");
+    // Of this thread alone, as the system counts.
+    let nice = rustix::process::getpriority_process(None).unwrap_or(0);
+    let _ = rustix::process::setpriority_process(None, NICE);
+    Urgent { nice: Some(nice) }
+}
+
+impl Urgent {
+    /// Whether nobody else has the processor while the thread runs.
+    pub(crate) fn is_real_time(&self) -> bool {
+        self.nice.is_none()
     }
-    true
+
+    /// Nobody waits for the thread any more, which has to be the calling one: it is as it was.
+    pub(crate) fn calm_down(self) {
+        let calm = match self.nice {
+            None => sys::ordinary(),
+            Some(nice) => rustix::process::setpriority_process(None, nice).map_err(Into::into),
+        };
+        if let Err(error) = calm {
+            tracing::debug!(%error, "a thread stays urgent");
+        }
+    }
 }
 
 /// Work of an urgent thread for which nobody waits: after each turn of it the thread has to leave the processor to others for a while, which
@@ -91,13 +115,16 @@ mod tests {
     }
 
     #[test]
-    fn what_an_urgent_thread_starts_is_not_urgent() {
+    fn what_an_urgent_thread_starts_is_not_urgent_and_neither_is_it_when_it_has_calmed_down() {
         std::thread::spawn(|| {
-            if hurry() {
-                assert!(sys::is_real_time());
-                let started = std::thread::spawn(sys::is_real_time).join().unwrap();
-                assert!(!started);
-            }
+            let nice = rustix::process::getpriority_process(None).unwrap();
+            let urgent = hurry();
+            assert_eq!(sys::is_real_time(), urgent.is_real_time());
+            let started = std::thread::spawn(sys::is_real_time).join().unwrap();
+            assert!(!started);
+            urgent.calm_down();
+            assert!(!sys::is_real_time());
+            assert_eq!(rustix::process::getpriority_process(None).unwrap(), nice);
         })
         .join()
         .unwrap();

@@ -15,6 +15,17 @@ pub(super) fn real_time() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Takes it away again.
+pub(super) fn ordinary() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: as above.
+    let result = unsafe {
+        // Only who may do more can take back that threads which it starts do not inherit it.
+        libc::sched_setscheduler(0, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, &raw const parameters)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 pub(super) fn is_real_time() -> bool {
     // SAFETY: the call takes no memory; 0 is the calling thread.

@@ -14,7 +14,7 @@ use crate::destination::late::{Arrived, Late};
 use crate::destination::store::PageStore;
 use crate::effort::CpuMeter;
 use crate::link::Channel;
-use crate::urgency::{self, Turns};
+use crate::urgency::{self, Turns, Urgent};
 use pageferry_tracker::Run;
 use pageferry_tracker::uffd::{Event, Uffd, UffdError};
 use pageferry_wire_format::{PageNo, SpaceId};
@@ -96,6 +96,8 @@ pub(super) struct Worker {
     failure: Option<Failure>,
     stats: FillStats,
     events: Vec<Event>,
+    /// What the thread was before threads of the program waited for it.
+    urgent: Option<Urgent>,
     /// Of a thread that leaves nobody else its processor, when it has to.
     turns: Option<Turns>,
     /// What it works on that nobody waits for.
@@ -132,6 +134,7 @@ impl Worker {
             failure: None,
             stats: FillStats::default(),
             events: Vec::new(),
+            urgent: None,
             turns: None,
             meter,
         }
@@ -139,7 +142,17 @@ impl Worker {
 
     /// Threads of the program wait for pages that are far away.
     pub(super) fn hurry(&mut self) {
-        self.turns = urgency::hurry().then(Turns::default);
+        let urgent = urgency::hurry();
+        self.turns = urgent.is_real_time().then(Turns::default);
+        self.urgent = Some(urgent);
+    }
+
+    /// All pages are here: those that are still to be put in place are not worth taking the program's processor for.
+    fn calm_down(&mut self) {
+        self.turns = None;
+        if let Some(urgent) = self.urgent.take() {
+            urgent.calm_down();
+        }
     }
 
     pub(super) fn run(&mut self) {
@@ -633,6 +646,7 @@ impl Worker {
         if settled && !self.drained {
             // From here on nothing comes that could use the memory again.
             (self.drained, self.draining) = (true, true);
+            self.calm_down();
         }
         let failing = self.failure.as_ref().map(|failure| (failure.since, failure.error.clone()));
         let done = self.views.is_empty() && settled && !self.draining;
