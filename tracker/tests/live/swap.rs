@@ -6,6 +6,8 @@ use crate::subject::{Subject, dirty, populated};
 use crate::swap_device::Swap;
 use nix::sys::signal::Signal;
 use pageferry_tracker::{Collected, PageReader, Run, Tracker, TrackerKind, TreeState};
+use rustix::process::Pid;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -53,10 +55,18 @@ fn prepared(kind: TrackerKind, pages: u64) -> (Subject, u64, Tracker, Swap) {
 
 /// Has the kernel swap pages out, and sees that it does.
 fn swap_out(subject: &mut Subject, at: u64, pages: u64) {
-    // A page that came lately waits on some processor to be put in a list, and cannot be taken from there.
-    for _ in 0..500 {
+    // A page that came or was looked at lately waits, with thirty others at most, on the processor where that happened until it is put
+    // in a list, and cannot be taken from there. The call puts those of its own processor in: so it is made on each of them.
+    let pid = Pid::from_raw(subject.pid());
+    let all = sched_getaffinity(pid).expect("the program's processors");
+    let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).collect();
+    for processor in processors.iter().cycle().take(500) {
+        let mut one = CpuSet::new();
+        one.set(*processor);
+        sched_setaffinity(pid, &one).expect("one of its processors");
         subject.tell(&format!("advise {at} {pages} {}", libc::MADV_PAGEOUT));
         if swapped(subject.pid(), at, pages).len() as u64 == pages {
+            sched_setaffinity(pid, &all).expect("its processors");
             return;
         }
         std::thread::sleep(std::time::Duration::from_millis(10));
