@@ -55,23 +55,31 @@ fn prepared(kind: TrackerKind, pages: u64) -> (Subject, u64, Tracker, Swap) {
 
 /// Has the kernel swap pages out, and sees that it does.
 fn swap_out(subject: &mut Subject, at: u64, pages: u64) {
+    let there = |subject: &Subject| swapped(subject.pid(), at, pages).len() as u64;
+    let out = page_out(subject, at, pages, |subject| there(subject) == pages);
+    assert!(out, "of {pages} pages {} are in swap", there(subject));
+}
+
+/// Has the kernel take pages out of memory until `done` says that they are; whether it does.
+fn page_out(subject: &mut Subject, at: u64, pages: u64, done: impl Fn(&Subject) -> bool) -> bool {
     // A page that came or was looked at lately waits, with thirty others at most, on the processor where that happened until it is put
     // in a list, and cannot be taken from there. The call puts those of its own processor in: so it is made on each of them.
     let pid = Pid::from_raw(subject.pid());
     let all = sched_getaffinity(pid).expect("the program's processors");
     let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).collect();
-    for processor in processors.iter().cycle().take(500) {
+    let out = processors.iter().cycle().take(500).any(|processor| {
         let mut one = CpuSet::new();
         one.set(*processor);
         sched_setaffinity(pid, &one).expect("one of its processors");
         subject.tell(&format!("advise {at} {pages} {}", libc::MADV_PAGEOUT));
-        if swapped(subject.pid(), at, pages).len() as u64 == pages {
-            sched_setaffinity(pid, &all).expect("its processors");
-            return;
+        let out = done(subject);
+        if !out {
+            std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    panic!("of {pages} pages {} are in swap", swapped(subject.pid(), at, pages).len());
+        out
+    });
+    sched_setaffinity(pid, &all).expect("its processors");
+    out
 }
 
 /// Which of `pages` pages from `address` on process `pid` has in swap, counted from there.
@@ -280,14 +288,8 @@ fn shared_memory_in_swap(kind: TrackerKind) {
     assert_eq!(of(&settle(&mut tracker)), (first(PAGES), first(PAGES)));
     let out = |subject: &mut Subject| {
         // Of shared memory the page table keeps nothing, or a note.
-        for _ in 0..500 {
-            subject.tell(&format!("advise {at} {PAGES} {}", libc::MADV_PAGEOUT));
-            if present(subject.pid(), at, PAGES).is_empty() {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        panic!("the pages stay: {}", subject.status());
+        let out = page_out(subject, at, PAGES, |subject| present(subject.pid(), at, PAGES).is_empty());
+        assert!(out, "the pages stay: {}", subject.status());
     };
     for turn in 0..3 {
         out(&mut subject);
