@@ -472,18 +472,19 @@ mod tests {
     use super::*;
     use crate::ReceivePlan;
     use crate::destination::store::PageStore;
+    use crate::effort::Effort;
     use crate::link::TcpLink;
     use crate::observe::Silent;
     use pageferry_wire_format::AbortCode;
 
-    /// A destination hears of a program with `pages` and of a round in which none of them came, and then `next`; gives how many bytes
-    /// are ready when it acknowledges that round.
-    fn ready_at_the_acknowledgement(pages: u64, limit: Option<u64>, next: Option<ControlMessage>) -> u64 {
+    /// A destination that works as hard as `effort` says hears of a program with `pages` and of a round in which none of them came, and then
+    /// `next`; gives how many bytes are ready when it acknowledges that round.
+    fn ready_at_the_acknowledgement(pages: u64, effort: &Effort, next: Option<ControlMessage>) -> u64 {
         const STALL: Duration = Duration::from_secs(30);
         let (ours, theirs) = TcpLink::pair().unwrap();
         let (mut ours, mut theirs) = (Channel::new(ours), Channel::new(theirs));
         ours.link_mut().set_stall(STALL);
-        let hub = Hub::new(7, PageStore::new(limit, None).unwrap(), STALL).unwrap();
+        let hub = Hub::new(7, PageStore::sparing(None, None, effort).unwrap(), STALL).unwrap();
         hub.begin(theirs.link(), "program").unwrap();
         let images = ImageDir::new().expect("this test makes a file system, which needs root");
         let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());
@@ -514,16 +515,17 @@ mod tests {
     #[test]
     fn memory_is_ready_before_a_source_that_has_sent_nothing_stops_its_program() {
         const PAGES: u64 = 30_000;
-        assert!(ready_at_the_acknowledgement(PAGES, None, None) >= PAGES * 4096);
+        assert!(ready_at_the_acknowledgement(PAGES, &Effort::default(), None) >= PAGES * 4096);
     }
 
     #[test]
     fn a_source_that_does_not_wait_any_more_is_heard() {
-        // Of more than can be made ready within the time in which it would be noticed that nobody listens.
-        const PAGES: u64 = 1 << 20;
+        // With a hundredth of a processor that takes seconds.
+        const PAGES: u64 = 1 << 17;
         let cancelled = ControlMessage::abort(AbortCode::Cancelled, "");
         let began = Instant::now();
-        assert!(ready_at_the_acknowledgement(PAGES, None, Some(cancelled)) < PAGES * 4096);
+        let ready = ready_at_the_acknowledgement(PAGES, &Effort::new(Some(1), 0), Some(cancelled));
+        assert!(ready < PAGES * 4096, "{ready} bytes");
         assert!(began.elapsed() < MEMORY_PATIENCE);
     }
 }
