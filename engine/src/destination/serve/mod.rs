@@ -11,6 +11,7 @@ mod demand;
 mod error;
 mod latency;
 mod prefill;
+mod stride;
 mod view;
 mod worker;
 

@@ -2,16 +2,15 @@
 
 use super::Budget;
 use super::error::ServeError;
+use super::stride;
 use super::worker::{Put, Worker};
 use crate::destination::store::PageStore;
 use pageferry_wire_format::PageNo;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-/// Pages put in at once: a large copy is the quickest, and the budget is looked at between copies.
+/// Pages put in at once where no time is to be kept: a large copy is the quickest.
 const LARGE_STEP: u64 = 512;
-/// The same where a time is to be kept: about 0.1 ms.
-const SMALL_STEP: u64 = 64;
 const TABLE_PAGES: u64 = 512;
 
 /// What prefilling did.
@@ -47,14 +46,14 @@ impl Prefill {
 
     /// One copy. Gives itself back when there is more to do.
     pub(super) fn step(mut self, worker: &mut Worker) -> Option<Self> {
-        let most = match self.budget {
+        let (brief, most) = match self.budget {
             Budget::Time(time) if self.started.elapsed() >= time => return self.end(worker),
-            Budget::Time(_) => SMALL_STEP,
+            Budget::Time(_) => (true, stride::MOST),
             #[cfg(test)]
             Budget::Pages(pages) if self.pages >= pages => return self.end(worker),
             #[cfg(test)]
-            Budget::Pages(pages) => LARGE_STEP.min(pages - self.pages),
-            Budget::All => LARGE_STEP,
+            Budget::Pages(pages) => (false, LARGE_STEP.min(pages - self.pages)),
+            Budget::All => (false, LARGE_STEP),
         };
         let Some((origin, run)) = self.next(worker) else { return self.end(worker) };
         let view = &worker.views()[self.view];
@@ -63,7 +62,12 @@ impl Prefill {
             self.fail(ServeError::Lost { space, page: PageNo(origin) });
             return None;
         };
-        match worker.put(self.view, origin, page, run.min(together).min(most)) {
+        let most = run.min(together).min(most);
+        let put = match brief {
+            true => worker.put_briefly(self.view, origin, page, most),
+            false => worker.put(self.view, origin, page, most),
+        };
+        match put {
             Put::Done(pages) => {
                 self.pages += pages;
                 worker.prefilled(pages);

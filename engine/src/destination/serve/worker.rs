@@ -8,6 +8,7 @@
 use super::demand::Demand;
 use super::error::ServeError;
 use super::prefill::{Prefill, PrefillStats};
+use super::stride::{self, Stride};
 use super::view::{Fault, Pending, View};
 use super::{Budget, FillStats, Status};
 use crate::destination::late::{Arrived, Late};
@@ -25,8 +26,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
-/// Pages that the background puts in at once, 256 KiB: longer calls are no quicker, and a fault would wait for them.
-const BACKGROUND_PAGES: u64 = 64;
 /// Blocks of unused memory that are given back in one step.
 const DRAIN_BLOCKS: usize = 4;
 /// How often it is looked whether a task that is owed pages still lives.
@@ -95,6 +94,7 @@ pub(super) struct Worker {
     drained: bool,
     failure: Option<Failure>,
     stats: FillStats,
+    stride: Stride,
     events: Vec<Event>,
     /// What the thread was before threads of the program waited for it.
     urgent: Option<Urgent>,
@@ -133,6 +133,7 @@ impl Worker {
             drained: false,
             failure: None,
             stats: FillStats::default(),
+            stride: Stride::default(),
             events: Vec::new(),
             urgent: None,
             turns: None,
@@ -504,6 +505,16 @@ impl Worker {
         }
     }
 
+    /// The same with no more pages than a thread that waits for another one may wait for.
+    pub(super) fn put_briefly(&mut self, at: usize, origin: u64, page: u64, most: u64) -> Put {
+        let started = Instant::now();
+        let put = self.put(at, origin, page, most.min(self.stride.pages()));
+        if let Put::Done(pages) = put {
+            self.stride.took(pages, started.elapsed());
+        }
+        put
+    }
+
     fn placed(&mut self, at: usize, origin: u64, count: u64) {
         let pages = self.views[at].pending.remove_range(origin, count);
         self.stats.pages += pages.len() as u64;
@@ -568,14 +579,14 @@ impl Worker {
 
     /// The next background pages of one view. Whether the views are still the same ones.
     fn fill(&mut self, at: usize) -> bool {
-        let Some(piece) = self.views[at].next(BACKGROUND_PAGES) else {
+        let Some(piece) = self.views[at].next(stride::MOST) else {
             if self.views[at].pending.pages() > 0 {
                 let lost = self.views[at].pending.next(0, u64::MAX).unwrap_or(0);
                 self.fail(ServeError::Lost { space: self.views[at].space, page: PageNo(lost) });
             }
             return true;
         };
-        match self.put(at, piece.origin, piece.start, piece.len.min(BACKGROUND_PAGES)) {
+        match self.put_briefly(at, piece.origin, piece.start, piece.len) {
             Put::Done(_) | Put::Events | Put::Waits => true,
             Put::NotRegistered => {
                 // No unread event (that would be `Events`), and nothing there waits for pages: a child that was
