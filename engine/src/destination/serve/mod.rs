@@ -10,6 +10,8 @@ mod address_map;
 mod demand;
 mod error;
 mod latency;
+mod latest;
+mod locality;
 mod prefill;
 mod stride;
 mod view;

@@ -2,16 +2,15 @@
 
 use super::Budget;
 use super::error::ServeError;
+use super::latest::{Found, Latest};
 use super::stride;
 use super::worker::{Put, Worker};
-use crate::destination::store::PageStore;
 use pageferry_wire_format::PageNo;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 /// Pages put in at once where no time is to be kept: a large copy is the quickest.
 const LARGE_STEP: u64 = 512;
-const TABLE_PAGES: u64 = 512;
 
 /// What prefilling did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,15 +23,13 @@ pub struct PrefillStats {
     pub duration: Duration,
 }
 
-/// A prefill under way: pages in the order of the rounds in which they came last, the latest first.
+/// A prefill under way, the latest pages first.
 pub(super) struct Prefill {
     budget: Budget,
     reply: Sender<Result<PrefillStats, ServeError>>,
     started: Instant,
     pages: u64,
-    round: u32,
-    view: usize,
-    table: u64,
+    latest: Latest,
 }
 
 impl Prefill {
@@ -41,7 +38,7 @@ impl Prefill {
         reply: Sender<Result<PrefillStats, ServeError>>,
         started: Instant,
     ) -> Self {
-        Self { budget, reply, started, pages: 0, round: PageStore::LAST_ROUND, view: 0, table: 0 }
+        Self { budget, reply, started, pages: 0, latest: Latest::down_to(0) }
     }
 
     /// One copy. Gives itself back when there is more to do.
@@ -55,8 +52,12 @@ impl Prefill {
             Budget::Pages(pages) => (false, LARGE_STEP.min(pages - self.pages)),
             Budget::All => (false, LARGE_STEP),
         };
-        let Some((origin, run)) = self.next(worker) else { return self.end(worker) };
-        let view = &worker.views()[self.view];
+        let (at, origin, run) = match self.latest.next(worker) {
+            Found::Pages { view, origin, run } => (view, origin, run),
+            Found::Later => return Some(self),
+            Found::Nothing => return self.end(worker),
+        };
+        let view = &worker.views()[at];
         let space = view.space;
         let Some((page, together)) = view.map.find(origin) else {
             self.fail(ServeError::Lost { space, page: PageNo(origin) });
@@ -64,8 +65,8 @@ impl Prefill {
         };
         let most = run.min(together).min(most);
         let put = match brief {
-            true => worker.put_briefly(self.view, origin, page, most),
-            false => worker.put(self.view, origin, page, most),
+            true => worker.put_briefly(at, origin, page, most),
+            false => worker.put(at, origin, page, most),
         };
         match put {
             Put::Done(pages) => {
@@ -77,30 +78,6 @@ impl Prefill {
             Put::Gone => self.give_up(ServeError::TaskGone { space }),
             Put::NotRegistered => self.give_up(ServeError::NotRegistered { space, page: PageNo(origin) }),
             Put::Failed(error) => self.give_up(error),
-        }
-    }
-
-    /// The next pages in order: the first, and how many behind it are of the same round.
-    fn next(&mut self, worker: &Worker) -> Option<(u64, u64)> {
-        loop {
-            while let Some(view) = worker.views().get(self.view) {
-                let store = worker.lock();
-                if !store.has_round(view.space, self.round) {
-                    (self.view, self.table) = (self.view + 1, 0);
-                    continue;
-                }
-                for (number, pending) in view.pending.tables(self.table) {
-                    self.table = number;
-                    let pages = store.stored_in_round(view.space, number, self.round).and(pending);
-                    if let Some(first) = pages.next(0) {
-                        let run = (first..TABLE_PAGES as usize).take_while(|&at| pages.has(at)).count();
-                        return Some((number * TABLE_PAGES + first as u64, run as u64));
-                    }
-                }
-                (self.view, self.table) = (self.view + 1, 0);
-            }
-            self.round = self.round.checked_sub(1)?;
-            self.view = 0;
         }
     }
 

@@ -31,7 +31,13 @@ pub(super) fn bytes(page: u64, round: u32) -> Vec<u8> {
 }
 
 /// Pages of `memory`, as they come in one round: from `start` on, every `step`th is with bytes, the others zero.
-fn send(store: &mut PageStore, memory: TestMemory, round: u32, pages: std::ops::Range<u64>, step: u64) {
+pub(super) fn send(
+    store: &mut PageStore,
+    memory: TestMemory,
+    round: u32,
+    pages: std::ops::Range<u64>,
+    step: u64,
+) {
     let all: Vec<u64> = pages.collect();
     for some in all.chunks(200) {
         let mut batch = PageBatch::default();

@@ -1,6 +1,7 @@
 //! One restored task's memory: what of the store is still missing in it, and where it belongs.
 
 use super::address_map::{AddressMap, Piece};
+use super::locality::Locality;
 use crate::destination::store::{Mask, PageStore};
 use crate::page_bits::PageBits;
 use pageferry_tracker::uffd::Uffd;
@@ -129,8 +130,8 @@ pub(super) struct View {
     pub(super) unreadable: Option<Instant>,
     /// Where the background is, as a page of the program.
     pub(super) cursor: u64,
-    /// The last page of the program that was waited for: its neighbours are wanted next.
-    pub(super) near: Option<u64>,
+    /// What the program has waited for, in its own pages.
+    pub(super) locality: Locality,
 }
 
 impl View {
@@ -145,7 +146,7 @@ impl View {
             faults: VecDeque::new(),
             unreadable: None,
             cursor: 0,
-            near: None,
+            locality: Locality::default(),
         }
     }
 
@@ -176,20 +177,22 @@ impl View {
             faults: VecDeque::new(),
             unreadable: None,
             cursor: self.cursor,
-            near: None,
+            locality: Locality::default(),
         }
     }
 
-    /// The next pages for the background: `window` pages around the last fault first, then on from the cursor,
-    /// and around. `None` when nothing is missing.
-    pub(super) fn next(&mut self, window: u64) -> Option<Piece> {
-        if let Some(near) = self.near {
-            let start = near / window * window;
-            match self.next_between(start, start + window) {
-                Some(piece) => return Some(piece),
-                None => self.near = None,
-            }
+    /// The next of the pages that the program is likely to touch next; `None` when they are all there, or nobody knows.
+    pub(super) fn next_near(&mut self) -> Option<Piece> {
+        let (from, to) = self.locality.window()?;
+        let found = self.next_between(from, to);
+        if found.is_none() {
+            self.locality.is_filled();
         }
+        found
+    }
+
+    /// The next pages for the background: on from the cursor, and around. `None` when nothing is missing.
+    pub(super) fn next(&mut self) -> Option<Piece> {
         if self.pending.pages() == 0 {
             return None;
         }

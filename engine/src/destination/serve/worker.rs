@@ -5,10 +5,13 @@
 //! move of its memory would otherwise be answered from where the memory was before. (The kernel keeps the rest of
 //! that promise: it takes no page while an event is unread.)
 
+mod background;
+
 use super::demand::Demand;
 use super::error::ServeError;
+use super::latest::Latest;
 use super::prefill::{Prefill, PrefillStats};
-use super::stride::{self, Stride};
+use super::stride::Stride;
 use super::view::{Fault, Pending, View};
 use super::{Budget, FillStats, Status};
 use crate::destination::late::{Arrived, Late};
@@ -89,6 +92,8 @@ pub(super) struct Worker {
     prefill: Option<Prefill>,
     /// Since when the background runs.
     background: Option<Instant>,
+    /// Where the background is among what was sent again.
+    latest: Option<Latest>,
     draining: bool,
     /// Memory is given back, or was.
     drained: bool,
@@ -129,6 +134,7 @@ impl Worker {
             probed: Instant::now(),
             prefill: None,
             background: None,
+            latest: Some(Latest::down_to(1)),
             draining: false,
             drained: false,
             failure: None,
@@ -412,7 +418,7 @@ impl Worker {
                     }
                 }
                 self.views[at].faults.pop_front();
-                self.views[at].near = Some(fault.page);
+                self.views[at].locality.waited(fault.page);
                 self.stats.faults += 1;
                 let waited = fault.read.elapsed();
                 self.stats.max_fault = self.stats.max_fault.max(waited);
@@ -569,42 +575,7 @@ impl Worker {
         if let Some(prefill) = self.prefill.take() {
             self.prefill = prefill.step(self);
         } else if self.background.is_some() {
-            for at in 0..self.views.len() {
-                if !self.fill(at) {
-                    return;
-                }
-            }
-        }
-    }
-
-    /// The next background pages of one view. Whether the views are still the same ones.
-    fn fill(&mut self, at: usize) -> bool {
-        let Some(piece) = self.views[at].next(stride::MOST) else {
-            if self.views[at].pending.pages() > 0 {
-                let lost = self.views[at].pending.next(0, u64::MAX).unwrap_or(0);
-                self.fail(ServeError::Lost { space: self.views[at].space, page: PageNo(lost) });
-            }
-            return true;
-        };
-        match self.put_briefly(at, piece.origin, piece.start, piece.len) {
-            Put::Done(_) | Put::Events | Put::Waits => true,
-            Put::NotRegistered => {
-                // No unread event (that would be `Events`), and nothing there waits for pages: a child that was
-                // forked without this memory (MADV_DONTFORK), or memory that a call without an event took away.
-                self.views[at].pending.remove(piece.origin);
-                self.release(self.views[at].space, &[piece.origin]);
-                self.stats.vanished += 1;
-                tracing::warn!(space = self.views[at].space.0, page = piece.start, "a page's memory is gone");
-                true
-            }
-            Put::Gone => {
-                self.drop_view(at);
-                false
-            }
-            Put::Failed(error) => {
-                self.fail(error);
-                true
-            }
+            self.fill();
         }
     }
 
