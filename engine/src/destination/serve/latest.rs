@@ -1,9 +1,9 @@
 //! Pages in the order of the rounds in which they came last, the latest first.
 
+use super::view::TABLE_PAGES;
 use super::worker::Worker;
 use crate::destination::store::PageStore;
 
-const TABLE_PAGES: u64 = 512;
 /// Tables that are looked at in one go: somebody may wait meanwhile.
 const TABLES_AT_ONCE: usize = 256;
 

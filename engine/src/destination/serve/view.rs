@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 /// Pages of a table of the store.
-const TABLE_PAGES: u64 = 512;
+pub(super) const TABLE_PAGES: u64 = 512;
 
 /// The store's pages that are not in a program yet. Zero pages are never among them: memory that nobody put
 /// anything into reads as zero.
