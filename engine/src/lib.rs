@@ -4,7 +4,7 @@
 //! [`send`] moves a running process tree to a [`Receiver`] (or [`receive`]) on the destination host, or into a file, from
 //! which [`restore`] brings it back.
 //! Both take a plan in which every knob is explicit, an [`Observer`] that is told what happens, and a
-//! [`Cancel`] token; a [`Control`] holds a migration up, or changes it, while it runs ([`send_controlled`]). Libraries never print: the `pageferry` command is one user of this one.
+//! [`Cancel`] token; a [`Control`] holds a migration up, or changes it, while it runs ([`send_controlled`]), and a [`ReceiverControl`] what a receiver may take. Libraries never print: the `pageferry` command is one user of this one.
 
 pub mod calibration;
 pub mod cancel;
@@ -32,7 +32,7 @@ mod verify;
 
 pub use cancel::Cancel;
 pub use control::Control;
-pub use destination::{Receiver, receive};
+pub use destination::{Receiver, ReceiverControl, receive};
 pub use error::{FailureKind, MigrationError};
 pub use kept::{RestorePlan, inspect, restore};
 pub use network::{Hooks, MovedAddress};

@@ -134,12 +134,13 @@ fn a_report_that_cannot_be_written_is_found_out_first() {
 
 #[test]
 fn a_migration_that_is_not_there_is_not_controlled() {
-    for arguments in [&["--pid", "2147483647"][..], &["--socket", "/no/such/socket"]] {
+    let nobodys = [&["--pid", "2147483647"][..], &["--receiver", "1"], &["--socket", "/no/such/socket"]];
+    for arguments in nobodys {
         for what in [&["status"][..], &["pause"], &["bandwidth", "none"]] {
             let (code, out, err) = pageferry(&[&["control"], arguments, what, &["--json"]].concat());
             assert_eq!((code, out.as_str()), (3, ""), "{err}");
             // Of another user's directory it cannot be known.
-            assert!(err.contains("no migration answers") || err.contains("not allowed"), "{err}");
+            assert!(err.contains("no engine answers") || err.contains("not allowed"), "{err}");
             assert!(err.contains("  try: "), "{err}");
         }
     }

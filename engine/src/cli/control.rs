@@ -4,10 +4,14 @@ use super::failure::REFUSED;
 use super::render::printable;
 use super::units::{Bytes, Percent, Rate, Share, micros};
 use clap::{Args, Subcommand};
-use pageferry::control::{Answer, AskError, ErrorKind, Request, Status, ask, path_of};
+use pageferry::control::{
+    Answer, AskError, ControlSocket, Controlled, ErrorKind, ReceiverStatus, Request, Status, ask, path_of,
+    receiver_path_of,
+};
+use pageferry::{Event, Observer};
 use std::error::Error;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What was asked for may have been done, or not.
 const FAILED: u8 = 1;
@@ -16,9 +20,13 @@ const FAILED: u8 = 1;
 #[command(disable_help_subcommand = true)]
 pub(super) struct ControlVerb {
     /// The program that is moved: the process that `migrate` was given.
-    #[arg(long, value_name = "PID", required_unless_present = "socket")]
+    #[arg(long, value_name = "PID", required_unless_present_any = ["socket", "receiver"])]
     pid: Option<i32>,
-    /// The socket of `migrate --control PATH` [default: /run/pageferry/migrate-PID.sock].
+    /// The receiver that listens on this port here. It is told `status`, `cpu`, `engine-memory` and `memory-limit`.
+    #[arg(long, value_name = "PORT", conflicts_with = "pid")]
+    receiver: Option<u16>,
+    /// The socket of `migrate --control PATH` or `receive --control PATH` [default: /run/pageferry/migrate-PID.sock, or
+    /// receive-PORT.sock there].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The answer as one JSON object (docs/CONTROL.md).
@@ -52,15 +60,23 @@ enum What {
         #[arg(value_name = "SHARE|none", value_parser = ceiling)]
         share: Ceiling,
     },
-    /// Lets the engine take so much of one processor from now on. Not while the program stands still.
+    /// Lets the engine take so much of one processor from now on. A migration: not while the program stands still.
     Cpu {
         /// Such as 50%, or none: as much as makes the migration quicker.
         #[arg(value_name = "PERCENT|none", value_parser = percent)]
         percent: Processor,
     },
-    /// Lets the engine take so much memory for itself from now on; caches are made smaller or larger. Not from the freeze on.
+    /// Lets the engine take so much memory for itself from now on; caches are made smaller or larger. Not from the freeze on: a receiver holds
+    /// to it for the next program then.
     EngineMemory {
         /// Such as 64MiB, or none: as much as it takes.
+        #[arg(value_name = "SIZE|none", value_parser = size)]
+        size: Size,
+    },
+    /// Lets received pages and their index take so much memory from now on, and not less than was promised to a program that comes. For
+    /// receivers.
+    MemoryLimit {
+        /// Such as 4GiB, or none: what the machine has free.
         #[arg(value_name = "SIZE|none", value_parser = size)]
         size: Size,
     },
@@ -110,6 +126,29 @@ fn limit(text: &str) -> Result<Limit, String> {
     }
 }
 
+/// Opens the socket by which others have a say in what runs here: at `path`, or `usual`; `none` is nowhere. An engine without it is one all the
+/// same.
+pub(super) fn open_socket(
+    path: Option<&Path>,
+    usual: PathBuf,
+    control: impl Controlled,
+    observer: &dyn Observer,
+) -> Option<ControlSocket> {
+    // Whoever is not root is refused, with the reason.
+    if path == Some(Path::new("none")) || !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    match ControlSocket::open(path.unwrap_or(&usual), control) {
+        Ok(socket) => Some(socket),
+        Err(error) => {
+            let cause = error.source().map_or_else(String::new, |cause| format!(": {cause}"));
+            let text = format!("`pageferry control` cannot reach this engine: {error}{cause}");
+            observer.event(&Event::Warning { text });
+            None
+        }
+    }
+}
+
 /// Runs the verb.
 pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
     let request = match verb.what {
@@ -122,12 +161,17 @@ pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
         What::MaxSlowdown { share: Ceiling(share) } => Request::MaxSlowdown { share },
         What::Cpu { percent: Processor(percent) } => Request::Cpu { percent },
         What::EngineMemory { size: Size(bytes) } => Request::EngineMemory { bytes },
+        What::MemoryLimit { size: Size(bytes) } => Request::MemoryLimit { bytes },
     };
-    let path = verb.socket.clone().unwrap_or_else(|| path_of(verb.pid.unwrap_or_default()));
+    let path = match (&verb.socket, verb.receiver) {
+        (Some(socket), _) => socket.clone(),
+        (None, Some(port)) => receiver_path_of(port),
+        (None, None) => path_of(verb.pid.unwrap_or_default()),
+    };
     let answer = match ask(&path, &request) {
         Ok(answer) => answer,
         Err(error) => {
-            eprint!("{}", failure(&error));
+            eprint!("{}", failure(&error, verb.receiver.is_some()));
             return Ok(match error {
                 AskError::Nobody(_) | AskError::NotAllowed(_) => REFUSED,
                 _ => FAILED,
@@ -139,35 +183,39 @@ pub(super) fn run(verb: &ControlVerb) -> anyhow::Result<u8> {
         line.push(b'\n');
         super::print(&line)?;
     }
-    match &answer {
-        Answer { ok: true, status: Some(status), .. } => {
-            if !verb.json {
-                super::print(printable(&describe(status)).as_bytes())?;
-            }
-            Ok(0)
+    let described = match &answer {
+        Answer { ok: true, status: Some(status), .. } => Some(describe(status)),
+        Answer { ok: true, receiver: Some(status), .. } => Some(describe_receiver(status)),
+        _ => None,
+    };
+    if let Some(text) = described {
+        if !verb.json {
+            super::print(printable(&text).as_bytes())?;
         }
-        Answer { error, message, .. } => {
-            let message = message.as_deref().unwrap_or("no reason was given");
-            let what = if *error == Some(ErrorKind::Refused) { "refused because " } else { "" };
-            eprintln!("error: {what}{}", printable(message));
-            match error {
-                Some(ErrorKind::NotAllowed) => eprintln!("  try: run it as root"),
-                Some(ErrorKind::BadRequest) => {
-                    eprintln!("  try: the migration may be another version's: pageferry --version");
-                }
-                _ => {}
-            }
-            Ok(REFUSED)
-        }
+        return Ok(0);
     }
+    let message = answer.message.as_deref().unwrap_or("no reason was given");
+    let what = if answer.error == Some(ErrorKind::Refused) { "refused because " } else { "" };
+    eprintln!("error: {what}{}", printable(message));
+    match answer.error {
+        Some(ErrorKind::NotAllowed) => eprintln!("  try: run it as root"),
+        Some(ErrorKind::BadRequest) => {
+            eprintln!("  try: the engine may be another version's: pageferry --version");
+        }
+        _ => {}
+    }
+    Ok(REFUSED)
 }
 
-fn failure(error: &AskError) -> String {
+fn failure(error: &AskError, receiver: bool) -> String {
     let mut text = format!("error: {}\n", printable(&error.to_string()));
     if let Some(cause) = error.source() {
         let _ = writeln!(text, "  because: {}", printable(&cause.to_string()));
     }
     let help = match error {
+        AskError::Nobody(_) if receiver => {
+            "is `pageferry receive` listening on this port here, and over no other --control?"
+        }
         AskError::Nobody(_) => {
             "is `pageferry migrate` of this process running here, and over no other --control?"
         }
@@ -219,6 +267,37 @@ fn describe(status: &Status) -> String {
     text
 }
 
+/// The same of a receiver.
+fn describe_receiver(status: &ReceiverStatus) -> String {
+    let mut text = status.stage.name().to_owned();
+    text += "\n";
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<20}{value}");
+    };
+    if let Some(program) = &status.program {
+        line("program", program.clone());
+        line("for", micros(status.elapsed_us).to_string());
+    }
+    if status.announced_bytes > 0 {
+        line("announced", Bytes(status.announced_bytes).to_string());
+        line("pages take", Bytes(status.page_bytes).to_string());
+        line("their index", Bytes(status.index_bytes).to_string());
+    }
+    let limit = |limit: Option<u64>| {
+        limit.map_or_else(|| "no limit".to_owned(), |bytes| format!("{} at most", Bytes(bytes)))
+    };
+    line("received pages", limit(status.memory_limit));
+    line("engine memory", limit(status.engine_memory));
+    line(
+        "processor",
+        status.cpu.map_or_else(|| "no limit".to_owned(), |percent| format!("{percent} % of one at most")),
+    );
+    if status.nice > 0 {
+        line("nice value", status.nice.to_string());
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +337,30 @@ mod tests {
             "12.5 MB/s",
             "1.50 ms",
             "comes after the program",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_receiver_tells_what_it_holds_to() {
+        let mut status = ReceiverStatus::default();
+        assert_eq!(
+            describe_receiver(&status),
+            "waiting\nreceived pages      no limit\nengine memory       no limit\nprocessor           no limit\n"
+        );
+        status.stage = pageferry::control::ReceiverStage::Receiving;
+        status.program = Some("redis-server".to_owned());
+        (status.announced_bytes, status.page_bytes, status.index_bytes) = (1 << 30, 512 << 20, 6 << 20);
+        (status.memory_limit, status.cpu, status.nice) = (Some(2 << 30), Some(50), 5);
+        let text = describe_receiver(&status);
+        for part in [
+            "receiving\nprogram             redis-server\n",
+            "announced           1.0 GiB\n",
+            "pages take          512.0 MiB\n",
+            "received pages      2.0 GiB at most\n",
+            "processor           50 % of one at most\n",
+            "nice value          5\n",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }

@@ -1,16 +1,16 @@
 //! `pageferry migrate`.
 
 use super::arguments::{HideName, MigrateVerb, NoConvergenceName, TcpName};
+use super::control::open_socket;
 use super::failure::{REFUSED, USAGE, describe, exit_code};
 use super::progress::{Bars, JsonLines, Plain};
 use super::{calibration, render, signals};
-use pageferry::control::{self, ControlSocket};
+use pageferry::control;
 use pageferry::model::Site;
-use pageferry::{Control, Event, MigrationReport, Observer, SendPlan, SendTo, Silent};
+use pageferry::{Control, MigrationReport, Observer, SendPlan, SendTo, Silent};
 use pageferry_criu_glue::HideKind;
 use pageferry_tracker::Target;
 use serde::Serialize;
-use std::error::Error;
 use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -56,7 +56,8 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
         &Plain
     };
     let control = Control::new(cancel.clone());
-    let socket = listen(verb, &control, observer);
+    let usual = control::path_of(verb.pid);
+    let socket = open_socket(verb.control.as_deref(), usual, control.clone(), observer);
     let result = pageferry::send_controlled(&plan, observer, &control);
     // Before anybody hears how it ended: who reads that finds no socket.
     drop(socket);
@@ -84,24 +85,6 @@ pub(super) fn run(verb: &MigrateVerb) -> anyhow::Result<u8> {
         eprint!("{}", describe(error));
     }
     Ok(code)
-}
-
-/// The socket by which others have a say. A migration without it is one all the same.
-fn listen(verb: &MigrateVerb, control: &Control, observer: &dyn Observer) -> Option<ControlSocket> {
-    // Whoever is not root is refused, with the reason.
-    if verb.control.as_deref() == Some(Path::new("none")) || !nix::unistd::geteuid().is_root() {
-        return None;
-    }
-    let path = verb.control.clone().unwrap_or_else(|| control::path_of(verb.pid));
-    match ControlSocket::open(&path, control.clone()) {
-        Ok(socket) => Some(socket),
-        Err(error) => {
-            let cause = error.source().map_or_else(String::new, |cause| format!(": {cause}"));
-            let text = format!("`pageferry control` cannot reach this migration: {error}{cause}");
-            observer.event(&Event::Warning { text });
-            None
-        }
-    }
 }
 
 fn plan(verb: &MigrateVerb, to: SendTo) -> SendPlan {

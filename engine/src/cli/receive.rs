@@ -1,9 +1,11 @@
 //! `pageferry receive`.
 
 use super::arguments::ReceiveVerb;
+use super::control::open_socket;
 use super::failure::{USAGE, describe, exit_code};
 use super::progress::{JsonLines, Plain};
 use super::signals;
+use pageferry::control::receiver_path_of;
 use pageferry::{Observer, ReceivePlan, Receiver};
 use std::net::ToSocketAddrs;
 
@@ -34,7 +36,11 @@ pub(super) fn run(verb: ReceiveVerb) -> anyhow::Result<u8> {
     plan.post_copy_timeout = verb.post_copy_timeout.0;
     let cancel = signals::token()?;
     let observer: &dyn Observer = if verb.json { &JsonLines } else { &Plain };
-    let result = Receiver::bind(plan).and_then(|receiver| receiver.serve(verb.once, observer, &cancel));
+    let result = Receiver::bind(plan).and_then(|receiver| {
+        let usual = receiver_path_of(receiver.local_addr().port());
+        let _socket = open_socket(verb.control.as_deref(), usual, receiver.control(), observer);
+        receiver.serve(verb.once, observer, &cancel)
+    });
     match result {
         Ok(()) => Ok(0),
         Err(error) => {

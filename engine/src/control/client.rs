@@ -1,4 +1,4 @@
-//! Asking a migration that runs.
+//! Asking a migration that runs, or a receiver.
 
 use super::protocol::{Answer, MAX_LINE, Request};
 use std::io::{self, ErrorKind as Io, Read, Write};
@@ -13,13 +13,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     /// No engine listens there.
-    #[error("no migration answers at {0}")]
+    #[error("no engine answers at {0}")]
     Nobody(PathBuf),
     /// The socket is another user's.
-    #[error("not allowed to ask at {0}: that is for root and the user of the migration")]
+    #[error("not allowed to ask at {0}: that is for root and the user of the engine")]
     NotAllowed(PathBuf),
     /// The engine closed the connection, or did not answer: it may have ended meanwhile.
-    #[error("the migration at {path} did not answer")]
+    #[error("the engine at {path} did not answer")]
     Lost {
         /// Where.
         path: PathBuf,

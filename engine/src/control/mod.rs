@@ -5,11 +5,13 @@
 
 mod client;
 mod protocol;
+mod receiver;
 mod socket;
 
 pub use client::{AskError, ask};
-pub use protocol::{Answer, ErrorKind, MAX_LINE, PROTOCOL, Request};
-pub use socket::{ControlSocket, DIRECTORY, SocketError, path_of, sweep};
+pub use protocol::{Answer, Controlled, ErrorKind, MAX_LINE, PROTOCOL, Request, Told};
+pub use receiver::{ReceiverStage, ReceiverStatus};
+pub use socket::{ControlSocket, DIRECTORY, SocketError, path_of, receiver_path_of, sweep};
 
 use crate::cancel::Cancel;
 use crate::effort::CpuShare;
@@ -127,6 +129,24 @@ pub enum Refused {
         /// Bytes that it needs.
         needed: u64,
     },
+    /// The index over the pages, and the connections that there are, take more.
+    #[error("the receiver needs {} MiB of memory for itself", needed.div_ceil(1 << 20))]
+    OwnMemory {
+        /// Bytes that it needs.
+        needed: u64,
+    },
+    /// Memory was made ready for pages, or a program was let in.
+    #[error("{} MiB for pages and their index are taken, or were promised to a program that is being received", needed.div_ceil(1 << 20))]
+    Pages {
+        /// Bytes that are taken or promised.
+        needed: u64,
+    },
+    /// It has no say in that.
+    #[error("a receiver has no say in that: ask the migration, where the program began")]
+    AtSource,
+    /// Nor has a migration in this.
+    #[error("received pages are limited where they are received: ask the receiver")]
+    AtReceiver,
 }
 
 /// A handle that is shared between the one who runs a migration ([`crate::send_controlled`]) and those who watch over it. Each is

@@ -1,6 +1,7 @@
-//! What goes over the socket of a migration: one JSON object a line, a question and then its answer (docs/CONTROL.md).
+//! What goes over the socket of a migration, or a receiver: one JSON object a line, a question and then its answer (docs/CONTROL.md).
 
-use super::{Control, Refused, Status};
+use super::{Control, ReceiverStatus, Refused, Status};
+use crate::destination::ReceiverControl;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// Grows when a field changes its meaning or goes away.
@@ -38,15 +39,21 @@ pub enum Request {
         #[serde(deserialize_with = "said")]
         share: Option<f64>,
     },
-    /// [`Control::set_cpu`].
+    /// [`Control::set_cpu`], [`ReceiverControl::set_cpu`].
     Cpu {
         /// Of one processor; `null` is as much as it takes, and it cannot be left out.
         #[serde(deserialize_with = "said")]
         percent: Option<u32>,
     },
-    /// [`Control::set_engine_memory`].
+    /// [`Control::set_engine_memory`], [`ReceiverControl::set_engine_memory`].
     EngineMemory {
         /// `null` is as much as it takes, and it cannot be left out.
+        #[serde(deserialize_with = "said")]
+        bytes: Option<u64>,
+    },
+    /// [`ReceiverControl::set_memory_limit`].
+    MemoryLimit {
+        /// `null` is what the machine has, and it cannot be left out.
         #[serde(deserialize_with = "said")]
         bytes: Option<u64>,
     },
@@ -78,9 +85,12 @@ pub struct Answer {
     pub protocol: u32,
     /// Whether it was done.
     pub ok: bool,
-    /// How it is after that.
+    /// How a migration is after that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<Status>,
+    /// How a receiver is after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receiver: Option<ReceiverStatus>,
     /// Why it was not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorKind>,
@@ -93,7 +103,11 @@ impl Answer {
     /// The words may repeat what was asked for, which may be long.
     pub(super) fn no(error: ErrorKind, message: impl Into<String>) -> Self {
         let message: String = message.into().chars().take(MOST_WORDS).collect();
-        Self { protocol: PROTOCOL, ok: false, status: None, error: Some(error), message: Some(message) }
+        Self { error: Some(error), message: Some(message), ..Self::empty(false) }
+    }
+
+    fn empty(ok: bool) -> Self {
+        Self { protocol: PROTOCOL, ok, status: None, receiver: None, error: None, message: None }
     }
 
     /// As a line.
@@ -104,35 +118,79 @@ impl Answer {
     }
 }
 
+/// How something is that runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    /// A migration.
+    Migration(Status),
+    /// A receiver.
+    Receiver(ReceiverStatus),
+}
+
+/// What a [`super::ControlSocket`] answers for.
+pub trait Controlled: Send + 'static {
+    /// Does what is asked for.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing has changed then.
+    fn obey(&self, request: Request) -> Result<(), Refused>;
+
+    /// How it is now.
+    fn tell(&self) -> Told;
+}
+
 /// Does what a line asks for, and answers.
-pub(super) fn answer(control: &Control, line: &[u8]) -> Answer {
+pub(super) fn answer(control: &impl Controlled, line: &[u8]) -> Answer {
     let request: Request = match serde_json::from_slice(line) {
         Ok(request) => request,
         Err(error) => return Answer::no(ErrorKind::BadRequest, error.to_string()),
     };
-    match obey(control, request) {
-        Ok(()) => Answer {
-            protocol: PROTOCOL,
-            ok: true,
-            status: Some(control.status()),
-            error: None,
-            message: None,
-        },
+    match control.obey(request).map(|()| control.tell()) {
+        Ok(Told::Migration(status)) => Answer { status: Some(status), ..Answer::empty(true) },
+        Ok(Told::Receiver(status)) => Answer { receiver: Some(status), ..Answer::empty(true) },
         Err(refused) => Answer::no(ErrorKind::Refused, refused.to_string()),
     }
 }
 
-fn obey(control: &Control, request: Request) -> Result<(), Refused> {
-    match request {
-        Request::Status {} => Ok(()),
-        Request::Pause {} => control.pause(),
-        Request::Resume {} => control.resume(),
-        Request::Cancel {} => control.cancel(),
-        Request::PostCopy {} => control.post_copy_now(),
-        Request::Bandwidth { bytes_per_second } => control.set_bandwidth(bytes_per_second),
-        Request::MaxSlowdown { share } => control.set_max_slowdown(share),
-        Request::Cpu { percent } => control.set_cpu(percent),
-        Request::EngineMemory { bytes } => control.set_engine_memory(bytes),
+impl Controlled for Control {
+    fn obey(&self, request: Request) -> Result<(), Refused> {
+        match request {
+            Request::Status {} => Ok(()),
+            Request::Pause {} => self.pause(),
+            Request::Resume {} => self.resume(),
+            Request::Cancel {} => self.cancel(),
+            Request::PostCopy {} => self.post_copy_now(),
+            Request::Bandwidth { bytes_per_second } => self.set_bandwidth(bytes_per_second),
+            Request::MaxSlowdown { share } => self.set_max_slowdown(share),
+            Request::Cpu { percent } => self.set_cpu(percent),
+            Request::EngineMemory { bytes } => self.set_engine_memory(bytes),
+            Request::MemoryLimit { .. } => Err(Refused::AtReceiver),
+        }
+    }
+
+    fn tell(&self) -> Told {
+        Told::Migration(self.status())
+    }
+}
+
+impl Controlled for ReceiverControl {
+    fn obey(&self, request: Request) -> Result<(), Refused> {
+        match request {
+            Request::Status {} => Ok(()),
+            Request::Cpu { percent } => self.set_cpu(percent),
+            Request::EngineMemory { bytes } => self.set_engine_memory(bytes),
+            Request::MemoryLimit { bytes } => self.set_memory_limit(bytes),
+            Request::Pause {}
+            | Request::Resume {}
+            | Request::Cancel {}
+            | Request::PostCopy {}
+            | Request::Bandwidth { .. }
+            | Request::MaxSlowdown { .. } => Err(Refused::AtSource),
+        }
+    }
+
+    fn tell(&self) -> Told {
+        Told::Receiver(self.status())
     }
 }
 
@@ -169,6 +227,8 @@ mod tests {
         assert_eq!((little.ok, little.error), (false, Some(ErrorKind::Refused)));
         let memory = ask(r#"{"command":"engine-memory","bytes":null}"#).status.unwrap();
         assert_eq!(memory.engine_memory, None);
+        let pages = ask(r#"{"command":"memory-limit","bytes":1048576}"#);
+        assert!(pages.message.unwrap().contains("ask the receiver"));
         for share in ["0", "-0.1", "1.1"] {
             let no = ask(&format!("{{\"command\":\"max-slowdown\",\"share\":{share}}}"));
             assert_eq!((no.ok, no.error), (false, Some(ErrorKind::Refused)), "{share}");
@@ -180,6 +240,29 @@ mod tests {
         let refused = ask(r#"{"command":"bandwidth","bytes_per_second":0}"#);
         assert_eq!((refused.ok, refused.error), (false, Some(ErrorKind::Refused)));
         assert!(refused.message.unwrap().contains("more than zero"));
+    }
+
+    #[test]
+    fn a_receiver_is_told_what_it_may_take() {
+        let receiver = ReceiverControl::for_tests();
+        let ask = |line: &str| answer(&receiver, line.as_bytes());
+        let status = ask(r#"{"command":"cpu","percent":50}"#).receiver.unwrap();
+        assert_eq!((status.cpu, status.memory_limit), (Some(50), None));
+        let status = ask(r#"{"command":"memory-limit","bytes":1048576}"#).receiver.unwrap();
+        assert_eq!((status.cpu, status.memory_limit), (Some(50), Some(1 << 20)));
+        let status = ask(r#"{"command":"engine-memory","bytes":67108864}"#).receiver.unwrap();
+        assert_eq!(status.engine_memory, Some(64 << 20));
+        let said = ask(r#"{"command":"status"}"#);
+        assert!(said.ok && said.status.is_none() && said.receiver == Some(status));
+        for command in ["pause", "resume", "cancel", "post-copy"] {
+            let no = ask(&format!("{{\"command\":\"{command}\"}}"));
+            assert_eq!((no.ok, no.error, no.receiver), (false, Some(ErrorKind::Refused), None), "{command}");
+        }
+        assert_eq!(ask(r#"{"command":"memory-limit"}"#).error, Some(ErrorKind::BadRequest));
+        receiver.begin(&"\u{1}".repeat(10_000));
+        let said = ask(r#"{"command":"status"}"#);
+        assert!(said.line().len() <= MAX_LINE && said.receiver.as_ref().unwrap().program.is_some());
+        assert_eq!(serde_json::from_slice::<Answer>(&said.line()).unwrap(), said);
     }
 
     #[test]

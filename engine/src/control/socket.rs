@@ -1,9 +1,8 @@
-//! The socket of a migration: one thread that answers root, or the engine's own user, and nobody else.
+//! The socket of a migration, or a receiver: one thread that answers root, or the engine's own user, and nobody else.
 //!
 //! It never waits for a client: what does not come is not waited for, and a client that does not read its answers is let go.
 
-use super::Control;
-use super::protocol::{Answer, ErrorKind, MAX_LINE, answer};
+use super::protocol::{Answer, Controlled, ErrorKind, MAX_LINE, answer};
 use crate::Cancel;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,11 +31,16 @@ pub fn path_of(pid: i32) -> PathBuf {
     Path::new(DIRECTORY).join(format!("migrate-{pid}.sock"))
 }
 
+/// The socket of the receiver that listens on a port.
+pub fn receiver_path_of(port: u16) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("receive-{port}.sock"))
+}
+
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Somebody answers there.
-    #[error("another migration answers at {0}")]
+    #[error("another engine answers at {0}")]
     Live(PathBuf),
     /// Something else has that name.
     #[error("{0} is there already, and no socket")]
@@ -55,7 +59,7 @@ pub enum SocketError {
     },
 }
 
-/// A socket that answers for a migration. Dropping it takes the file away.
+/// A socket that answers for a migration, or a receiver. Dropping it takes the file away.
 #[derive(Debug)]
 pub struct ControlSocket {
     path: PathBuf,
@@ -71,7 +75,7 @@ impl ControlSocket {
     ///
     /// # Errors
     /// [`SocketError`]; nothing has changed then.
-    pub fn open(path: &Path, control: Control) -> Result<Self, SocketError> {
+    pub fn open(path: &Path, control: impl Controlled) -> Result<Self, SocketError> {
         if path.parent() == Some(Path::new(DIRECTORY)) {
             make_directory(Path::new(DIRECTORY))?;
             sweep(Path::new(DIRECTORY));
@@ -110,7 +114,8 @@ pub fn sweep(dir: &Path) {
         let (path, name) = (entry.path(), entry.file_name());
         let name = name.to_string_lossy();
         // A socket gets this name when somebody listens at it, and not before.
-        let ours = name.starts_with("migrate-") && name.ends_with(".sock") && is_socket(&path);
+        let engine = ["migrate-", "receive-"].iter().any(|engine| name.starts_with(engine));
+        let ours = engine && name.ends_with(".sock") && is_socket(&path);
         let dead = || UnixStream::connect(&path).is_err_and(|error| error.kind() == Io::ConnectionRefused);
         if ours && dead() {
             let _ = fs::remove_file(&path);
@@ -202,9 +207,9 @@ fn is_dead(path: &Path) -> io::Result<bool> {
     }
 }
 
-struct Server {
+struct Server<C> {
     listener: UnixListener,
-    control: Control,
+    control: C,
     clients: Vec<Client>,
     /// From when on new clients are taken again.
     respite: Option<Instant>,
@@ -218,7 +223,7 @@ struct Client {
     heard: Instant,
 }
 
-impl Server {
+impl<C: Controlled> Server<C> {
     fn run(&mut self, stop: &Cancel) {
         while !stop.is_cancelled() {
             let now = Instant::now();
@@ -278,7 +283,7 @@ impl Server {
                     self.clients.push(client);
                 }
                 _ => {
-                    let text = "only root and the user of the migration may ask";
+                    let text = "only root and the user of the engine may ask";
                     client.say(&Answer::no(ErrorKind::NotAllowed, text));
                 }
             }
@@ -297,7 +302,7 @@ impl Client {
     }
 
     /// Reads what has come, and answers; false when it is to be let go.
-    fn hear(&mut self, control: &Control) -> bool {
+    fn hear(&mut self, control: &impl Controlled) -> bool {
         let mut piece = [0; 1024];
         let got = match self.stream.read(&mut piece) {
             Ok(0) => return false,

@@ -1,4 +1,4 @@
-use super::super::{AskError, PROTOCOL, Request, Status, ask};
+use super::super::{AskError, Control, PROTOCOL, Request, Status, ask};
 use super::*;
 use std::io::{BufRead, BufReader};
 
@@ -67,13 +67,15 @@ fn what_dead_engines_left_in_the_directory_goes_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     let socket = ControlSocket::open(&path("migrate-1.sock"), Control::new(Cancel::new().unwrap())).unwrap();
-    for name in ["migrate-2.sock", "migrate-3.sock.77", "other.sock"] {
+    for name in ["migrate-2.sock", "receive-2.sock", "migrate-3.sock.77", "other.sock"] {
         drop(UnixListener::bind(path(name)).unwrap());
     }
     fs::write(path("migrate-4.sock"), "mine").unwrap();
     sweep(dir.path());
     let left = |name: &str| path(name).exists();
-    assert!(!left("migrate-2.sock") && left("migrate-3.sock.77") && left("other.sock"));
+    assert!(
+        !left("migrate-2.sock") && !left("receive-2.sock") && left("migrate-3.sock.77") && left("other.sock")
+    );
     assert!(left("migrate-4.sock") && !status(&path("migrate-1.sock")).paused);
     drop(socket);
 }

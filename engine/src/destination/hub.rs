@@ -18,7 +18,8 @@ use pageferry_wire_format::{Coding, ControlMessage, PageBatch, PageNo, PageRun, 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSliceMut;
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Connections of a session besides the first, at most.
@@ -58,7 +59,7 @@ struct Books {
     later_pages: u64,
     /// Bytes of payloads that may wait for what they are on top of: some batches, which are mostly much smaller. A source whose
     /// connections are further apart is asked for the rest again.
-    most_later: usize,
+    most_later: Arc<AtomicUsize>,
     /// Connections that the session may have.
     most_streams: u16,
     /// Pages whose base or original was not here.
@@ -100,7 +101,7 @@ impl Hub {
             later: VecDeque::new(),
             later_bytes: 0,
             later_pages: 0,
-            most_later: memory::LATER as usize,
+            most_later: Arc::new(AtomicUsize::new(memory::LATER as usize)),
             most_streams: MOST_STREAMS + 1,
             again: BTreeMap::new(),
             patience: SLACK_PAGES,
@@ -131,11 +132,10 @@ impl Hub {
         &self.effort
     }
 
-    /// Takes no more connections than these, and keeps no more bytes of pages that wait for others.
-    pub(super) fn limit(&self, streams: u16, later: u64) {
+    /// Takes no more connections than these, and keeps no more bytes of pages that wait for others, which may change.
+    pub(super) fn limit(&self, streams: u16, later: Arc<AtomicUsize>) {
         let mut books = self.lock();
-        books.most_streams = streams;
-        books.most_later = usize::try_from(later).unwrap_or(usize::MAX);
+        (books.most_streams, books.most_later) = (streams, later);
     }
 
     pub(super) fn session(&self) -> u128 {
@@ -440,7 +440,7 @@ impl Books {
             return Ok(());
         }
         self.moves += 1;
-        if self.later_bytes.saturating_add(later.bytes()) > self.most_later {
+        if self.later_bytes.saturating_add(later.bytes()) > self.most_later.load(Ordering::Relaxed) {
             return self.ask_again(later.space(), later.pages());
         }
         self.later_bytes += later.bytes();

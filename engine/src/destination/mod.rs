@@ -1,5 +1,6 @@
 //! The receiving side of a migration.
 
+mod control;
 mod failure;
 mod guard;
 mod hub;
@@ -16,13 +17,15 @@ pub(crate) mod store;
 pub(crate) mod sys;
 mod verify;
 
+pub use control::ReceiverControl;
+
+use crate::control::ReceiverStage;
 use crate::effort::Effort;
 use crate::error::{CopyState, FailureKind};
 use crate::journal::{self, Journal, Role, Step};
 use crate::kept::{KeptPages, KeptStore};
 use crate::link::{Channel, Incoming, LinkError, TcpLink};
 use crate::observe::Event;
-use crate::policy::memory::{self, AtDestination};
 use crate::{Cancel, MigrationError, Observer, ReceivePlan};
 use failure::ReceiveError;
 use hub::Hub;
@@ -62,7 +65,7 @@ pub(crate) struct Host {
     plan: ReceivePlan,
     criu: Criu,
     sessions: Sessions,
-    effort: Effort,
+    control: ReceiverControl,
     /// Why nobody is nice although it was asked for.
     not_nice: Option<std::io::Error>,
     /// Where further connections of the session under way find it.
@@ -116,6 +119,11 @@ impl Receiver {
     /// The address that is listened on.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// A handle by which what it may take can be changed while it runs.
+    pub fn control(&self) -> ReceiverControl {
+        self.host.control.clone()
     }
 
     /// Receives migrations, one at a time, until cancelled; with `once`, until the first one has ended.
@@ -210,11 +218,12 @@ impl Host {
         })?;
         let effort = Effort::new(plan.cpu, plan.nice);
         let not_nice = effort.check().err();
+        let control = ReceiverControl::new(&plan, effort);
         Ok(Self {
             plan,
             criu,
             sessions: Sessions::default(),
-            effort,
+            control,
             not_nice,
             hub: Mutex::default(),
             late: Mutex::default(),
@@ -228,21 +237,12 @@ impl Host {
         Self { base: Some(base), ..self }
     }
 
-    /// What the engine's own memory goes to.
-    fn own(&self) -> AtDestination {
-        memory::at_destination(self.plan.engine_memory, most_streams())
-    }
-
-    fn new_store(&self, own: Option<u64>) -> Result<PageStore, store::StoreError> {
-        PageStore::sparing(self.plan.memory_limit, own, &self.effort)
-    }
-
     /// Begins to make memory ready for the next session.
     fn stand_by(&self) -> Result<(), store::StoreError> {
         if self.plan.standby == 0 {
             return Ok(());
         }
-        let store = self.new_store(self.own().index)?;
+        let store = self.control.new_store()?;
         store.reserve(self.plan.standby)?;
         *self.standby.lock().unwrap_or_else(PoisonError::into_inner) = Some(store);
         Ok(())
@@ -355,9 +355,8 @@ impl Host {
     fn session(&self, mut channel: Channel, hello: Hello, observer: &dyn Observer, cancel: &Cancel) -> End {
         let id = hello.session;
         let mut journal = None;
-        self.effort.lift(false);
         let result = self.receive_one(&mut channel, &hello, &mut journal, observer, cancel);
-        self.effort.lift(false);
+        self.control.end();
         let end = match result {
             Ok(told) => End { session: id, failure: None, unclear: !told },
             Err(error) => {
@@ -398,19 +397,20 @@ impl Host {
         }
         channel.link_mut().set_stall(self.plan.stall_timeout);
         let images = ImageDir::new().map_err(ReceiveError::Images)?;
-        let own = self.own();
+        let own = self.control.begin(&hello.program);
+        let effort = self.control.effort();
         let standby = self.standby.lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut store = match standby {
             Some(store) => store,
-            None => self.new_store(own.index)?,
+            None => self.control.new_store()?,
         };
-        let memory = free_memory(store.ready_bytes(), self.plan.memory_limit);
+        let memory = free_memory(store.ready_bytes(), self.control.memory_limit());
         let mut keeper = Keeper::take(self.plan.keep_store.as_deref(), own.index);
         let kept = keeper.pages();
         store.set_kept(self.base.clone().unwrap_or_else(|| Arc::clone(&kept)));
-        let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?.sparing(&self.effort));
-        hub.limit(own.streams, own.later);
-        let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout).sparing(self.effort.cpu()));
+        let hub = Arc::new(Hub::new(hello.session, store, self.plan.stall_timeout)?.sparing(effort));
+        hub.limit(own.streams, self.control.later());
+        let late = Arc::new(Late::new(hello.session, self.plan.stall_timeout).sparing(effort.cpu()));
         let _door = Door::open(self, Arc::clone(&hub), Arc::clone(&late));
         hub.begin(channel.link(), &hello.program)?;
         channel.link_mut().set_alarm(Some(hub.alarm()));
@@ -451,6 +451,7 @@ impl Host {
             restore.set_tcp(TcpPolicy::Established);
         }
         keeper.note(&cargo);
+        self.control.enter(ReceiverStage::Freezing);
         let store = hub.close().ok_or(ReceiveError::Order("an end twice"))?;
         channel.link_mut().set_alarm(None);
         late.with_books(|books| {
@@ -477,7 +478,7 @@ impl Host {
         .run(restore, server)?;
         channel.link_mut().set_cancel(None);
         let pid = alive.pid;
-        self.effort.cpu().lift(false);
+        self.control.enter(ReceiverStage::Filling);
         let told = match alive.settle(channel, &late, &self.plan) {
             Ok((stats, told)) => {
                 self.sessions.filled(hello.session, pid, Instant::now());
@@ -529,12 +530,6 @@ impl Drop for Door<'_> {
         // Whatever was received and not taken goes with it.
         drop(self.hub.close());
     }
-}
-
-/// Connections that a session may have: more than two for each processor only wait for each other.
-fn most_streams() -> u16 {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    (2 * processors).clamp(1, usize::from(hub::MOST_STREAMS)) as u16
 }
 
 /// Bytes that the store could take, by the plan and by what the machine has beside what is `ready`.

@@ -484,7 +484,7 @@ mod tests {
         let (ours, theirs) = TcpLink::pair().unwrap();
         let (mut ours, mut theirs) = (Channel::new(ours), Channel::new(theirs));
         ours.link_mut().set_stall(STALL);
-        let hub = Hub::new(7, PageStore::sparing(None, None, effort).unwrap(), STALL).unwrap();
+        let hub = Hub::new(7, PageStore::sparing(Default::default(), effort).unwrap(), STALL).unwrap();
         hub.begin(theirs.link(), "program").unwrap();
         let images = ImageDir::new().expect("this test makes a file system, which needs root");
         let plan = ReceivePlan::new("127.0.0.1:0".parse().unwrap());

@@ -159,6 +159,21 @@ pub(crate) fn at_destination(limit: Option<u64>, streams: u16) -> AtDestination 
     AtDestination { streams, later, index: Some(left - later) }
 }
 
+/// The same for connections that there are, and an index that takes so much already: less may wait where there is little.
+pub(crate) fn in_use(limit: Option<u64>, streams: u16, index: u64) -> Result<AtDestination, TooLittle> {
+    let Some(limit) = limit else { return Ok(at_destination(None, streams)) };
+    let needed = BASE + STREAM * u64::from(streams) + index;
+    let spare = limit.checked_sub(needed).ok_or(TooLittle { limit, needed })?;
+    let later = LATER.min((spare + index) / 4).min(spare);
+    Ok(AtDestination { streams, later, index: Some(spare + index - later) })
+}
+
+/// As much as is enough for connections to come beside such an index.
+pub(crate) fn enough_at_destination(index: u64) -> u64 {
+    // Half of what there is goes to connections at most, and a quarter of the other half to what waits.
+    (BASE + STREAM + (index * 8).div_ceil(3)).max(LEAST_AT_DESTINATION)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,6 +236,13 @@ mod tests {
             if limit >= LEAST_AT_DESTINATION {
                 prop_assert!(BASE + STREAM * streams + there.later + there.index.unwrap() <= limit);
                 prop_assert!(streams >= 1 && there.index.unwrap() > 0);
+                let index = there.index.unwrap();
+                prop_assert_eq!(in_use(Some(limit), there.streams, index / 2), Ok(there));
+                let full = in_use(Some(limit), there.streams, limit - BASE - STREAM * streams).unwrap();
+                prop_assert_eq!((full.later, full.index), (0, Some(limit - BASE - STREAM * streams)));
+                let more = limit - BASE - STREAM * streams + 1;
+                prop_assert_eq!(in_use(Some(limit), there.streams, more), Err(TooLittle { limit, needed: limit + 1 }));
+                prop_assert!(at_destination(Some(enough_at_destination(index)), 16).index.unwrap() >= index);
             }
         }
     }

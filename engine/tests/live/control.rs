@@ -3,7 +3,7 @@
 use super::Test;
 use super::ferry::{Ferry, LIMIT, Migration};
 use anyhow::{Context, bail, ensure};
-use pageferry::control::{Answer, Stage, Status};
+use pageferry::control::{Answer, ReceiverStage, ReceiverStatus, Stage, Status};
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
 use std::fs::{self, Permissions};
@@ -19,6 +19,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("control: another bandwidth while it runs, and an end by hand", bandwidth),
         ("control: post-copy now, after an engine that was killed", post_copy),
         ("control: what is refused, and to whom", refused),
+        ("control: a receiver that may take more, and less", of_receiver),
     ]
 }
 
@@ -40,6 +41,12 @@ impl Said {
         answer.status.context("no status")
     }
 
+    fn receiver(&self) -> anyhow::Result<ReceiverStatus> {
+        ensure!(self.code == 0, "exit code {}: {}", self.code, self.err);
+        let answer: Answer = serde_json::from_str(&self.out).with_context(|| self.out.clone())?;
+        answer.receiver.context("no status of a receiver")
+    }
+
     pub fn refused(&self, because: &str) -> anyhow::Result<()> {
         ensure!(self.code == 3 && self.err.contains(because), "{}: {}", self.code, self.err);
         Ok(())
@@ -47,7 +54,11 @@ impl Said {
 }
 
 fn run(ferry: &Ferry, command: &[&str]) -> anyhow::Result<Said> {
-    let output = ferry.hosts.exec(Host::Source, command).stdin(Stdio::null()).output()?;
+    run_in(ferry, Host::Source, command)
+}
+
+fn run_in(ferry: &Ferry, host: Host, command: &[&str]) -> anyhow::Result<Said> {
+    let output = ferry.hosts.exec(host, command).stdin(Stdio::null()).output()?;
     Ok(Said {
         code: output.status.code().context("ended by a signal")?,
         out: String::from_utf8(output.stdout)?,
@@ -88,7 +99,7 @@ pub fn sends(status: &Status) -> bool {
 
 /// Nothing of any socket is left.
 fn no_socket(ferry: &Ferry, subject: &Subject) -> anyhow::Result<()> {
-    control(ferry, subject, &["status"])?.refused("no migration answers")?;
+    control(ferry, subject, &["status"])?.refused("no engine answers")?;
     let left = ferry.sh(Host::Source, "ls -A /run/pageferry | grep -v '^journal$'")?;
     ensure!(left.is_empty(), "left behind: {left}");
     Ok(())
@@ -223,7 +234,7 @@ fn post_copy(ferry: &Ferry) -> anyhow::Result<()> {
     ensure!(outcome.code != 0, "it was not killed");
     let stale = ferry.sh(Host::Source, "ls -A /run/pageferry | grep -v '^journal$'")?;
     ensure!(stale == format!("migrate-{}.sock", subject.pid), "{stale}");
-    control(ferry, &subject, &["status"])?.refused("no migration answers")?;
+    control(ferry, &subject, &["status"])?.refused("no engine answers")?;
     ferry.lives_only(Host::Source, &subject)?;
 
     let options = [&options[..], &["--strategy", "auto"]].concat();
@@ -264,7 +275,7 @@ fn refused(ferry: &Ferry) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     ask(&["post-copy"])?.refused("refused because into a file")?;
-    control(ferry, &subject, &["status"])?.refused("no migration answers")?;
+    control(ferry, &subject, &["status"])?.refused("no engine answers")?;
 
     // A user who has the command and reaches the socket: only who it is keeps them away.
     let theirs = open.path().join("pageferry").display().to_string();
@@ -275,7 +286,7 @@ fn refused(ferry: &Ferry) -> anyhow::Result<()> {
         || run(ferry, &[&nobody[..], &[&theirs, "control", "--socket", &socket, "cancel"]].concat());
     as_nobody()?.refused("not allowed")?;
     fs::set_permissions(&socket, Permissions::from_mode(0o666))?;
-    as_nobody()?.refused("only root and the user of the migration may ask")?;
+    as_nobody()?.refused("only root and the user of the engine may ask")?;
     ensure!(!ask(&["status"])?.status()?.cancelled, "somebody was heard who may not be");
 
     // A pause is no way around an interruption.
@@ -288,4 +299,69 @@ fn refused(ferry: &Ferry) -> anyhow::Result<()> {
     }
     ferry.lives_only(Host::Source, &subject)?;
     ferry.hosts.kill(Host::Source, subject.pid)
+}
+
+/// What the receiver may take changes while it waits and while a program comes; what the program was promised stays.
+fn of_receiver(ferry: &Ferry) -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    let subject = ferry.subject(&WRITER)?;
+    let receiver = ferry.receiver(None, &["--memory-limit", "32MiB"])?;
+    let command = env!("CARGO_BIN_EXE_pageferry");
+    let tell = |what: &[&str]| {
+        run_in(
+            ferry,
+            Host::Destination,
+            &[&[command, "control", "--json", "--receiver", "7077"], what].concat(),
+        )
+    };
+    let status = tell(&["status"])?.receiver()?;
+    ensure!(status.stage == ReceiverStage::Waiting && status.memory_limit == Some(32 * MIB), "{status:?}");
+    tell(&["pause"])?.refused("refused because a receiver has no say in that")?;
+
+    // The program is larger.
+    let options = [&["--bandwidth", "40MB", "--streams", "1"][..], &ENDLESS].concat();
+    ferry.migrate(subject.pid, None, &options)?.failed(1, &["running at the source", "memory"])?;
+    ferry.lives_only(Host::Source, &subject)?;
+    ensure!(tell(&["memory-limit", "256MiB"])?.receiver()?.memory_limit == Some(256 * MIB), "256 MiB");
+
+    let migration = ferry.migrate_start(subject.pid, None, &options)?;
+    wait_for(ferry, &subject, &migration, |status| sends(status) && status.round > 0)?;
+    control(ferry, &subject, &["memory-limit", "1GiB"])?.refused("ask the receiver")?;
+    let status = tell(&["status"])?.receiver()?;
+    ensure!(status.stage == ReceiverStage::Receiving && status.announced_bytes >= 64 * MIB, "{status:?}");
+    ensure!(status.program.is_some() && status.page_bytes > 0 && status.elapsed_us > 0, "{status:?}");
+    tell(&["memory-limit", "32MiB"])?.refused("promised to a program that is being received")?;
+    tell(&["engine-memory", "20MiB"])?.refused("the receiver needs")?;
+    let memory = tell(&["engine-memory", "64MiB"])?.receiver()?;
+    ensure!(memory.engine_memory == Some(64 * MIB), "{memory:?}");
+
+    // A share that takes less than is sent holds the source up, and it goes on when that is over.
+    let free = pace(ferry, &subject)?;
+    ensure!(tell(&["cpu", "1%"])?.receiver()?.cpu == Some(1), "1 %");
+    // What is under way is received first.
+    std::thread::sleep(Duration::from_secs(1));
+    let held = pace(ferry, &subject)?;
+    ensure!(held < free / 2.0, "{free} bytes a second, and {held} with 1 % of a processor");
+    ensure!(tell(&["cpu", "none"])?.receiver()?.cpu.is_none(), "no limit");
+    std::thread::sleep(Duration::from_secs(1));
+    let again = pace(ferry, &subject)?;
+    ensure!(again > 2.0 * held, "{held} bytes a second with 1 % of a processor, and {again} without");
+
+    for what in [&["bandwidth", "none"][..], &["post-copy"]] {
+        control(ferry, &subject, what)?.status()?;
+    }
+    let outcome = migration.wait()?;
+    outcome.moved()?;
+    ferry.lives_only(Host::Destination, &subject)?;
+    let until = Instant::now() + LIMIT;
+    while tell(&["status"])?.receiver()?.stage != ReceiverStage::Waiting {
+        ensure!(Instant::now() < until, "it does not wait for the next program: {}", receiver.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(tell(&["memory-limit", "16MiB"])?.receiver()?.memory_limit == Some(16 * MIB), "16 MiB");
+    receiver.stop()?;
+    tell(&["status"])?.refused("no engine answers")?;
+    let left = ferry.sh(Host::Destination, "ls -A /run/pageferry | grep -v '^journal$'")?;
+    ensure!(left.is_empty(), "left behind: {left}");
+    ferry.hosts.kill(Host::Destination, subject.pid)
 }

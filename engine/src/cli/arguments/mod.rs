@@ -102,22 +102,25 @@ pub(in crate::cli) enum Verb {
         )
     )]
     Migrate(Box<MigrateVerb>),
-    /// Holds a migration up that runs, changes it, or asks how far it is.
+    /// Holds up, changes, or asks after a migration that runs, and changes what a receiver may take.
     ///
-    /// `pageferry migrate` answers root, and its own user, on a socket for as long as it runs. What cannot be done any more is
-    /// refused with the reason, and a yes is kept: one that was paused in time does not freeze the program.
+    /// `pageferry migrate` and `pageferry receive` answer root, and their own user, on a socket for as long as they run. What cannot be
+    /// done any more is refused with the reason, and a yes is kept: a migration that was paused in time does not freeze the
+    /// program, and one that was let in by a receiver keeps the memory that it was promised.
     #[command(
         after_help = "Example:\n  # pageferry control --pid 4711 pause",
         after_long_help = "Example:
   # pageferry control --pid 4711 status --json | jq .status.round
   # pageferry control --pid 4711 bandwidth 100Mbit
   # pageferry control --pid 4711 post-copy
+  # pageferry control --receiver 7077 cpu 50%
+  # pageferry control --receiver 7077 memory-limit 4GiB
 
 Exit codes:
   0    it was done
-  1    the migration did not answer: it may have ended meanwhile
+  1    the engine did not answer: it may have ended meanwhile
   2    the command line makes no sense
-  3    refused: there is no such migration, it is not yours, or it cannot be done now"
+  3    refused: there is no such engine, it is not yours, or it cannot be done now"
     )]
     Control(ControlVerb),
     /// Says what moving a program would bring, without moving it.

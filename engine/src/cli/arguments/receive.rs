@@ -53,6 +53,9 @@ pub(in crate::cli) struct ReceiveVerb {
     /// end it.
     #[arg(long, value_name = "TIME", default_value = "5min")]
     pub(in crate::cli) post_copy_timeout: Time,
+    /// Socket for `pageferry control` while it runs, or `none` [default: /run/pageferry/receive-PORT.sock].
+    #[arg(long, value_name = "PATH")]
+    pub(in crate::cli) control: Option<PathBuf>,
     #[command(flatten)]
     pub(in crate::cli) hooks: HookArguments,
     /// One JSON object a line for every event.

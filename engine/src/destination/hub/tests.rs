@@ -147,7 +147,7 @@ fn what_is_on_top_of_another_page_waits_for_it_and_is_asked_for_if_it_does_not_c
 #[test]
 fn what_waits_has_a_limit() {
     let hub = hub();
-    let most = hub.lock().most_later;
+    let most = hub.lock().most_later.load(Ordering::Relaxed);
     hub.lock().later_bytes = most;
     bring(&hub, made(Coding::Delta, 20, 1, 4)).unwrap();
     bring(&hub, whole(4, 1)).unwrap();

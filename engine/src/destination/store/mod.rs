@@ -12,6 +12,7 @@ mod error;
 mod index;
 mod kills;
 mod landing;
+mod limits;
 mod prefault;
 mod slots;
 mod tables;
@@ -25,6 +26,7 @@ pub use error::StoreError;
 pub(crate) use index::Mask;
 pub(crate) use kills::Kills;
 pub use landing::Landing;
+pub(crate) use limits::{Bounds, Limits, Taken};
 
 use super::sys::arena::SLOT_BYTES;
 use crate::effort::Effort;
@@ -92,31 +94,32 @@ pub struct SealOutcome {
 }
 
 impl PageStore {
-    /// An empty store, which takes at most `limit_bytes` of memory for pages and their index, and never more than
-    /// the machine has available. The index takes at most `own_bytes`, together with the lists that others keep of pages.
+    /// An empty store, which takes at most `pages` bytes of memory for pages and their index, and never more than the machine has
+    /// available; and `index` bytes for the index alone, with the lists that others keep of pages.
     ///
     /// # Errors
     /// When no thread can be started.
     #[cfg(test)]
-    pub fn new(limit_bytes: Option<u64>, own_bytes: Option<u64>) -> Result<Self, StoreError> {
-        Self::sparing(limit_bytes, own_bytes, &Effort::default())
+    pub fn new(pages: Option<u64>, index: Option<u64>) -> Result<Self, StoreError> {
+        Self::sparing(Limits { pages, index }, &Effort::default())
     }
 
     /// The same, whose memory is made ready with no more of the processors than `effort` says.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn sparing(
-        limit_bytes: Option<u64>,
-        own_bytes: Option<u64>,
-        effort: &Effort,
-    ) -> Result<Self, StoreError> {
+    pub(crate) fn sparing(limits: Limits, effort: &Effort) -> Result<Self, StoreError> {
         Ok(Self {
-            slots: Slots::new(limit_bytes, own_bytes, effort)?,
+            slots: Slots::new(limits, effort)?,
             spaces: BTreeMap::new(),
             returned: Arc::default(),
             kept: Arc::default(),
         })
+    }
+
+    /// What its limits can be changed by while it is used.
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.slots.bounds()
     }
 
     /// What pages may be copied from besides: those of a store that was kept.

@@ -4,6 +4,7 @@
 use super::budget::Budget;
 use super::error::{Bound, StoreError};
 use super::index::{TABLE_BYTES, TABLE_PAGES};
+use super::limits::{Limits, Taken};
 use crate::destination::sys::arena::{BLOCK_BYTES, Populator, REGION_BYTES, Region, SLOT_BYTES};
 use crate::effort::{CpuMeter, Effort, processor_time};
 use std::collections::VecDeque;
@@ -60,16 +61,15 @@ struct State {
     /// There is no more to be made ready now, or none to be had.
     rests: bool,
     stop: bool,
+    limits: Limits,
 }
 
+/// What the store and the thread that makes its memory ready have in common.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     budget: Budget,
-    limit: Option<u64>,
-    /// Of the index and lists of pages.
-    own: Option<u64>,
     effort: Effort,
 }
 
@@ -81,9 +81,9 @@ pub(super) struct Prefault {
 }
 
 impl Prefault {
-    pub(super) fn new(limit: Option<u64>, own: Option<u64>, effort: Effort) -> Result<Self, StoreError> {
-        let (state, wake, budget) = (Mutex::default(), Condvar::new(), Budget::new());
-        let shared = Arc::new(Shared { state, wake, budget, limit, own, effort });
+    pub(super) fn new(limits: Limits, effort: Effort) -> Result<Self, StoreError> {
+        let state = Mutex::new(State { limits, ..State::default() });
+        let shared = Arc::new(Shared { state, wake: Condvar::new(), budget: Budget::new(), effort });
         let worker = Arc::clone(&shared);
         let thread =
             std::thread::Builder::new().name("prefault".into()).spawn(move || worker.run()).map_err(
@@ -96,7 +96,7 @@ impl Prefault {
     pub(super) fn reserve(&self, bytes: u64) -> Result<(), StoreError> {
         let mut state = self.shared.lock();
         let wanted = bytes.saturating_sub(state.granted);
-        self.shared.check_own(index_of(bytes), state.lists)?;
+        state.check_own(index_of(bytes), state.lists)?;
         self.shared.check(&state, wanted)?;
         state.reserved = state.reserved.max(bytes);
         state.rests = false;
@@ -107,7 +107,7 @@ impl Prefault {
     /// Everything before `used` is about to be handed out, and the index takes `index` bytes.
     pub(super) fn advance(&self, used: u64, index: u64) -> Result<(), StoreError> {
         let mut state = self.shared.lock();
-        self.shared.check_own(index, state.lists)?;
+        state.check_own(index, state.lists)?;
         state.index = index;
         if used > state.granted {
             // A whole step when it can be had, so that this is rare; what is needed when it is tight.
@@ -121,7 +121,7 @@ impl Prefault {
             };
             state.granted += granted;
         } else {
-            self.shared.check_limit(used.saturating_add(index), 0)?;
+            state.check_limit(used.saturating_add(index), 0)?;
         }
         state.used = state.used.max(used);
         self.shared.wake.notify_one();
@@ -147,7 +147,7 @@ impl Prefault {
     /// [`StoreError::OutOfMemory`], if they have no room beside the index.
     pub(super) fn keep_lists(&self, bytes: u64) -> Result<(), StoreError> {
         let mut state = self.shared.lock();
-        self.shared.check_own(state.index, bytes)?;
+        state.check_own(state.index, bytes)?;
         state.lists = bytes;
         Ok(())
     }
@@ -156,6 +156,11 @@ impl Prefault {
     pub(super) fn ready(&self) -> u64 {
         let state = self.shared.lock();
         state.populated.saturating_sub(state.used)
+    }
+
+    /// What its limits can be changed by.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// Whether everything is ready that was announced, or as much as there is.
@@ -208,6 +213,36 @@ impl State {
         self.mapped += REGION_BYTES as u64;
         Ok(())
     }
+
+    /// Whether `taken` bytes and `more` are within the limit.
+    fn check_limit(&self, taken: u64, more: u64) -> Result<(), StoreError> {
+        let Some(limit) = self.limits.pages else { return Ok(()) };
+        let left = limit.saturating_sub(taken);
+        if taken > limit || more > left {
+            return Err(StoreError::OutOfMemory { wanted: more, left, of: Bound::Limit });
+        }
+        Ok(())
+    }
+
+    /// Whether the index and lists are within what the engine may take for itself.
+    fn check_own(&self, index: u64, lists: u64) -> Result<(), StoreError> {
+        let wanted = index.saturating_add(lists);
+        match self.limits.index {
+            Some(left) if wanted > left => Err(StoreError::OutOfMemory { wanted, left, of: Bound::Engine }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is taken, or was promised to what has been announced.
+    fn taken(&self) -> Taken {
+        let index = self.index.max(index_of(self.reserved));
+        Taken {
+            used: self.used,
+            announced: self.reserved,
+            pages: self.granted.max(self.reserved).saturating_add(index),
+            index: index.saturating_add(self.lists),
+        }
+    }
 }
 
 /// What the index over so many bytes of pages takes at least.
@@ -221,9 +256,27 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is taken now.
+    pub(super) fn taken(&self) -> Taken {
+        self.lock().taken()
+    }
+
+    /// Holds to other limits from now on, which `choose` makes of what is taken and held to; nothing is taken meanwhile.
+    pub(super) fn change<E>(
+        &self,
+        choose: impl FnOnce(&Taken, Limits) -> Result<Limits, E>,
+    ) -> Result<(), E> {
+        let mut state = self.lock();
+        state.limits = choose(&state.taken(), state.limits)?;
+        // There may be room for more to be made ready.
+        state.rests = false;
+        self.wake.notify_one();
+        Ok(())
+    }
+
     /// Whether `more` bytes behind what is granted may be touched.
     fn check(&self, state: &State, more: u64) -> Result<(), StoreError> {
-        self.check_limit(state.granted.saturating_add(state.index), more)?;
+        state.check_limit(state.granted.saturating_add(state.index), more)?;
         self.check_machine(state, more)
     }
 
@@ -237,25 +290,6 @@ impl Shared {
         let untouched = state.granted.saturating_sub(state.populated.max(state.used));
         let left = left.saturating_sub(untouched);
         if more > left { Err(StoreError::OutOfMemory { wanted: more, left, of }) } else { Ok(()) }
-    }
-
-    /// Whether `taken` bytes and `more` are within the limit.
-    fn check_limit(&self, taken: u64, more: u64) -> Result<(), StoreError> {
-        let Some(limit) = self.limit else { return Ok(()) };
-        let left = limit.saturating_sub(taken);
-        if taken > limit || more > left {
-            return Err(StoreError::OutOfMemory { wanted: more, left, of: Bound::Limit });
-        }
-        Ok(())
-    }
-
-    /// Whether the index and lists are within what the engine may take for itself.
-    fn check_own(&self, index: u64, lists: u64) -> Result<(), StoreError> {
-        let wanted = index.saturating_add(lists);
-        match self.own {
-            Some(left) if wanted > left => Err(StoreError::OutOfMemory { wanted, left, of: Bound::Engine }),
-            _ => Ok(()),
-        }
     }
 
     fn run(&self) {

@@ -1,6 +1,7 @@
 //! Which slots are free, and where the next ones come from.
 
 use super::error::{Bound, StoreError};
+use super::limits::{Bounds, Limits};
 use super::prefault::Prefault;
 use crate::destination::sys::arena::{Arena, BLOCK_SLOTS, Extent, REGION_SLOTS, SLOT_BYTES};
 use crate::effort::Effort;
@@ -40,10 +41,10 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(limit: Option<u64>, own: Option<u64>, effort: &Effort) -> Result<Self, StoreError> {
+    pub(super) fn new(limits: Limits, effort: &Effort) -> Result<Self, StoreError> {
         Ok(Self {
             arena: Arena::default(),
-            prefault: Prefault::new(limit, own, effort.clone())?,
+            prefault: Prefault::new(limits, effort.clone())?,
             free: Vec::new(),
             free_slots: 0,
             fresh: 0,
@@ -57,6 +58,11 @@ impl Slots {
     /// The bulk has arrived: no more memory is made ready ahead. What still comes maps its memory itself.
     pub(super) fn settle(&mut self) {
         self.prefault.stop();
+    }
+
+    /// See [`super::PageStore::bounds`].
+    pub(super) fn bounds(&self) -> Bounds {
+        Bounds::of(self.prefault.shared())
     }
 
     /// See [`super::PageStore::reserve`].

@@ -321,7 +321,7 @@ fn delivered_pages_leave_their_digest_and_give_their_memory_back() {
 fn while_a_program_stands_still_only_what_arrives_next_has_memory_ready() {
     let effort = Effort::default();
     effort.lift(true);
-    let mut store = PageStore::sparing(None, None, &effort).unwrap();
+    let mut store = PageStore::sparing(Limits::default(), &effort).unwrap();
     store.reserve(80 << 20).unwrap();
     let ready_within = |store: &PageStore, most: u64, bytes: u64| {
         (0..most).any(|_| {
