@@ -356,9 +356,9 @@ mod tests {
         let text = describe_receiver(&status);
         for part in [
             "receiving\nprogram             redis-server\n",
-            "announced           1.0 GiB\n",
-            "pages take          512.0 MiB\n",
-            "received pages      2.0 GiB at most\n",
+            "announced           1.00 GiB\n",
+            "pages take          512 MiB\n",
+            "received pages      2.00 GiB at most\n",
             "processor           50 % of one at most\n",
             "nice value          5\n",
         ] {
