@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Goal: downtime at every size, in milliseconds.
 const GOAL_MS: f64 = 60.0;
+/// Pauses of the program after the downtime count from so long on, in microseconds: what a loaded machine does to any program is shorter.
+const PAUSE_US: u64 = 5000;
 /// Goal: how much longer it becomes for a GiB more, in milliseconds.
 const GOAL_SLOPE: f64 = 5.0;
 
@@ -49,7 +51,12 @@ struct Row {
     downtime_ms: Runs,
     /// Longest pause between two iterations of the program around the migration, on CLOCK_REALTIME.
     program_gap_ms: Runs,
-    /// The same with plain CRIU: it stands still for as long as the program does. Nothing where its images and both copies
+    /// How long it stood still after the downtime, in all pauses of more than 5 ms (by its own log: the longest in each 50 ms).
+    later_pauses_ms: Runs,
+    /// Most that everything at the destination had in memory at a time (received pages, and the program that they become), as a
+    /// share of the program's memory.
+    destination_memory: Runs,
+    /// Longest pause with plain CRIU: it stands still for as long as the program does. Nothing where its images and both copies
     /// do not fit into memory.
     criu_downtime_ms: Option<Runs>,
     /// How much longer than the first size's, for each GiB more.
@@ -76,6 +83,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let mut rows: Vec<Row> = Vec::new();
     for &size in sizes {
         let (mut engine, mut gaps, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut later, mut memory) = (Vec::new(), Vec::new());
         let criu = criu.as_ref().filter(|_| available as f64 >= size.as_u64() as f64 * SIDE_BY_SIDE);
         for run in 1..=common.runs {
             let hosts = Hosts::up(&common.two_hosts, common.link.as_deref())?;
@@ -83,17 +91,24 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
             let moved = || -> anyhow::Result<_> {
                 let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
                 let migration = ferry.migrate(&hosts, scratch.path(), subject.pid, &extra)?;
-                Ok((migration.report.downtime_us.total as f64 / 1e3, end(&hosts, &subject, since)?))
+                let committed =
+                    migration.event_us("committed").context("the source did not print its commit")?;
+                let ended = end(&hosts, &subject, since, committed)?;
+                Ok((migration, ended))
             };
-            let (downtime, gap) = moved().with_context(|| format!("{name}, by pageferry"))?;
+            let (migration, Ended { gap, later_pauses }) =
+                moved().with_context(|| format!("{name}, by pageferry"))?;
+            let downtime = migration.report.downtime_us.total as f64 / 1e3;
             engine.push(downtime);
             gaps.push(gap);
+            later.push(later_pauses);
+            memory.push(migration.destination_peak_bytes as f64 / size.as_u64() as f64);
             let mut note = format!("{name}: {downtime:.1} ms (the program saw {gap:.1} ms)");
             if let Some(criu) = criu {
                 let moved = || -> anyhow::Result<_> {
                     let (subject, since) = start(&hosts, scratch.path(), size, &options.write_rate)?;
                     baseline::migrate(&hosts, criu, subject.pid)?;
-                    end(&hosts, &subject, since)
+                    Ok(end(&hosts, &subject, since, since)?.gap)
                 };
                 let gap = moved().with_context(|| format!("{name}, by plain CRIU"))?;
                 plain.push(gap);
@@ -112,6 +127,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
             write_rate,
             downtime_ms,
             program_gap_ms: Runs::new(gaps),
+            later_pauses_ms: Runs::new(later),
+            destination_memory: Runs::new(memory),
             criu_downtime_ms: criu.as_ref().map(|_| Runs::new(plain)),
             slope_ms_per_gib,
             pass,
@@ -135,23 +152,40 @@ fn start(hosts: &Hosts, scratch: &Path, size: ByteSize, rate: &str) -> anyhow::R
     Ok((subject, realtime_us()))
 }
 
-/// Waits until the moved program runs, takes its longest gap (milliseconds), lets it check its memory, ends it.
-fn end(hosts: &Hosts, subject: &Subject, since: u64) -> anyhow::Result<f64> {
+/// What the program itself noticed, in milliseconds.
+struct Ended {
+    gap: f64,
+    later_pauses: f64,
+}
+
+/// Waits until the moved program runs, takes its longest gap and its pauses after the commit, lets it check its memory, ends it.
+fn end(hosts: &Hosts, subject: &Subject, since: u64, committed: u64) -> anyhow::Result<Ended> {
     subject.wait_alive_after(realtime_us())?;
     let (gap_us, _) = subject.longest_gap_since(since)?;
+    let later_us = subject.pauses_after(committed, PAUSE_US)?;
     subject.check()?;
     hosts.kill(Host::Destination, subject.pid)?;
-    Ok(gap_us as f64 / 1e3)
+    Ok(Ended { gap: gap_us as f64 / 1e3, later_pauses: later_us as f64 / 1e3 })
 }
 
 fn render(rows: &[Row], common: &Common) -> String {
-    let mut table =
-        Table::new(&["memory", "downtime ms", "program saw ms", "plain CRIU ms", "ms a GiB more", "goal"]);
+    let mut table = Table::new(&[
+        "memory",
+        "downtime ms",
+        "program saw ms",
+        "later pauses ms",
+        "memory there",
+        "plain CRIU ms",
+        "ms a GiB more",
+        "goal",
+    ]);
     for row in rows {
         table.row(vec![
             ByteSize(row.memory_bytes).to_string(),
             row.downtime_ms.display(1),
             row.program_gap_ms.display(1),
+            row.later_pauses_ms.display(0),
+            row.destination_memory.display(2),
             row.criu_downtime_ms.as_ref().map_or("-".to_owned(), |runs| runs.display(0)),
             format!("{:.1}", row.slope_ms_per_gib),
             if row.pass { "met" } else { "missed" }.to_owned(),

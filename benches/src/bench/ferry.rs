@@ -2,13 +2,13 @@
 
 use super::child::{Running, TimedLine, wait_for};
 use super::hosts::{Host, Hosts};
-use super::machine;
+use super::rss::{Peaks, find, resident};
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -157,6 +157,8 @@ pub struct Migration {
     pub events: Vec<TimedLine>,
     /// Largest resident size of the source's engine as the kernel counted it (VmHWM), sampled from outside.
     pub engine_peak_bytes: u64,
+    /// Most that all processes of the destination had in memory at a time (the sum of their VmRSS), sampled from outside.
+    pub destination_peak_bytes: u64,
 }
 
 impl Migration {
@@ -246,56 +248,28 @@ impl Ferry {
             migrate.extend([CALIBRATION, "none"]);
         }
         let mut sender = Running::start("pageferry migrate", &mut hosts.exec(Host::Source, &migrate))?;
-        let (ended, peak) = (AtomicBool::new(false), AtomicU64::new(0));
-        let finished = thread::scope(|scope| {
-            scope.spawn(|| watch_memory(&program, &report_text, &ended, &peak));
+        let peaks = Peaks::default();
+        thread::scope(|scope| {
+            scope.spawn(|| peaks.watch_sender(&program, &report_text));
+            scope.spawn(|| peaks.watch_destination(&program, &listen));
             let finished = sender.finish(LIMIT);
-            ended.store(true, Ordering::SeqCst);
-            finished
-        });
-        finished.with_context(|| format!("the receiver's last words:\n{}", receiver.last_words()))?;
-        wait_for("the end of pageferry receive", LIMIT, || receiver.ended())?;
+            let ended = finished
+                .with_context(|| format!("the receiver's last words:\n{}", receiver.last_words()))
+                .and_then(|_| wait_for("the end of pageferry receive", LIMIT, || receiver.ended()));
+            peaks.end();
+            ended
+        })?;
         let text = fs::read_to_string(&report)
             .with_context(|| format!("reading the report {}", report.display()))?;
         let report: Report = serde_json::from_str(&text).context("understanding the report")?;
         if report.outcome != "completed" {
             bail!("the report says {:?}", report.outcome);
         }
-        let engine_peak_bytes = peak.load(Ordering::SeqCst);
-        Ok(Migration { report, events: sender.lines(), engine_peak_bytes })
+        Ok(Migration {
+            report,
+            events: sender.lines(),
+            engine_peak_bytes: peaks.sender.load(Ordering::SeqCst),
+            destination_peak_bytes: peaks.destination.load(Ordering::SeqCst),
+        })
     }
-}
-
-/// Samples VmHWM of the sender until it has ended. Known by its command line, because its pid in the host's
-/// namespace says nothing here.
-fn watch_memory(program: &str, report: &str, ended: &AtomicBool, peak: &AtomicU64) {
-    let mut pid = None;
-    while !ended.load(Ordering::SeqCst) {
-        pid = pid.or_else(|| find(program, report));
-        if let Some(pid) = pid
-            && let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status"))
-            && let Some(kib) = machine::kib(&status, "VmHWM")
-        {
-            peak.fetch_max(kib * 1024, Ordering::SeqCst);
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Bytes that a process has in memory, as far as it says.
-fn resident(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    machine::kib(&status, "VmRSS").unwrap_or(0) * 1024
-}
-
-/// A process by its program and one of its arguments.
-pub(super) fn find(program: &str, argument: &str) -> Option<u32> {
-    fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
-        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-        let command = fs::read(entry.path().join("cmdline")).ok()?;
-        let mut words = command.split(|&byte| byte == 0);
-        let matches =
-            words.next() == Some(program.as_bytes()) && words.any(|word| word == argument.as_bytes());
-        matches.then_some(pid)
-    })
 }

@@ -26,6 +26,7 @@ pub mod puppet;
 pub mod redis;
 pub mod redis_handover;
 pub mod resident;
+mod rss;
 pub mod scan;
 pub mod slowdown;
 pub mod stats;

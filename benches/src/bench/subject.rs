@@ -76,6 +76,15 @@ impl Subject {
         Ok(gaps.map(|line| (line.gap_us, line.gap_end_us)).max().unwrap_or((0, 0)))
     }
 
+    /// How long it stood still after that moment in all, counting pauses of more than `least_us` only, and of those between two lines the
+    /// longest (microseconds).
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn pauses_after(&self, moment_us: u64, least_us: u64) -> anyhow::Result<u64> {
+        Ok(pauses(&self.lines()?, moment_us, least_us))
+    }
+
     /// Waits until it wrote a line after that moment: it runs.
     ///
     /// # Errors
@@ -119,9 +128,30 @@ pub fn throughput(lines: &[Line], from_us: u64, to_us: u64) -> Option<f64> {
     (seconds > 0.0).then(|| (last.progress - first.progress) as f64 / seconds)
 }
 
+/// Of all pauses that began after that moment and took longer than that, how long they took.
+fn pauses(lines: &[Line], moment_us: u64, least_us: u64) -> u64 {
+    let later =
+        lines.iter().filter(|line| line.gap_us > least_us && line.gap_end_us > moment_us + line.gap_us);
+    later.map(|line| line.gap_us).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_counts_when_it_began_later_and_was_long() {
+        let line = |gap_us, gap_end_us| Line { at_us: gap_end_us, progress: 0, gap_us, gap_end_us };
+        let lines = [
+            line(9000, 5000),
+            line(30_000, 40_000),
+            line(7000, 60_000),
+            line(4000, 80_000),
+            line(6000, 90_000),
+        ];
+        assert_eq!(pauses(&lines, 20_000, 5000), 13_000, "one began before, and one was short");
+        assert_eq!(pauses(&lines, 0, 5000), 43_000);
+    }
 
     #[test]
     fn throughput_counts_only_what_is_inside() {

@@ -2,6 +2,7 @@
 
 use super::failure::ReceiveError;
 use super::receive::Cargo;
+use crate::effort::{CpuMeter, CpuShare};
 use crate::kept::{KeptPages, KeptStore, give_pages};
 use crate::link::Channel;
 use pageferry_tracker::{self as tracker, PageReader, Run, Target};
@@ -91,8 +92,14 @@ impl Keeper {
         }
     }
 
-    /// Puts what the program, which runs as `root` here, has in its pages by now into the store.
-    pub(super) fn fill(self, root: i32) -> Result<(), Box<dyn Error + Send + Sync>> {
+    /// Puts what the program, which runs as `root` here, has in its pages by now into the store, within the engine's share of a processor
+    /// unless `hurry` says that it is to end.
+    pub(super) fn fill(
+        self,
+        root: i32,
+        cpu: &CpuShare,
+        hurry: impl Fn() -> bool,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
         let Self { store: Some(mut store), owned } = self else { return Ok(()) };
         let mut readers = Vec::new();
         for target in tracker::tree::discover(&Target::open(root)?)? {
@@ -100,8 +107,10 @@ impl Keeper {
                 readers.push((PageReader::new(&target)?, runs));
             }
         }
+        let mut meter = CpuMeter::new(cpu);
+        let mut rest = || meter.pay(&hurry);
         store.refill(|take| -> io::Result<()> {
-            readers.iter().try_for_each(|(reader, runs)| give_pages(reader, runs, take))
+            readers.iter().try_for_each(|(reader, runs)| give_pages(reader, runs, take, &mut rest))
         })?;
         Ok(())
     }

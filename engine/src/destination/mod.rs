@@ -492,7 +492,7 @@ impl Host {
             // Without all of its pages it was ended.
             Err(error) => return Err(error),
         };
-        if let Err(error) = keeper.fill(pid) {
+        if let Err(error) = keeper.fill(pid, effort.cpu(), || cancel.is_cancelled()) {
             let text = format!("the pages could not be kept: {error}");
             observer.event(&Event::Warning { text });
         }

@@ -133,7 +133,7 @@ impl Copy {
         }
         let mut store = KeptStore::open(dir)?;
         let give = |take: crate::kept::Take<'_>| {
-            spaces.iter().try_for_each(|(reader, pages)| give_pages(reader, pages.runs(), take))
+            spaces.iter().try_for_each(|(reader, pages)| give_pages(reader, pages.runs(), take, &mut || ()))
         };
         Ok(store.refill(give)?)
     }

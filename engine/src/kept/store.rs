@@ -177,8 +177,13 @@ impl KeptStore {
     }
 }
 
-/// Hands the pages of a process over, one after the other. Those of a process that has ended are left out.
-pub(crate) fn give_pages(reader: &PageReader, runs: &[Run], take: Take<'_>) -> io::Result<()> {
+/// Hands the pages of a process over, one after the other, and calls `rest` after every few. Those of a process that has ended are left out.
+pub(crate) fn give_pages(
+    reader: &PageReader,
+    runs: &[Run],
+    take: Take<'_>,
+    rest: &mut dyn FnMut(),
+) -> io::Result<()> {
     let mut buffer = vec![0; STEP as usize * PAGE_SIZE];
     for run in runs {
         let (mut at, end) = (run.start, run.start + run.len);
@@ -191,6 +196,7 @@ pub(crate) fn give_pages(reader: &PageReader, runs: &[Run], take: Take<'_>) -> i
                 return Ok(());
             }
             bytes.chunks_exact(PAGE_SIZE).try_for_each(&mut *take)?;
+            rest();
             at += len;
         }
     }

@@ -2,6 +2,7 @@
 
 use super::failure::SendError;
 use super::{Migration, Peer};
+use crate::effort::CpuMeter;
 use crate::kept::give_pages;
 use crate::link::{ChannelError, Incoming};
 use crate::observe::Event;
@@ -56,10 +57,16 @@ impl Migration<'_> {
             // All was said; the destination must not wait for a disk here.
             let _ = channel.link().handle().map(|link| link.shutdown(Shutdown::Both));
         }
+        // Nobody waits for this: the program runs there.
+        let cpu = self.control.cpu();
+        cpu.lift(false);
+        let mut meter = CpuMeter::new(cpu);
+        // Who gives the migration up now wants its end.
+        let mut rest = || meter.pay(|| self.control.token().is_cancelled());
         let spaces = &self.spaces;
         let kept = store.refill(|take| {
             self.to_keep.iter().try_for_each(|(key, pages)| match spaces.get(key) {
-                Some(space) => give_pages(&space.reader, pages.runs(), take),
+                Some(space) => give_pages(&space.reader, pages.runs(), take, &mut rest),
                 None => Ok(()),
             })
         });

@@ -2,10 +2,12 @@
 
 use super::Test;
 use super::control::{control, sends, wait_for};
-use super::ferry::Ferry;
+use super::ferry::{Ferry, LIMIT};
+use super::kept::fresh;
 use anyhow::{Context, ensure};
 use pageferry_benches::bench::hosts::Host;
 use pageferry_benches::bench::subject::Subject;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub fn tests() -> Vec<(&'static str, Test)> {
@@ -14,6 +16,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
         ("effort: the receiver keeps to its share of a processor, and to its priority", receiver),
         ("effort: a program moves with little of a processor at either side", little),
         ("effort: owed pages come with little of a processor at either side", owed),
+        ("effort: what is kept is written within the shares of both sides", keeping),
     ]
 }
 
@@ -116,4 +119,64 @@ fn little(ferry: &Ferry) -> anyhow::Result<()> {
 
 fn owed(ferry: &Ferry) -> anyhow::Result<()> {
     moves(ferry, &["--strategy", "post-copy"])
+}
+
+/// What an engine took of the processors while it wrote its kept store: looks at both.
+#[derive(Default)]
+struct Writing {
+    first: Option<(Instant, f64)>,
+    last: Option<(Instant, f64)>,
+    over: bool,
+}
+
+impl Writing {
+    fn look(&mut self, ferry: &Ferry, host: Host, pid: i32, store: &Path) -> anyhow::Result<()> {
+        if self.over || !store.join("pages-1").exists() {
+            return Ok(());
+        }
+        let taken = ticks(ferry, host, pid);
+        // It is put in place when all pages are written.
+        self.over = store.join("index").exists();
+        if !self.over {
+            let now = Some((Instant::now(), taken?));
+            self.first = self.first.or(now);
+            self.last = now;
+        }
+        Ok(())
+    }
+
+    fn share(&self) -> anyhow::Result<f64> {
+        let ((began, before), (ended, after)) =
+            self.first.zip(self.last).context("it was written before anybody could look")?;
+        let time = ended - began;
+        ensure!(time > Duration::from_millis(300), "it was written within {time:?}");
+        Ok((after - before) / 100.0 / time.as_secs_f64())
+    }
+}
+
+/// The program runs there by then: nobody waits for either.
+fn keeping(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "256MiB", "--rate", "1MB"])?;
+    let (here, there) = (fresh(ferry, "here"), fresh(ferry, "there"));
+    let store = there.display().to_string();
+    let receiver = ferry.receiver(None, &["--cpu", "20%", "--keep-store", &store])?;
+    let store = here.display().to_string();
+    let options = ["--cpu", "20%", "--keep-store", &store];
+    let migration = ferry.migrate_start(subject.pid, None, &options)?;
+    wait_for(ferry, &subject, &migration, sends)?;
+    let sender = engine(&migration.log())?;
+    let (mut at_source, mut at_destination) = (Writing::default(), Writing::default());
+    let end = Instant::now() + LIMIT;
+    while !(at_source.over && at_destination.over) {
+        at_source.look(ferry, Host::Source, sender, &here)?;
+        at_destination.look(ferry, Host::Destination, receiver.pid, &there)?;
+        ensure!(Instant::now() < end, "nothing was kept in {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    migration.wait()?.moved()?;
+    for (side, writing) in [("source", at_source), ("destination", at_destination)] {
+        kept(writing.share()?, 0.2).with_context(|| format!("at the {side}"))?;
+    }
+    ferry.lives_only(Host::Destination, &subject)?;
+    receiver.stop()
 }

@@ -11,6 +11,7 @@ pub fn tests() -> Vec<(&'static str, Test)> {
     vec![
         ("memory: the sending engine stays below what it may take", source),
         ("memory: the receiving engine stays below what it may take", destination),
+        ("memory: the destination gives its own back while it puts pages in place", given_back),
         ("memory: what it may take changes while it runs", changes),
         ("memory: too little for the program is refused", refused),
     ]
@@ -65,18 +66,29 @@ fn source(ferry: &Ferry) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The largest resident size of a receiver but for the pages in its store, which are the mappings that no dump of it would have.
+/// The largest size of something at the destination while its receiver runs.
 struct Watch<'a> {
     ferry: &'a Ferry,
     file: String,
 }
 
 impl<'a> Watch<'a> {
-    fn over(ferry: &'a Ferry, receiver: &Receiver) -> anyhow::Result<Self> {
-        let file = ferry.scratch.path().join(ferry.name("own")).display().to_string();
+    /// What is resident of the receiver but for the pages in its store, which are the mappings that no dump of it would have.
+    fn own(ferry: &'a Ferry, receiver: &Receiver) -> anyhow::Result<Self> {
+        let own = "/^Rss:/ { rss = $2 } /^VmFlags:/ { if (!/ dd/) sum += rss } END { print sum }";
+        Self::over(ferry, receiver, own, &format!("/proc/{}/smaps", receiver.pid))
+    }
+
+    /// What is resident of all processes there.
+    fn all(ferry: &'a Ferry, receiver: &Receiver) -> anyhow::Result<Self> {
+        Self::over(ferry, receiver, "/^VmRSS:/ { sum += $2 } END { print sum }", "/proc/[0-9]*/status")
+    }
+
+    fn over(ferry: &'a Ferry, receiver: &Receiver, awk: &str, files: &str) -> anyhow::Result<Self> {
+        let file = ferry.scratch.path().join(ferry.name("sizes")).display().to_string();
+        // A process may end between its name and its file, which is no end of the watch.
         let script = format!(
-            "(while awk '/^Rss:/ {{ rss = $2 }} /^VmFlags:/ {{ if (!/ dd/) own += rss }} END {{ print own }}' \
-             /proc/{}/smaps >>{file} 2>/dev/null; do sleep 0.02; done) >/dev/null 2>&1 &",
+            "(while kill -0 {} && {{ awk '{awk}' {files} >>{file} || true; }}; do sleep 0.02; done) >/dev/null 2>&1 &",
             receiver.pid
         );
         ferry.sh(Host::Destination, &script)?;
@@ -96,7 +108,7 @@ fn destination(ferry: &Ferry) -> anyhow::Result<()> {
     for strategy in ["pre-copy", "post-copy"] {
         let subject = ferry.subject(&WRITER)?;
         let receiver = ferry.receiver(None, &["--once", "--engine-memory", "36MiB"])?;
-        let watch = Watch::over(ferry, &receiver)?;
+        let watch = Watch::own(ferry, &receiver)?;
         let options = [&GREEDY[..], &["--coding", "auto", "--verify", "--strategy", strategy]].concat();
         let outcome = ferry.migrate(subject.pid, None, &options)?;
         let report = outcome.moved().with_context(|| receiver.log())?;
@@ -109,6 +121,24 @@ fn destination(ferry: &Ferry) -> anyhow::Result<()> {
         ferry.clear()?;
     }
     Ok(())
+}
+
+/// What was received is not there twice: a program with much memory, whose pages are touched everywhere while they are put in place, needs
+/// little more than itself.
+fn given_back(ferry: &Ferry) -> anyhow::Result<()> {
+    let subject = ferry.subject(&["writer", "--memory", "768MiB", "--rate", "60MB"])?;
+    let receiver = ferry.receiver(None, &["--once"])?;
+    let watch = Watch::all(ferry, &receiver)?;
+    let outcome = ferry.migrate(subject.pid, None, &["--downtime", "100ms"])?;
+    let report = outcome.moved()?;
+    ensure!(receiver.wait()? == 0, "the receiver's exit code");
+    let (most, looks) = watch.most()?;
+    let waits = report.fill.as_ref().context("no fill in the report")?.faults;
+    ensure!(waits > 100, "{waits} waits: nothing was touched meanwhile");
+    ensure!(most > 768 * MIB, "{most} bytes in {looks} looks: that is not all");
+    ensure!(most < 960 * MIB, "{most} bytes at the destination in {looks} looks, {waits} waits");
+    ferry.lives_only(Host::Destination, &subject)?;
+    ferry.clear()
 }
 
 /// Resident bytes of the sending engine.

@@ -1,7 +1,7 @@
 //! Finding what a fault is about, and ending it.
 
-use super::super::ferry::find;
 use super::super::hosts::{Host, Hosts};
+use super::super::rss::find;
 use super::Fault;
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
